@@ -1,6 +1,6 @@
 """Seconds of a whole quantize command, start-up included, against llm-compressor's on one machine.
 
-    speed.py MODEL --calib-text FILE --peer-python PYTHON [--methods gptq awq] [--runs 3]
+    speed.py MODEL --calib-text FILE --peer-python PYTHON [--methods gptq:3 awq:1]
 Runs alternate between the tools, so that a machine's mood hits both.  `floor` adds what no
 implementation can avoid: two forward passes over the calibration tokens and the Gram products.
 """
@@ -52,10 +52,11 @@ def main() -> None:
     common.write_result(options.name, figures, pythons=pythons)
 
 
-def _compare(method: str, options: argparse.Namespace) -> Compared:
+def _compare(asked: str, options: argparse.Namespace) -> Compared:
+    method, _, runs = asked.partition(":")
     ours: list[common.Finished] = []
     theirs: list[common.Finished] = []
-    for index in range(options.runs):
+    for index in range(int(runs or 3)):
         ours.append(_run_quantkit(method, options))
         print(f"{method} run {index}: quantkit {ours[-1].seconds:.1f} s", file=sys.stderr)
         if options.peer_python is not None:
@@ -119,8 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--calib-text", required=True)
     parser.add_argument("--peer-python", help="an interpreter that has llmcompressor")
     parser.add_argument("--peer-dtype", default="auto", help="what the peer computes in")
-    parser.add_argument("--methods", nargs="+", default=["gptq", "awq"])
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=["gptq", "awq"], help="METHOD[:RUNS=3]")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)

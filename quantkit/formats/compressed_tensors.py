@@ -26,7 +26,13 @@ from torch import Tensor
 
 from quantkit.bitpack import num_words, pack_rows, unpack_rows
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.format import PlannedWeight, StoredWeight, check_divides, check_stored
+from quantkit.format import (
+    PlannedWeight,
+    StoredWeight,
+    check_divides,
+    check_stored,
+    named_as_weight,
+)
 from quantkit.readers import compressed_tensors_readers, decompresses_at_load, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
@@ -54,8 +60,10 @@ class CompressedTensors:
 
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None: rows of any length are padded; only the name must be that of a 2-D weight."""
-        if not weight.name.endswith(".weight"):
-            return 'the tensor\'s name must end in ".weight"'
+        return named_as_weight(weight)
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None: each weight may have its own scheme."""
         return None
 
     def readers(
@@ -347,13 +355,7 @@ def _packed_weight(
     check_stored(infos, source, "quantization_config")
     if scheme.symmetric and name + _ZERO in names:
         raise CheckpointError(f"{name}: its config group is symmetric, but it has zero points")
-    return StoredWeight(
-        name=name,
-        scheme=scheme,
-        shape=(rows, columns),
-        dtype=dtype,
-        tensors=tuple(info.name for info in infos),
-    )
+    return StoredWeight.of(planned, dtype, infos)
 
 
 def _int8_weights(
@@ -382,17 +384,11 @@ def _int8_weights(
         numbered = any(part.isdigit() for part in name.split("."))
         transposed = conv1d and numbered if flag is None else flag
         shape2 = (second, first) if transposed else (first, second)
-        infos = CompressedTensors().layout(
-            PlannedWeight(name=name, module="", shape=shape2, scheme=scheme, transposed=transposed),
-            source.info(name + _SCALE).dtype,
+        planned = PlannedWeight(
+            name=name, module="", shape=shape2, scheme=scheme, transposed=transposed
         )
+        dtype = source.info(name + _SCALE).dtype
+        infos = CompressedTensors().layout(planned, dtype)
         check_stored(infos, source, "quantization_config")
-        found[name] = StoredWeight(
-            name=name,
-            scheme=scheme,
-            shape=shape2,
-            dtype=source.info(name + _SCALE).dtype,
-            tensors=tuple(info.name for info in infos),
-            transposed=transposed,
-        )
+        found[name] = StoredWeight.of(planned, dtype, infos)
     return found

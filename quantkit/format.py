@@ -92,6 +92,8 @@ class Format(Protocol):
     """One on-disk layout of quantized weights."""
 
     name: ClassVar[str]
+    # Whether columns of one group may lie apart (`QuantizedTensor.columns`).
+    holds_permuted: ClassVar[bool]
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the format can hold the scheme, else why not (without other formats' names)."""
@@ -116,6 +118,11 @@ class Format(Protocol):
 
     def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns; `dtype` is that of the weight in the source."""
+        ...
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The nearest tensor that `pack` takes, and what was rounded; the tensor itself and None
+        if it is held exactly.  The scheme is supported."""
         ...
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ Shapes: O out features, I in features, G groups per row, b bits.  For weight NAM
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from quantkit.format import (
 from quantkit.readers import gptq_readers, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
-from quantkit.stored import float16_scales, model_dtype
+from quantkit.stored import model_dtype, round_scale, stored_scale
 from quantkit.tensor import PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -57,6 +58,7 @@ class GptqLayout:
 
     name: ClassVar[str]
     stored_less: ClassVar[int]
+    holds_permuted: ClassVar[bool] = True
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is weight-only with 2, 3, 4 or 8 bits."""
@@ -106,11 +108,33 @@ class GptqLayout:
             TensorInfo(name=stem + "g_idx", dtype=torch.int32, shape=(columns,)),
         )
 
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor with float16 scales and, in version 1, zeros of at least 1.
+
+        A zero of 0 becomes 1 and its group's codes go up with it; the highest code has no room.
+        """
+        tensor, told = round_scale(tensor, torch.float16)
+        if tensor.zero is None or int(tensor.zero.min()) >= self.stored_less:
+            return tensor, told
+        low = tensor.zero < self.stored_less
+        group = tensor.shape[1] // low.shape[1]
+        shift = low.repeat_interleave(group, dim=1)
+        top = 2**tensor.scheme.bits - 1
+        lost = int((shift & (tensor.codes == top)).sum())
+        codes = torch.where(shift, tensor.codes.clamp(max=top - 1) + 1, tensor.codes)
+        shifted = dataclasses.replace(
+            tensor, codes=codes, zero=tensor.zero.clamp(min=self.stored_less)
+        )
+        if not lost:
+            return shifted, told
+        clipped = f"{lost} codes clipped, as a zero of 0 is stored as 1"
+        return shifted, clipped if told is None else f"{told}; {clipped}"
+
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme, columns = tensor.scheme, tensor.shape[1]
         assert scheme == weight.scheme
-        scales = float16_scales(weight.name, tensor)
+        scales = stored_scale(weight.name, tensor, torch.float16).T.contiguous()
         if tensor.zero is None:
             zero_GO = torch.full(scales.shape, 2 ** (scheme.bits - 1), dtype=torch.uint8)
         else:

@@ -1,10 +1,11 @@
-"""What the formats of float16 scales, GPTQ and AWQ, share.
+"""What formats share: scales in the dtype that a file stores, and the model's own dtype.
 
 Letters: O out features, G groups per row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,17 +16,32 @@ from quantkit.errors import NumericsError
 from quantkit.tensor import PlainScale, QuantizedTensor
 
 
-def float16_scales(name: str, tensor: QuantizedTensor) -> Tensor:
-    """Contiguous float16 [G, O] scales.  NumericsError if one is not exact."""
+def stored_scale(name: str, tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous CPU scales [O, G] in the dtype of a file.  NumericsError if one is not exact."""
     assert isinstance(tensor.scale, PlainScale)
-    scale_OG = tensor.scale.tensor.cpu()
-    scales = scale_OG.to(torch.float16)
-    if not torch.equal(scales.float(), scale_OG.float()):
+    scale = tensor.scale.tensor.cpu()
+    stored = scale.to(dtype).contiguous()
+    if not torch.equal(stored.float(), scale.float()):
         raise NumericsError(
-            f"{name}: a scale is not exact in float16, the format's dtype; scales are rounded with "
-            "store_scale first"
+            f"{name}: a scale is not exact in {dtype}; scales are rounded with store_scale first"
         )
-    return scales.T.contiguous()
+    return stored
+
+
+def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedTensor, str | None]:
+    """The tensor with scales that are exact in a dtype, and what was rounded, or None."""
+    assert isinstance(tensor.scale, PlainScale)
+    scale = tensor.scale.tensor
+    # Out of range would be zero or infinite, which is no rounding any more.
+    limits = torch.finfo(dtype)
+    rounded = scale.float().clamp(limits.tiny, limits.max).to(dtype)
+    changed = int((rounded.float() != scale.float()).sum())
+    if not changed:
+        return tensor, None
+    told = (
+        f"{changed} of {scale.numel()} scales rounded from {_name(scale.dtype)} to {_name(dtype)}"
+    )
+    return dataclasses.replace(tensor, scale=PlainScale(tensor=rounded)), told
 
 
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
@@ -37,3 +53,7 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
             if isinstance(found, torch.dtype):
                 return found
     return torch.float16
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

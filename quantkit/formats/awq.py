@@ -31,7 +31,7 @@ from quantkit.format import (
 from quantkit.readers import awq_readers, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
-from quantkit.stored import float16_scales, model_dtype
+from quantkit.stored import model_dtype, round_scale, stored_scale
 from quantkit.tensor import PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -45,6 +45,7 @@ class Awq:
     """Weight-only integers of 4 bits in groups (AutoAWQ, vLLM)."""
 
     name: ClassVar[str] = "awq"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is weight-only with 4 bits."""
@@ -95,10 +96,14 @@ class Awq:
             TensorInfo(name=stem + "scales", dtype=torch.float16, shape=(groups, rows)),
         )
 
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor with float16 scales, and what was rounded for that, or None."""
+        return round_scale(tensor, torch.float16)
+
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         assert tensor.scheme == weight.scheme and tensor.columns is None
-        scales = float16_scales(weight.name, tensor)
+        scales = stored_scale(weight.name, tensor, torch.float16).T.contiguous()
         if tensor.zero is None:
             zero_GO = torch.full(scales.shape, _SYMMETRIC_ZERO, dtype=torch.uint8)
         else:

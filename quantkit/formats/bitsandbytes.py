@@ -40,6 +40,7 @@ class Bitsandbytes:
     """NF4 and FP4, with and without double quantization."""
 
     name: ClassVar[str] = "bitsandbytes"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is nf4 or fp4 in blocks that bitsandbytes allows."""
@@ -83,6 +84,10 @@ class Bitsandbytes:
             planned.append((f"{name}.nested_quant_map", torch.float32, (256,)))
         planned.append((name + _STATE + scheme.kind, torch.uint8, (state,)))
         return tuple(TensorInfo(name=n, dtype=d, shape=s) for n, d, s in planned)
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor itself and None: block scales are stored as they are."""
+        return tensor, None
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quantkit.bitpack import num_words, pack_rows, unpack_rows
-from quantkit.errors import CheckpointError, NumericsError
+from quantkit.errors import CheckpointError
 from quantkit.format import (
     PlannedWeight,
     StoredWeight,
@@ -36,6 +36,7 @@ from quantkit.format import (
 from quantkit.readers import compressed_tensors_readers, decompresses_at_load, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
+from quantkit.stored import round_scale, stored_scale
 from quantkit.tensor import PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -49,6 +50,7 @@ class CompressedTensors:
     """Integer weights of 4 and 8 bits, each weight under its own scheme if need be."""
 
     name: ClassVar[str] = "compressed-tensors"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is 4 or 8 bit integer."""
@@ -91,11 +93,15 @@ class CompressedTensors:
         zeros = (num_words(rows, scheme.bits), groups)
         return (*infos, TensorInfo(name=weight.name + _ZERO, dtype=torch.int32, shape=zeros))
 
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor with scales in the weight's dtype, and what was rounded for that, or None."""
+        return round_scale(tensor, tensor.dtype)
+
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme = tensor.scheme
-        assert scheme == weight.scheme and isinstance(tensor.scale, PlainScale)
-        scale = _exact(weight.name, tensor.scale.tensor.cpu(), tensor.dtype)
+        assert scheme == weight.scheme and tensor.columns is None
+        scale = stored_scale(weight.name, tensor, tensor.dtype)
         codes = tensor.codes.cpu()
         if _layout_of(scheme) == "int-quantized":
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
@@ -198,15 +204,6 @@ def _scheme(weight: PlannedWeight) -> Scheme:
 
 def _layout_of(scheme: Scheme) -> Layout:
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
-
-
-def _exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = scale.to(dtype).contiguous()
-    if not torch.equal(stored.float(), scale.float()):
-        raise NumericsError(
-            f"{name}: a scale is not exact in {dtype}; scales are rounded with store_scale first"
-        )
-    return stored
 
 
 def _module_names(chosen: Sequence[PlannedWeight], everyone: Sequence[PlannedWeight]) -> list[str]:

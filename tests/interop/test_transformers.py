@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # Float32 sums in another order differ by less; one wrong code or scale differs by far more.
 TOLERANCE = 1e-3
-SYMMETRIC = ["rtn", "gptq", "w8a16"]
+SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights"]
 ASYMMETRIC = ["awq"]
 INT8_ACTIVATIONS = ["w8a8", "smoothquant"]
+EIGHT_BIT_ACTIVATIONS = [*INT8_ACTIVATIONS, "fp8"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 
 
@@ -45,8 +46,8 @@ def test_asymmetric_checkpoint_gives_the_logits_of_quantkit(root: Path, name: st
     assert (actual - expected).abs().max().item() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", INT8_ACTIVATIONS)
-def test_int8_weights_give_the_logits_of_quantkits_dequantization(root: Path, name: str) -> None:
+@pytest.mark.parametrize("name", EIGHT_BIT_ACTIVATIONS)
+def test_eight_bit_weights_give_the_logits_of_quantkit(root: Path, name: str) -> None:
     model = loaded(root, name)
     logits(model, root, name)
     model.apply(disable_quantization)
@@ -67,7 +68,7 @@ def test_dense_reference_is_what_quantkit_computes(root: Path, name: str) -> Non
     assert max_difference(dense_model(root, name), root, name) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC, *INT8_ACTIVATIONS])
+@pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC, *EIGHT_BIT_ACTIVATIONS])
 def test_decoded_weights_are_quantkits_bit_for_bit(root: Path, name: str) -> None:
     model = loaded(root, name)
     logits(model, root, name)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,15 @@ def max_difference(model: PreTrainedModel, root: Path, name: str) -> float:
     """Largest absolute difference from the logits of `quantkit.load`."""
     expected = load_file(root / f"{name}-logits.safetensors")["logits"]
     return (logits(model, root, name) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["rtn", "awq", "w8a8", "nf4_dq", "fp8"])
+def test_verify_finds_that_transformers_reads_it_right(root: Path, name: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "quantkit", "verify", str(root / name)]
+    done = subprocess.run(
+        [*command, "--runtime", "transformers"], capture_output=True, text=True, env=environment
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert "greedy tokens are quantkit's own" in done.stdout

@@ -73,6 +73,10 @@ RemoteOption = Annotated[
 UnreadableOption = Annotated[
     bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
 ]
+RequantizeOption = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
+]
 
 
 @app.command()
@@ -98,6 +102,7 @@ def quantize(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -140,6 +145,7 @@ def plan(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
@@ -261,6 +267,7 @@ def _request(options: Mapping[str, Any]) -> Request:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
         allow_unreadable=options["allow_unreadable"],
+        requantize=options["requantize"],
     )
 
 

@@ -146,6 +146,9 @@ def plan(
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
     requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:

@@ -53,6 +53,26 @@ class GgufExport:
     rounded: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "out": str(self.out),
+            "format": "gguf",
+            "types": dict(self.types),
+            "rounded": list(self.rounded),
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """For people."""
+        types = ", ".join(f"{count} {label}" for label, count in self.types.items())
+        lines = [f"{self.out / MODEL_FILE}: {types}"]
+        if self.rounded:
+            lines.append(f"rounded    minima of {len(self.rounded)} weights, to float16")
+        lines += [f"note       {note}" for note in self.notes]
+        lines.append(f"serve it   ollama create NAME -f {self.out / OLLAMA_FILE}")
+        return "\n".join(lines)
+
 
 def export_gguf(
     source_dir: str | os.PathLike[str],
@@ -105,6 +125,10 @@ def _check_schemes(stored: Mapping[str, StoredWeight], allow_rounding: bool) -> 
             reason = f"ggml's blocks are of 32 weights; {weight.shape[1]} columns are no multiple"
         if reason is not None:
             raise FormatError(f"{name}: {weight.scheme.name} cannot be gguf: {reason}")
+        if weight.permuted:
+            raise FormatError(
+                f"{name}: its columns are permuted (activation order), which gguf does not hold"
+            )
         if not is_exact(weight.scheme):
             rounded.append(name)
     if rounded and not allow_rounding:

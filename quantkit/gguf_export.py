@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,22 +96,31 @@ def export_gguf(
     config = load_config(source, trust_remote_code=False)
     family = family_of(str(config.model_type))
     described = describe(family, config)
-    tensors = _plan_tensors(source, fmt, stored, family, config)
+    packed = {name for weight in stored.values() for name in weight.tensors}
+    names = [*stored, *(name for name in source.names() if name not in packed)]
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    tensors = []
+    for target, members in place_tensors(names, family, tied).items():
+        if fmt is not None and members[0][0] in stored:
+            order = row_order(family, members[0][1], config)
+            tensors.append(_quantized_tensor(target, members, source, fmt, stored, order))
+        else:
+            tensors.append(dense_tensor(target, members, source, family, config))
     if described.rope_factors is not None:
         tensors.append(_fixed("rope_freqs.weight", described.rope_factors))
     types = [tensor.type for tensor in tensors]
     entries = (
-        *_general(Path(source_dir), types),
+        *general_entries(Path(source_dir).resolve().name, _file_type(types)),
         *described.entries,
         *describe_tokenizer(source, config.vocab_size),
     )
-    with OutputDirectory(out_dir) as output:
+    with OutputDirectory(Path(out_dir)) as output:
         if output.state is OutputState.COMPLETE and not fresh:
             raise FormatError(f"{output.out}: exists already; choose another --out or use --fresh")
         output.begin(_fingerprint(source), fresh=True)
         write_gguf(output.partial / MODEL_FILE, family.architecture, entries, tensors)
         with disk_errors(output.partial):
-            write_file(output.partial / OLLAMA_FILE, _modelfile(source, entries).encode())
+            write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
         output.finish()
         counts = {label: types.count(label) for label in sorted(set(types))}
         return GgufExport(out=output.out, types=counts, rounded=rounded, notes=described.notes)
@@ -140,32 +149,26 @@ def _check_schemes(stored: Mapping[str, StoredWeight], allow_rounding: bool) -> 
     return tuple(rounded)
 
 
-def _plan_tensors(
-    source: Source,
-    fmt: Format | None,
-    stored: Mapping[str, StoredWeight],
-    family: Family,
-    config: Any,
-) -> list[PlannedTensor]:
-    """All tensors in the order of blocks.  FormatError if a name of the checkpoint has no place."""
-    packed = {name for weight in stored.values() for name in weight.tensors}
-    names = [*stored, *(name for name in source.names() if name not in packed)]
+def place_tensors(
+    names: Iterable[str], family: Family, tied: bool
+) -> dict[str, list[tuple[str, Place]]]:
+    """GGUF name -> the checkpoint tensors it holds (experts in order), block after block.
+
+    `tied`: the head is the embedding, whether the checkpoint stores it or not.  FormatError if a
+    tensor has no place, or an expert is missing.
+    """
     found: dict[str, dict[int, tuple[str, Place]]] = {}
     for name in names:
         place = place_of(family, name)
-        if place is None:
-            continue
-        if getattr(config, "tie_word_embeddings", False) and place.name == "output.weight":
+        if place is None or (tied and place.name == "output.weight"):
             continue
         found.setdefault(place.name, {})[place.expert or 0] = (name, place)
-    ordered = sorted(found, key=_block_of)
-    tensors = []
-    for target in ordered:
-        members = [found[target][index] for index in sorted(found[target])]
-        if sorted(found[target]) != list(range(len(members))):
-            raise FormatError(f"{members[0][0]}: experts are missing beside it")
-        tensors.append(_plan_tensor(target, members, source, fmt, stored, family, config))
-    return tensors
+    placed = {}
+    for target in sorted(found, key=_block_of):
+        if sorted(found[target]) != list(range(len(found[target]))):
+            raise FormatError(f"{target}: experts are missing among {len(found[target])}")
+        placed[target] = [found[target][index] for index in sorted(found[target])]
+    return placed
 
 
 def _block_of(name: str) -> tuple[int, str]:
@@ -174,47 +177,56 @@ def _block_of(name: str) -> tuple[int, str]:
     return (int(parts[1]) if parts[0] == "blk" else -1, name)
 
 
-def _plan_tensor(
+def _quantized_tensor(
     target: str,
     members: Sequence[tuple[str, Place]],
     source: Source,
-    fmt: Format | None,
+    fmt: Format,
     stored: Mapping[str, StoredWeight],
+    order: Tensor | None,
+) -> PlannedTensor:
+    """Our codes and scales as blocks."""
+    first = members[0][0]
+    schemes = {stored[name].scheme for name, _ in members if name in stored}
+    if len(schemes) > 1 or any(name not in stored for name, _ in members):
+        raise FormatError(f"{first}: gguf keeps all experts of a layer in one tensor: {target}")
+
+    def pieces() -> Iterator[Tensor]:
+        for name, _ in members:
+            rows = to_blocks(name, fmt.unpack(stored[name], source))
+            yield (rows if order is None else rows[order]).contiguous()
+
+    experts = (len(members),) if members[0][1].expert is not None else ()
+    kind = block_type_of(stored[first].scheme).name
+    return PlannedTensor(
+        name=target, type=kind, shape=(*experts, *stored[first].shape), pieces=pieces
+    )
+
+
+def dense_tensor(
+    target: str,
+    members: Sequence[tuple[str, Place]],
+    source: Source,
     family: Family,
     config: Any,
+    kind: str | None = None,
 ) -> PlannedTensor:
+    """A tensor that stays dense: float32 for vectors and routers, else `kind` or as stored."""
     first, place = members[0]
-    weight = stored.get(first)
-    order = _row_order(family, place, config)
-    if weight is not None:
-        schemes = {stored[name].scheme for name, _ in members if name in stored}
-        if len(schemes) > 1 or any(name not in stored for name, _ in members):
-            raise FormatError(f"{first}: gguf keeps all experts of a layer in one tensor: {target}")
-        assert fmt is not None
-        kind, shape = block_type_of(weight.scheme).name, weight.shape
+    info = source.info(first)
+    transposed = place.stem in family.transposed and len(info.shape) == 2
+    plain = len(info.shape) < 2 or place.stem in ("ffn_gate_inp", "position_embd")
+    label = "F32" if plain else kind or _DENSE.get(info.dtype, "F32")
+    shift = family.norm_shift if place.stem.endswith("norm") else 0.0
+    order = row_order(family, place, config)
 
-        def quantized() -> Iterator[Tensor]:
-            for name, _ in members:
-                rows = to_blocks(name, fmt.unpack(stored[name], source))
-                yield (rows if order is None else rows[order]).contiguous()
+    def pieces() -> Iterator[Tensor]:
+        for name, _ in members:
+            yield from _dense_pieces(source, name, label, order, transposed, shift)
 
-        pieces: Callable[[], Iterator[Tensor]] = quantized
-    else:
-        info = source.info(first)
-        transposed = place.stem in family.transposed and len(info.shape) == 2
-        shape = info.shape[::-1] if transposed else info.shape  # type: ignore[assignment]
-        plain = len(info.shape) < 2 or place.stem in ("ffn_gate_inp", "position_embd")
-        kind = "F32" if plain else _DENSE.get(info.dtype, "F32")
-        shift = family.norm_shift if place.stem.endswith("norm") else 0.0
-
-        def dense() -> Iterator[Tensor]:
-            for name, _ in members:
-                yield from _dense_pieces(source, name, kind, order, transposed, shift)
-
-        pieces = dense
-    if place.expert is not None:
-        shape = (len(members), *shape)  # type: ignore[assignment]
-    return PlannedTensor(name=target, type=kind, shape=tuple(shape), pieces=pieces)
+    experts = (len(members),) if place.expert is not None else ()
+    shape = info.shape[::-1] if transposed else info.shape
+    return PlannedTensor(name=target, type=label, shape=(*experts, *shape), pieces=pieces)
 
 
 def _dense_pieces(
@@ -244,7 +256,7 @@ def _fixed(name: str, value: Tensor) -> PlannedTensor:
     return PlannedTensor(name=name, type="F32", shape=shape, pieces=lambda: iter([_bytes(value)]))
 
 
-def _row_order(family: Family, place: Place, config: Any) -> Tensor | None:
+def row_order(family: Family, place: Place, config: Any) -> Tensor | None:
     """Which row comes where so that rotated pairs are neighbours; None for other tensors."""
     field = family.interleave.get(place.stem)
     if field is None:
@@ -255,18 +267,23 @@ def _row_order(family: Family, place: Place, config: Any) -> Tensor | None:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def _general(source_dir: Path, types: Sequence[str]) -> list[Entry]:
-    matrices = [label for label in types if label not in ("F32",)] or list(types)
-    most = max(sorted(set(matrices)), key=matrices.count)
+def general_entries(name: str, file_type: int) -> list[Entry]:
+    """What every file says of itself; `file_type` is the owner's number (llama_ftype)."""
     return [
         Entry(key="general.type", kind="str", value="model"),
-        Entry(key="general.name", kind="str", value=source_dir.resolve().name),
-        Entry(key="general.file_type", kind="u32", value=_FILE_TYPES[most]),
+        Entry(key="general.name", kind="str", value=name),
+        Entry(key="general.file_type", kind="u32", value=file_type),
         Entry(key="quantkit.version", kind="str", value=__version__),
     ]
 
 
-def _modelfile(source: Source, entries: Sequence[Entry]) -> str:
+def _file_type(types: Sequence[str]) -> int:
+    """The number of what most matrices are."""
+    matrices = [label for label in types if label != "F32"] or list(types)
+    return _FILE_TYPES[max(sorted(set(matrices)), key=matrices.count)]
+
+
+def modelfile(source: Source, entries: Sequence[Entry]) -> str:
     """For `ollama create NAME -f Modelfile`; the chat template is in the file itself."""
     values = {entry.key: entry.value for entry in entries}
     lines = [f"FROM ./{MODEL_FILE}"]

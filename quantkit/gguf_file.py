@@ -250,7 +250,7 @@ class _Parser:
 
     def _number(self, code: str, where: str) -> int:
         (value,) = struct.unpack(code, self._take(struct.calcsize(code), where))
-        return value  # type: ignore[no-any-return]
+        return value
 
     def _string(self, where: str, longest: int) -> str:
         length = self._number("<Q", where)

@@ -161,7 +161,7 @@ def _search_centered(x: Tensor, w: Tensor, kind: BlockType) -> Tensor:
 
 
 def _least_squares(x: Tensor, w: Tensor, codes: Tensor, *, minimum: bool) -> tuple[Tensor, Tensor]:
-    """(scale, minimum) [N, G] that fit x to scale·codes + minimum; the minimum is never positive."""
+    """(scale, minimum) [N, G] that fit x to scale·codes + minimum; the minimum is at most 0."""
     weighted = w * codes
     squares, products = (weighted * codes).sum(-1), (weighted * x).sum(-1)
     plain = products / squares.clamp(min=_TINY)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from quantkit.errors import FormatError
@@ -40,15 +39,15 @@ _WHOLE_WORDS = {"llama-bpe": "smaug-bpe", "tekken": None}
 def describe_tokenizer(source: Source, vocab_size: int) -> tuple[Entry, ...]:
     """The tokenizer's metadata; tokens are padded to `vocab_size` rows of the embedding.
 
-    Raises FormatError if there is no tokenizer.json, or if llama.cpp cannot tokenize like it.
+    Raises CalibrationError if there is no tokenizer, FormatError if llama.cpp has none like it.
     """
-    data = _read(source)
+    tokenizer = load_tokenizer(source)
+    data = _read(tokenizer)
     model = data["model"]
     if model.get("type") != "BPE":
         raise FormatError(
             f"tokenizer.json: the model is {model.get('type')!r}; gguf is written for BPE"
         )
-    tokenizer = load_tokenizer(source)
     added = {int(entry["id"]): entry for entry in data.get("added_tokens") or ()}
     vocabulary = {**model["vocab"], **{entry["content"]: i for i, entry in added.items()}}
     byte_level = any(step["type"] == "ByteLevel" for step in _steps(data.get("pre_tokenizer")))
@@ -82,20 +81,15 @@ def describe_tokenizer(source: Source, vocab_size: int) -> tuple[Entry, ...]:
     return (*entries, *_special(source, tokenizer, vocab_size))
 
 
-def _read(source: Source) -> dict[str, Any]:
-    found = source.side_files().get("tokenizer.json")
-    if found is None:
+def _read(tokenizer: Any) -> dict[str, Any]:
+    """tokenizer.json as transformers uses it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         raise FormatError(
-            "the checkpoint has no tokenizer.json, which gguf is written from; save one with "
-            "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)"
+            f"the tokenizer is a {type(tokenizer).__name__}, of which there is no tokenizer.json; "
+            "gguf is written from one"
         )
-    content = found.read_bytes() if isinstance(found, Path) else found
-    try:
-        data = json.loads(content)
-    except ValueError as error:
-        raise FormatError(f"tokenizer.json: this is no valid JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
-        raise FormatError("tokenizer.json: there is no model in it")
+    data: dict[str, Any] = json.loads(backend.to_str())
     return data
 
 

@@ -43,24 +43,26 @@ def main() -> None:
         if options:
             checkpoint = root / f"{name}-checkpoint"
             _run("quantize", str(demo), "--out", str(checkpoint), *options)
-        _export(checkpoint, root / name)
+        _export(checkpoint, root / name, demo)
     for name, options in QUANTIZED.items():
         _quantize(demo, root / name, options)
     for name, sizes in FAMILIES.items():
-        source = root / f"{name}-source"
-        _random_model(source, name, sizes, demo)
         # llama.cpp guesses tokens from names that contain "phi3".
-        _export(source, root / f"tiny-{name.replace('phi3', 'phi')}")
+        short = name.replace("phi3", "phi")
+        _random_model(root / f"{short}-source", name, sizes, demo)
+        _export(root / f"{short}-source", root / f"tiny-{short}", demo)
 
 
 def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "quantkit", *arguments], check=True)
 
 
-def _export(checkpoint: Path, out: Path) -> None:
+def _export(checkpoint: Path, out: Path, demo: Path) -> None:
+    # By its own directory transformers would give qwen2 another tokenizer than tokenizer.json's.
     shutil.rmtree(out, ignore_errors=True)
-    print(f"{out.name}: {dict(export_gguf(checkpoint, out, allow_rounding=True).types)}", flush=True)
-    _expect(quantkit.load(checkpoint, dtype=torch.float32), checkpoint, out)
+    done = export_gguf(checkpoint, out, allow_rounding=True)
+    print(f"{out.name}: {dict(done.types)}", flush=True)
+    _expect(quantkit.load(checkpoint, dtype=torch.float32), demo, out)
 
 
 def _quantize(source: Path, out: Path, options: tuple[str, ...]) -> None:

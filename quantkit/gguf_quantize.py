@@ -253,7 +253,7 @@ class _Work:
             with torch.no_grad():
                 first, _ = model.calls(tokens.ids[:1])
             shape = (*tokens.ids.shape, first.shape[-1])
-            self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))  # type: ignore[arg-type]
+            self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
             size = max(1, BATCH_TOKENS["cpu"] // tokens.ids.shape[1])
             for start in range(0, len(tokens.ids), size):
                 mask = tokens.mask[start : start + size]

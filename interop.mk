@@ -5,9 +5,9 @@
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm
+.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm interop-llama
 
-interop: interop-transformers interop-gptqmodel interop-vllm
+interop: interop-transformers interop-gptqmodel interop-vllm interop-llama
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -31,4 +31,18 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -c $< torch
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps -r $<
+	touch $@
+
+# llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
+interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt gguf
+	$(VENV)/bin/python tests/interop/make_gguf.py $(INTEROP)/checkpoints
+	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
+
+# Without the parts that nobody here uses; -O1 for C++ halves the time (the kernels are C, -O3).
+$(INTEROP)/llama/.installed: constraints-interop-llama.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+		$(@D)/bin/python -m pip install -q -r $<
 	touch $@

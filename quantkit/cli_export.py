@@ -32,7 +32,12 @@ def export(
     """Write a quantized checkpoint in another format, without quantizing anew."""
     from quantkit.budget import parse_size
     from quantkit.export import export as export_checkpoint
+    from quantkit.gguf_export import export_gguf
 
+    if format_name == "gguf":
+        written = export_gguf(path, out, allow_rounding=allow_rounding)
+        typer.echo(json.dumps(written.to_dict(), indent=2) if as_json else written.text())
+        return
     done = export_checkpoint(
         path,
         out,

@@ -41,6 +41,8 @@ SCHEMES = [
     "w8a16_row",
     "w8a16_row_asym",
     "w8a8_row",
+    "fp8a8_row",
+    "fp8a16_row",
     "nf4_b64",
     "nf4_b64_dq",
     "nf4_b96",

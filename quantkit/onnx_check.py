@@ -76,7 +76,7 @@ def _matrices(file: OnnxFile) -> Iterator[tuple[NodeProto, Blocks | _Rows]]:
             codes = file.read(node.input[1])
             scale = file.read(f"{stem}.scales")
             if codes.ndim != 2 or codes.dtype != torch.int8 or scale.shape != codes.shape[1:]:
-                raise CheckpointError(f"{node.name}: {list(codes.shape)} of {codes.dtype} is not read")
+                raise CheckpointError(f"{node.name}: its weight is no int8 matrix with row scales")
             yield node, _Rows(codes=codes.T.contiguous(), scale=scale)
 
 

@@ -147,7 +147,7 @@ class _Work:
         built = self._from_float(index)
         checked = check_graph(built, index, self.view.tensor)
         if checked.difference is not None:
-            raise FormatError(f"format onnx: the graph differs from the checkpoint: {checked.difference}")
+            raise FormatError(f"format onnx: the graph differs: {checked.difference}")
         return built, {"road": "float32", "because": reason, "quantized nodes": checked.nodes}
 
     def _index(self) -> RowIndex:

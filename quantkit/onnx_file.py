@@ -1,7 +1,7 @@
 """An ONNX model on disk: a graph whose weights lie in a second file, read and written by range.
 
-    model.onnx        the graph (protobuf)
-    model.onnx.data   the weights, each at its offset
+model.onnx        the graph (protobuf)
+model.onnx.data   the weights, each at its offset
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _parse(path: Path) -> ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except Exception as error:  # protobuf's own errors differ between its versions
-        raise CheckpointError(f"{path}: this is no ONNX model, or a damaged one: {error}") from error
+        raise CheckpointError(f"{path}: no ONNX model, or a damaged one: {error}") from error
     if not model.graph.node:
-        raise CheckpointError(f"{path}: this is no ONNX model, or a damaged one: no nodes")
+        raise CheckpointError(f"{path}: no ONNX model, or a damaged one: no nodes")
     return model

@@ -123,9 +123,7 @@ def pack(blocks: Blocks) -> Packed:
     )
 
 
-def unpack(
-    name: str, packed: Packed, *, bits: int, size: int, shape: tuple[int, int]
-) -> Blocks:
+def unpack(name: str, packed: Packed, *, bits: int, size: int, shape: tuple[int, int]) -> Blocks:
     """The inverse of `pack`; `shape` is (O, I).  CheckpointError naming the node `name`."""
     rows, columns = shape
     if bits not in BITS or size not in range(16, 1 << 20) or size & (size - 1) or min(shape) < 1:

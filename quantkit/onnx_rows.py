@@ -68,7 +68,10 @@ class RowIndex:
 
     def unused(self, runs: Iterator[Run]) -> str | None:
         """The first weight that has a row in none of the runs; None if all rows are used."""
-        used = {weight: torch.zeros(len(rows), dtype=torch.bool) for weight, rows in self._hashes.items()}
+        used = {
+            weight: torch.zeros(len(hashes), dtype=torch.bool)
+            for weight, hashes in self._hashes.items()
+        }
         for run in runs:
             used[run.weight][run.start : run.stop] = True
         return next((weight for weight, rows in used.items() if not bool(rows.all())), None)

@@ -1,7 +1,7 @@
 """A model of a Triton Inference Server repository: the configuration beside a version's graph.
 
-    REPOSITORY/NAME/config.pbtxt
-    REPOSITORY/NAME/1/model.onnx and the files around it
+REPOSITORY/NAME/config.pbtxt
+REPOSITORY/NAME/1/model.onnx and the files around it
 """
 
 from __future__ import annotations

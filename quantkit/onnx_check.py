@@ -72,6 +72,8 @@ def _matrices(file: OnnxFile) -> Iterator[tuple[NodeProto, Blocks | _Rows]]:
         if node.op_type == "MatMulNBits":
             yield node, read_nbits(file, node)
         elif node.op_type == "MatMulInteger":
+            if len(node.input) < 2:
+                raise CheckpointError(f"{node.name}: there is no weight")
             stem = node.input[1].removesuffix(".qweight")
             codes = file.read(node.input[1])
             scale = file.read(f"{stem}.scales")

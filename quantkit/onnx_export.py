@@ -75,10 +75,10 @@ def export_onnx(
         raise FormatError(f"accuracy level {accuracy_level}: 1 (float32) and 4 (int8) are allowed")
     path = Path(path)
     refuse_unfinished(path)
-    versions = require_builder()
     source = open_source(path, trust_remote_code=trust_remote_code)
     view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     _check_held(view)
+    versions = require_builder()
     fingerprint = {
         "export of": source.fingerprint(),
         "format": "onnx",

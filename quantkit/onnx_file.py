@@ -67,6 +67,7 @@ class OnnxFile:
         self.folder = folder
         self.path = folder / MODEL
         self.model = _parse(self.path)
+        self._check_names()
         self.stored: dict[str, StoredInitializer] = {}
         size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
         for tensor in self.graph.initializer:
@@ -88,6 +89,18 @@ class OnnxFile:
             if read_into(file.fileno(), buffer, stored.offset) < buffer.nbytes:
                 raise CheckpointError(f"{self.folder / DATA}: {name}: the file was cut short")
         return buffer
+
+    def _check_names(self) -> None:
+        """CheckpointError if a name is no text, which protobuf hands out as bytes."""
+        for node in self.graph.node:
+            attributes = [found.name for found in node.attribute]
+            for name in (node.name, node.op_type, *node.input, *node.output, *attributes):
+                if not isinstance(name, str):
+                    raise CheckpointError(f"{self.path}: a node's name is damaged: {name!a}")
+        for tensor in self.graph.initializer:
+            fields = [text for entry in tensor.external_data for text in (entry.key, entry.value)]
+            if not all(isinstance(text, str) for text in (tensor.name, *fields)):
+                raise CheckpointError(f"{self.path}: a weight's name is damaged: {tensor.name!a}")
 
     def _locate(self, tensor: TensorProto, size: int) -> StoredInitializer:
         fields = {entry.key: entry.value for entry in tensor.external_data}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
 Weights = Callable[[str], QuantizedTensor]
-_INT8, _FLOAT = 3, 1
+_FLOAT, _INT8, _INT64 = 1, 3, 7
 _LIMIT, _TINY, _AXES = "quantkit.int8.limit", "quantkit.int8.tiny", "quantkit.int8.axes"
 
 
@@ -92,7 +92,8 @@ class _Editor:
 
     def replace(self, node: NodeProto) -> list[NodeProto]:
         """The nodes that take a node's place: itself if it multiplies by no quantized weight."""
-        stored = self._source.stored.get(node.input[1]) if node.op_type == "MatMul" else None
+        product = node.op_type == "MatMul" and len(node.input) == 2
+        stored = self._source.stored.get(node.input[1]) if product else None
         if stored is None or len(stored.shape) != 2 or stored.dtype != torch.float32:
             return [node]
         values = self._source.read(stored.name).T.contiguous()
@@ -181,9 +182,12 @@ class _Editor:
         if value in self._inputs:
             return [], self._inputs[value]
         if not self._inputs:
-            self._put(_LIMIT, torch.tensor(127.0))
-            self._put(_TINY, torch.tensor(torch.finfo(torch.float32).tiny))
-            self._put(_AXES, torch.tensor([-1]))
+            # In the graph itself: shapes are inferred from them before the data file is read.
+            constant = self._helper.make_tensor
+            tiny = torch.finfo(torch.float32).tiny
+            self.entries.append(constant(_LIMIT, _FLOAT, [], [127.0]))
+            self.entries.append(constant(_TINY, _FLOAT, [], [tiny]))
+            self.entries.append(constant(_AXES, _INT64, [1], [-1]))
         stem = f"{value}/int8"
         found = _Int8Input(codes=f"{stem}/codes", scale=f"{stem}/scale")
         self._inputs[value] = found

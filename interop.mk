@@ -1,12 +1,12 @@
 # The interop suite: the programs that quantkit writes for read what it wrote, on the CPU.
-# Two environments of their own, because vLLM pins older versions than the newest transformers.
+# Environments of their own, because vLLM pins older versions than the newest transformers.
 
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-vllm
+.PHONY: interop interop-checkpoints interop-transformers interop-vllm interop-onnx
 
-interop: interop-transformers interop-vllm
+interop: interop-transformers interop-vllm interop-onnx
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -19,6 +19,11 @@ interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
+
+# The export itself needs the model builder, so quantkit's sources are on the path here.
+interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
+		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from quantkit import cli_eval
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -218,6 +219,9 @@ def demo(
     from quantkit.showcase import run_demo
 
     run_demo(out, method, typer.echo)
+
+
+app.command("eval")(cli_eval.evaluate)
 
 
 def _request(options: Mapping[str, Any]) -> Request:

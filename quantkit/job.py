@@ -63,7 +63,7 @@ def prepare(
     else:
         source = LiveSource(model_or_path, tokenizer=tokenizer)
     refuse_quantized(source)
-    device = _device(request.device)
+    device = choose_device(request.device)
     model = CausalModel.open(
         source,
         trust_remote_code=request.trust_remote_code,
@@ -122,7 +122,7 @@ def _compute_dtype(device: str) -> torch.dtype | None:
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
     """ "cpu" or "cuda" as asked for; "auto" takes a GPU if torch sees one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,58 @@
+"""What the command line does once its options are read: measure, write the report, tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit_eval.evaluation import evaluate
+from quantkit_eval.gate import Outcome, worst
+from quantkit_eval.pages import report_files, summary_table
+from quantkit_eval.records import Report
+from quantkit_eval.setting import EvaluationRequest
+from quantkit_eval.words import sentence
+from quantkit_eval.writing import publish, report_directory, scratch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A report and where it lies."""
+
+    report: Report
+    out: Path
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst verdict of all quantized models."""
+        return worst(candidate.outcome for candidate in self.report.candidates)
+
+    @property
+    def violated(self) -> bool:
+        """Whether a limit that the user gave is shown to be broken."""
+        return self.report.limits_given and self.outcome == "drop"
+
+    def text(self) -> str:
+        """For people: the table, each limit's outcome, damaged weights, where the pages are."""
+        lines = [summary_table(self.report), ""]
+        several = len(self.report.candidates) > 1
+        for candidate in self.report.candidates:
+            start = f"{candidate.identity.name}: " if several else ""
+            lines += [f"{start}{sentence(judgement)}" for judgement in candidate.judgements]
+            lines += [f"{start}damaged: {w.name}: {w.defect}" for w in candidate.defects]
+            lines += [f"{start}note: {note}" for note in candidate.notes]
+        return "\n".join([*lines, "", f"report     {self.out / 'report.html'}"])
+
+
+def run_evaluation(
+    request: EvaluationRequest,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Evaluated:
+    """Evaluates and writes report.json, report.md and report.html to `out`, all or nothing."""
+    with report_directory(out) as work:
+        report = evaluate(request, scratch(work), names=names, progress=progress)
+        publish(work, out, report_files(report))
+    return Evaluated(report=report, out=out)

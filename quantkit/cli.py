@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from quantkit import cli_eval
+from quantkit.cli_export import export
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -186,6 +187,9 @@ def generate(
     from quantkit.generation import generate_text
 
     typer.echo(generate_text(path, prompt, max_new_tokens))
+
+
+app.command()(export)
 
 
 @app.command()

@@ -159,6 +159,7 @@ def _decode(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
         zero=None if tensor.zero is None else tensor.zero[rows],
         scheme=tensor.scheme,
         dtype=tensor.dtype,
+        columns=tensor.columns,
     )
     return part.dequantize(torch.float32)
 
@@ -171,7 +172,10 @@ def _steps(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
     columns = tensor.shape[1]
     if values.ndim == 2:
         part = values[rows].abs() * width
-        return part.repeat_interleave(columns // part.shape[1], dim=1)
+        steps = part.repeat_interleave(columns // part.shape[1], dim=1)
+        if tensor.columns is None:
+            return steps
+        return torch.empty_like(steps).index_copy_(1, tensor.columns, steps)
     assert scheme.group_size is not None
     flat = (values.abs() * width).repeat_interleave(scheme.group_size)
     return flat[: tensor.codes.numel()].view(tensor.shape)[rows]

@@ -16,7 +16,7 @@ from quantkit.format import Format, StoredWeight, format_of
 from quantkit.loading import Unpacked
 from quantkit.scheme import Scheme
 from quantkit.source import Source
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.tensor import QuantizedTensor
 
 
 class Decoded(Unpacked):
@@ -59,7 +59,7 @@ class Decoded(Unpacked):
         if name in self.transposed:
             return tensor.dequantize(torch.float32).t().reshape(-1)[start:stop].clone()
         first, last = start // columns, -(-stop // columns)
-        rows = decode_range(tensor, first, last).reshape(-1)
+        rows = tensor.decode(torch.arange(first, last)).reshape(-1)
         return rows[start - first * columns : stop - first * columns]
 
 
@@ -77,19 +77,3 @@ def open_decoded(source: Source, *, trust_remote_code: bool = False) -> Source |
     held = {*paths, *(path.removeprefix(prefix) for path in paths)}
     view.transposed = frozenset(held.intersection(view.names()))
     return view
-
-
-def decode_range(tensor: QuantizedTensor, start: int, stop: int) -> Tensor:
-    """Rows start..stop of the weight, float32 [stop - start, I]."""
-    values = tensor.scale.values()
-    if values.ndim == 1 or tensor.shape[1] % values.shape[1]:
-        return tensor.dequantize(torch.float32)[start:stop]
-    rows = slice(start, stop)
-    part = QuantizedTensor(
-        codes=tensor.codes[rows],
-        scale=PlainScale(tensor=values[rows]),
-        zero=None if tensor.zero is None else tensor.zero[rows],
-        scheme=tensor.scheme,
-        dtype=tensor.dtype,
-    )
-    return part.dequantize(torch.float32)

@@ -44,6 +44,7 @@ class QuantLinear(nn.Module):
     scale_absmax: Tensor | None
     scale_offset: Tensor | None
     zero: Tensor | None
+    columns: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(self, tensor: QuantizedTensor, bias: Tensor | None = None) -> None:
@@ -66,6 +67,7 @@ class QuantLinear(nn.Module):
             for name in _SCALE_BUFFERS[1:]:
                 self.register_buffer(name, None)
         self.register_buffer("zero", tensor.zero)
+        self.register_buffer("columns", tensor.columns)
         if bias is None:
             self.register_parameter("bias", None)
         else:
@@ -80,12 +82,16 @@ class QuantLinear(nn.Module):
             zero=self.zero,
             scheme=self.scheme,
             dtype=self.weight_dtype,
+            columns=self.columns,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O] in the dtype of x."""
         if self.scheme.activation_bits == 8:
             return self._forward_int8(x)
+        if self.columns is not None:
+            # The weight stays in the order of its groups: the input follows it.
+            x = x.index_select(-1, self.columns)
         values = self._scale.values()
         rows = self.out_features
         # Blocks that straddle rows are decoded whole: small, oddly shaped weights only.

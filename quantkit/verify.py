@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,7 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
     )
     if reference is None:
         return
-    tally.source += _name_problems(opened.entries, reference)
+    tally.source += _name_problems(opened, reference)
     theirs = set(reference.names())
     for entry in kept:
         if entry.name in present and entry.name in theirs:
@@ -347,9 +347,15 @@ def _original_name(name: str, tensor: QuantizedTensor, reference: Source) -> str
     return alike[0] if len(alike) == 1 else None
 
 
-def _name_problems(entries: Sequence[Entry], reference: Source) -> Iterator[str]:
-    """Tensors that only the source or only the report has."""
-    ours, theirs = {entry.name for entry in entries}, set(reference.names())
+def _name_problems(opened: _Opened, reference: Source) -> Iterator[str]:
+    """Tensors that only the source or only the report has; a head that was untied is new."""
+    ours = {
+        entry.name
+        for entry in opened.entries
+        if not (opened.unties_head and entry.name in opened.stored)
+    }
+    theirs = set(reference.names())
+    ours |= theirs.intersection(opened.stored)
     for name in sorted(theirs - ours):
         yield f"{name}: in the source, but the report gives it no fate"
     for name in sorted(ours - theirs):

@@ -13,7 +13,6 @@ Blocks run along the flattened weight (n = O*I elements, N = ceil(n/block) block
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.format import PlannedWeight, StoredWeight, check_stored
+from quantkit.format import PlannedWeight, StoredWeight, check_stored, named_as_weight, skipped_too
 from quantkit.grid import FP4_VALUES, NF4_VALUES, grid_of
 from quantkit.readers import bitsandbytes_readers
 from quantkit.scheme import Scheme
@@ -41,6 +40,7 @@ class Bitsandbytes:
     """NF4 and FP4, with and without double quantization."""
 
     name: ClassVar[str] = "bitsandbytes"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is nf4 or fp4 in blocks that bitsandbytes allows."""
@@ -53,9 +53,12 @@ class Bitsandbytes:
 
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None: flat blocks fit every shape; only the name must be that of a 2-D weight."""
-        if not weight.name.endswith(".weight"):
-            return 'the tensor\'s name must end in ".weight"'
-        return None
+        return named_as_weight(weight)
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None unless transformers, asked to skip a kept module, would skip a quantized one too."""
+        kept = [w.module for w in weights if w.scheme is None and not w.expert]
+        return skipped_too(kept, [w for w in weights if w.scheme is not None])
 
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
@@ -81,6 +84,10 @@ class Bitsandbytes:
             planned.append((f"{name}.nested_quant_map", torch.float32, (256,)))
         planned.append((name + _STATE + scheme.kind, torch.uint8, (state,)))
         return tuple(TensorInfo(name=n, dtype=d, shape=s) for n, d, s in planned)
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor itself and None: block scales are stored as they are."""
+        return tensor, None
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor."""
@@ -123,8 +130,8 @@ class Bitsandbytes:
             if len(info.shape) == 2 and info.name != module and module not in modules:
                 kept[module] = None
         skipped = list(kept)
-        if skipped:
-            _check_skips(skipped, quantized)
+        if (reason := skipped_too(skipped, quantized)) is not None:
+            raise FormatError(reason)
         scheme = quantized[0].scheme
         assert scheme is not None
         return {
@@ -157,13 +164,7 @@ class Bitsandbytes:
             infos = self.layout(planned, dtype)
             # bitsandbytes itself does not pad its description.
             check_stored([info for info in infos if info.name != key], source, key)
-            found[name] = StoredWeight(
-                name=name,
-                scheme=scheme,
-                shape=shape,
-                dtype=dtype,
-                tensors=tuple(info.name for info in infos),
-            )
+            found[name] = StoredWeight.of(planned, dtype, infos)
         return found
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
@@ -271,17 +272,3 @@ def _described(key: str, state: Mapping[str, Any]) -> tuple[Scheme, tuple[int, i
         raise CheckpointError(f"{key}: shape {shape} is not that of a matrix")
     scheme = Scheme(kind=kind, bits=4, group_size=block, double_quant=nested is not None)
     return scheme, (shape[0], shape[1]), dtype
-
-
-def _check_skips(skipped: Sequence[str], quantized: Sequence[PlannedWeight]) -> None:
-    """FormatError if transformers' rules for skipping would also skip a quantized module."""
-    pattern = re.compile("|".join(f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in skipped))
-    endings = tuple(skipped)
-    for weight in quantized:
-        if weight.expert:
-            continue
-        if pattern.match(weight.module) or weight.module.endswith(endings):
-            raise FormatError(
-                f"{weight.name}: transformers would not quantize it, because a kept module's name "
-                f"matches {weight.module!r} too; keep both, or use another format"
-            )

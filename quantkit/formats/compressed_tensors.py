@@ -25,11 +25,18 @@ import torch
 from torch import Tensor
 
 from quantkit.bitpack import num_words, pack_rows, unpack_rows
-from quantkit.errors import CheckpointError, NumericsError
-from quantkit.format import PlannedWeight, StoredWeight, check_divides, check_stored
+from quantkit.errors import CheckpointError
+from quantkit.format import (
+    PlannedWeight,
+    StoredWeight,
+    check_divides,
+    check_stored,
+    named_as_weight,
+)
 from quantkit.readers import compressed_tensors_readers, decompresses_at_load, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
+from quantkit.stored import round_scale, stored_scale
 from quantkit.tensor import PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -43,6 +50,7 @@ class CompressedTensors:
     """Integer weights of 4 and 8 bits, each weight under its own scheme if need be."""
 
     name: ClassVar[str] = "compressed-tensors"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is 4 or 8 bit integer."""
@@ -54,8 +62,10 @@ class CompressedTensors:
 
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None: rows of any length are padded; only the name must be that of a 2-D weight."""
-        if not weight.name.endswith(".weight"):
-            return 'the tensor\'s name must end in ".weight"'
+        return named_as_weight(weight)
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None: each weight may have its own scheme."""
         return None
 
     def readers(
@@ -83,11 +93,15 @@ class CompressedTensors:
         zeros = (num_words(rows, scheme.bits), groups)
         return (*infos, TensorInfo(name=weight.name + _ZERO, dtype=torch.int32, shape=zeros))
 
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor with scales in the weight's dtype, and what was rounded for that, or None."""
+        return round_scale(tensor, tensor.dtype)
+
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme = tensor.scheme
-        assert scheme == weight.scheme and isinstance(tensor.scale, PlainScale)
-        scale = _exact(weight.name, tensor.scale.tensor.cpu(), tensor.dtype)
+        assert scheme == weight.scheme and tensor.columns is None
+        scale = stored_scale(weight.name, tensor, tensor.dtype)
         codes = tensor.codes.cpu()
         if _layout_of(scheme) == "int-quantized":
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
@@ -190,15 +204,6 @@ def _scheme(weight: PlannedWeight) -> Scheme:
 
 def _layout_of(scheme: Scheme) -> Layout:
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
-
-
-def _exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = scale.to(dtype).contiguous()
-    if not torch.equal(stored.float(), scale.float()):
-        raise NumericsError(
-            f"{name}: a scale is not exact in {dtype}; scales are rounded with store_scale first"
-        )
-    return stored
 
 
 def _module_names(chosen: Sequence[PlannedWeight], everyone: Sequence[PlannedWeight]) -> list[str]:
@@ -347,13 +352,7 @@ def _packed_weight(
     check_stored(infos, source, "quantization_config")
     if scheme.symmetric and name + _ZERO in names:
         raise CheckpointError(f"{name}: its config group is symmetric, but it has zero points")
-    return StoredWeight(
-        name=name,
-        scheme=scheme,
-        shape=(rows, columns),
-        dtype=dtype,
-        tensors=tuple(info.name for info in infos),
-    )
+    return StoredWeight.of(planned, dtype, infos)
 
 
 def _int8_weights(
@@ -382,17 +381,11 @@ def _int8_weights(
         numbered = any(part.isdigit() for part in name.split("."))
         transposed = conv1d and numbered if flag is None else flag
         shape2 = (second, first) if transposed else (first, second)
-        infos = CompressedTensors().layout(
-            PlannedWeight(name=name, module="", shape=shape2, scheme=scheme, transposed=transposed),
-            source.info(name + _SCALE).dtype,
+        planned = PlannedWeight(
+            name=name, module="", shape=shape2, scheme=scheme, transposed=transposed
         )
+        dtype = source.info(name + _SCALE).dtype
+        infos = CompressedTensors().layout(planned, dtype)
         check_stored(infos, source, "quantization_config")
-        found[name] = StoredWeight(
-            name=name,
-            scheme=scheme,
-            shape=shape2,
-            dtype=source.info(name + _SCALE).dtype,
-            tensors=tuple(info.name for info in infos),
-            transposed=transposed,
-        )
+        found[name] = StoredWeight.of(planned, dtype, infos)
     return found

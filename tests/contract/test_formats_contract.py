@@ -29,6 +29,7 @@ SCHEMES = [
     "w3a16_g32_asym",
     "w3a16_row",
     "w4a16_g32",
+    "w4a16_g32_asym",
     "w4a16_g48_asym",
     "w4a16_g64_asym",
     "w4a16_row",
@@ -70,8 +71,19 @@ def holdable() -> list[Any]:
     return found
 
 
-def test_the_three_formats_are_found() -> None:
-    assert {"compressed-tensors", "bitsandbytes", "gptq_v2"} <= set(available_formats())
+def together(chosen: Format) -> list[Scheme]:
+    """Schemes that one checkpoint of the format can hold side by side."""
+    found: list[Scheme] = []
+    for scheme in map(Scheme.parse, SCHEMES):
+        weights = [planned(f"a.{k}.weight", (64, 192), s) for k, s in enumerate([*found, scheme])]
+        if chosen.supports(scheme) is None and chosen.supports_together(weights) is None:
+            found.append(scheme)
+    return found
+
+
+def test_the_formats_are_found() -> None:
+    wanted = {"awq", "bitsandbytes", "compressed-tensors", "gptq", "gptq_v2"}
+    assert wanted <= set(available_formats())
     for name in available_formats():
         chosen = make_format(name)
         assert isinstance(chosen, Format)
@@ -152,7 +164,8 @@ def test_what_a_format_cannot_hold_names_formats_that_can(format_name: str) -> N
 @pytest.mark.parametrize("format_name", available_formats())
 def test_mixed_schemes_and_kept_weights_come_back(format_name: str) -> None:
     chosen = make_format(format_name)
-    schemes = [s for s in map(Scheme.parse, SCHEMES) if chosen.supports(s) is None]
+    schemes = together(chosen)
+    assert len(schemes) > 1
     weights: list[PlannedWeight] = []
     tensors: dict[str, Tensor] = {}
     originals: dict[str, QuantizedTensor] = {}
@@ -176,8 +189,7 @@ def test_mixed_schemes_and_kept_weights_come_back(format_name: str) -> None:
 @pytest.mark.parametrize("format_name", available_formats())
 def test_experts_of_another_scheme_and_a_quantized_head_come_back(format_name: str) -> None:
     chosen = make_format(format_name)
-    able = [s for s in map(Scheme.parse, SCHEMES) if chosen.supports(s) is None]
-    common, other = able[0], able[1]
+    common, other, *_ = together(chosen)
     weights = [
         planned(f"model.layers.{block}.self_attn.{name}.weight", (64, 192), common)
         for block in range(3)

@@ -1,38 +1,18 @@
-"""A quantized checkpoint read as if it had never been quantized: weights are decoded on the way.
-
-Letters: O out features, I in features.
-"""
+"""A quantized checkpoint as numbers to compute with: its weights decoded, not rounded again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from quantkit import skeleton
-from quantkit.format import Format, StoredWeight, format_of
-from quantkit.loading import Unpacked
 from quantkit.scheme import Scheme
 from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
+from quantkit.unpacked import Unpacked
 
 
 class Decoded(Unpacked):
-    """The names, shapes and values that a quantized checkpoint stands for.
-
-    Reading a quantized weight holds its codes beside the result; ranges of a weight that is read in
-    parts, as the output head is, are decoded from codes that stay until another weight is read.
-    """
-
-    def __init__(
-        self, source: Source, fmt: Format, stored: Mapping[str, StoredWeight] | None = None
-    ) -> None:
-        self._format = fmt
-        self.stored: Mapping[str, StoredWeight] = fmt.weights(source) if stored is None else stored
-        super().__init__(source, self.stored)
-        self._kept: tuple[str, QuantizedTensor] | None = None
+    """`Unpacked` whose quantized weights are read in float32: who computes in it rounds nothing."""
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -40,26 +20,24 @@ class Decoded(Unpacked):
         return {name: weight.scheme for name, weight in self.stored.items()}
 
     def quantized(self, name: str) -> QuantizedTensor:
-        """The stored numbers of a quantized weight [O, I], fresh memory."""
-        return self._format.unpack(self.stored[name], self._source)
+        """The stored numbers of a quantized weight [O, I], fresh memory that is not kept."""
+        assert self.format is not None
+        return self.format.unpack(self.stored[name], self.packed)
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a tensor; of a quantized weight in float32: its reader rounds once."""
+        """Elements of a tensor; of a quantized weight in float32, though `info` names its own."""
         if name not in self.stored:
             return super().read_flat(name, start, stop)
-        if start == 0 and stop == self.info(name).numel:
-            self._kept = None
-            whole = self.quantized(name).dequantize(torch.float32)
-            return (whole.t() if name in self.transposed else whole).reshape(-1)
-        if self._kept is None or self._kept[0] != name:
-            self._kept = None
-            self._kept = name, self.quantized(name)
-        tensor = self._kept[1]
-        columns = tensor.shape[1]
         if name in self.transposed:
-            return tensor.dequantize(torch.float32).t().reshape(-1)[start:stop].clone()
-        first, last = start // columns, -(-stop // columns)
-        rows = tensor.decode(torch.arange(first, last)).reshape(-1)
+            whole = self.quantized(name).dequantize(torch.float32)
+            return whole.t().reshape(-1)[start:stop].clone()
+        if start == 0 and stop == self.info(name).numel:
+            return self.quantized(name).dequantize(torch.float32).reshape(-1)
+        # Read in ranges, as the output head is: its codes stay.
+        tensor = self.tensor(name)
+        columns = tensor.shape[1]
+        first = start // columns
+        rows = tensor.decode(torch.arange(first, -(-stop // columns))).reshape(-1)
         return rows[start - first * columns : stop - first * columns]
 
 
@@ -70,10 +48,4 @@ def open_decoded(source: Source, *, trust_remote_code: bool = False) -> Source |
     """
     if "quantization_config" not in source.config:
         return source
-    view = Decoded(source, format_of(source))
-    model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=None)
-    paths = [f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D]
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    held = {*paths, *(path.removeprefix(prefix) for path in paths)}
-    view.transposed = frozenset(held.intersection(view.names()))
-    return view
+    return Decoded.open(source, trust_remote_code=trust_remote_code)

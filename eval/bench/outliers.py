@@ -15,11 +15,11 @@ from pathlib import Path
 
 import common
 import torch
-from judging import Judge, Quality, quality
+from judging import Judge, Quality
 from quantkit_eval import measure_divergence
 from quantkit_eval.windows import text_windows
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.demo.outliers import write_planted
 

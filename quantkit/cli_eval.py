@@ -6,10 +6,14 @@ quantkit_eval is a package above this one, so it is imported when a command runs
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Job
 
 TextOption = Annotated[
     str,
@@ -95,6 +99,70 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     finish(run_evaluation(request, out), as_json)
+
+
+def check_wishes(text: str, limits: Sequence[str]) -> None:
+    """Nothing if the text can be read and the limits mean something; found out before the work."""
+    from quantkit_eval.gate import parse_limit
+    from quantkit_eval.texts import read_text
+
+    for limit in limits:
+        parse_limit(limit)
+    read_text(text)
+
+
+def evaluate_output(job: Job, out: Path, *, text: str, limits: Sequence[str]) -> Any:
+    """The evaluation of a job's finished checkpoint; the report lies in its directory."""
+    from quantkit_eval.command import run_evaluation
+    from quantkit_eval.setting import EvaluationRequest
+
+    from quantkit.checkpoint import FileSource
+    from quantkit.manifest import EVALUATION
+
+    source = job.model.source
+    assert isinstance(source, FileSource), "the command line reads models from files"
+    request = EvaluationRequest(
+        model=str(source.path),
+        quantized=(str(out),),
+        text=text,
+        limits=tuple(limits),
+        max_ram=job.max_ram,
+        device=job.device,
+    )
+    return run_evaluation(request, out / EVALUATION)
+
+
+def bench(
+    path: Annotated[Path, typer.Argument(help="Directory of a checkpoint.")],
+    batches: Annotated[
+        str, typer.Option("--batches", help="Batch sizes with commas between them.")
+    ] = "1,4,16",
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2)] = 32,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="After one warm-up.")] = 5,
+    device: DeviceOption = "auto",
+    trust_remote_code: RemoteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure speed and memory of a checkpoint, quantized or not, on the device at hand."""
+    from quantkit_eval.errors import EvaluationError
+    from quantkit_eval.records import to_json
+    from quantkit_eval.speed import measure_speed
+
+    try:
+        sizes = [int(part) for part in batches.split(",")]
+    except ValueError:
+        raise EvaluationError(f"--batches {batches!r}: write numbers, as in 1,4,16") from None
+    measured = measure_speed(
+        path,
+        batches=sizes,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        device=device_name(device),
+        trust_remote_code=trust_remote_code,
+    )
+    typer.echo(json.dumps(to_json(measured), indent=2) if as_json else measured.text())
 
 
 def finish(evaluated: Any, as_json: bool) -> None:

@@ -22,6 +22,7 @@ from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.plan import Plan
 from quantkit.predict import Prediction
+from quantkit.report import build_report
 from quantkit.steps import Record
 
 

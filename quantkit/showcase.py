@@ -1,45 +1,51 @@
-"""The demo: the embedded model quantized, measured before and after, and asked for a line."""
+"""The demo: the embedded model quantized five ways, rated in one report, and asked for a line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from quantkit.cli_compare import DEFAULT_METHODS, run_compare
 from quantkit.demo import demo_path
 from quantkit.generation import generate_text
-from quantkit.job import Request, prepare
-from quantkit.pipeline import run
 from quantkit.recipe import load_recipe
-from quantkit.summary import outcome_text
 
-_SEQ_LEN = 256
-_WINDOWS = 64
-_EXAMPLES = 200
+_SAMPLES, _SEQ_LEN, _WINDOWS = 128, 256, 80
+_QUESTIONS = 200
 _TASKS = ("addition", "larger", "reverse", "sort")
 _PROMPT = "The with statement is used to"
 
 
 def run_demo(out: Path, method: str, say: Callable[[str], object]) -> None:
-    """Quantizes the demo model to `out` and says what it cost."""
-    # The one import of quantkit_eval: it is a package above this one.
-    from quantkit_eval.command import run_evaluation
-    from quantkit_eval.setting import EvaluationRequest
+    """Quantizes the demo model below `out`, says what each method costs, and where the report is.
 
-    model_path = demo_path()
-    recipe = load_recipe(method, samples=128, seq_len=_SEQ_LEN)
-    job = prepare(str(model_path), Request(recipe=recipe))
-    outcome = run(job, out)
-    say(outcome_text(job, outcome))
-    request = EvaluationRequest(
-        model=str(model_path),
-        quantized=(str(out),),
-        tasks=tuple(f"demo:{task}" for task in _TASKS),
-        task_questions=_EXAMPLES,
+    `method` is one more to compare, and the one whose model writes a line.
+    """
+    methods = DEFAULT_METHODS.split(",")
+    if method not in methods:
+        methods.append(method)
+    evaluated = run_compare(
+        str(demo_path()),
+        out,
+        methods=methods,
+        bits=[],
+        calib="demo",
+        samples=_SAMPLES,
         seq_len=_SEQ_LEN,
-        windows=_WINDOWS,
+        max_ram=None,
+        device="cpu",
+        seed=0,
+        trust_remote_code=False,
+        evaluation={
+            "tasks": tuple(f"demo:{task}" for task in _TASKS),
+            "task_questions": _QUESTIONS,
+            "windows": _WINDOWS,
+            "prompts": 2,
+            "original_name": "the demo model",
+        },
         title="What quantization cost the demo model",
     )
+    quantized = out / f"{method}-{load_recipe(method).scheme.name}"
+    say(f"{method} writes: {generate_text(quantized, _PROMPT, 24)}")
     say("")
-    say(run_evaluation(request, out.with_name(f"{out.name}-report")).text())
-    say("")
-    say(f"It writes: {generate_text(out, _PROMPT, 24)}")
+    say(evaluated.text())

@@ -90,7 +90,7 @@ def test_parts_of_one_kind_never_import_another_kind(package: str) -> None:
 
 def test_only_commands_reach_up_to_quantkit_eval() -> None:
     users = {_module(p) for p in SOURCES if any("quantkit_eval" in n for n in _imports(p))}
-    allowed = {"quantkit.showcase", "quantkit.cli_eval"}
+    allowed = {"quantkit.cli_compare", "quantkit.cli_eval"}
     assert {u for u in users if u.startswith("quantkit.")} <= allowed
 
 

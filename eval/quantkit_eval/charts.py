@@ -16,7 +16,7 @@ from quantkit_eval.statistics import Interval
 
 _WIDTH, _HEIGHT = 560, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 14, 44
-_LETTER, _LINE = 6.7, 15
+_LETTER = 7.4
 _HEAT_LOW, _HEAT_HIGH = -5.0, -1.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.disk import write_file
 from quantkit_eval.evaluation import evaluate
 from quantkit_eval.gate import Outcome, worst
 from quantkit_eval.pages import report_files, summary_table
@@ -32,6 +33,24 @@ class Evaluated:
         """Whether a limit that the user gave is shown to be broken."""
         return self.report.limits_given and self.outcome == "drop"
 
+    def summary(self) -> dict[str, object]:
+        """What a program needs at once; the rest is in report.json."""
+        return {
+            "report": str(self.out),
+            "outcome": self.outcome,
+            "violated": self.violated,
+            "models": [
+                {
+                    "name": candidate.identity.name,
+                    "kl": candidate.divergence.mean,
+                    "perplexity_ratio": candidate.divergence.perplexity_ratio,
+                    "top1_agreement": candidate.divergence.top1_agreement,
+                    "defects": [weight.name for weight in candidate.defects],
+                }
+                for candidate in self.report.candidates
+            ],
+        }
+
     def text(self) -> str:
         """For people: the table, each limit's outcome, damaged weights, where the pages are."""
         lines = [summary_table(self.report), ""]
@@ -55,4 +74,15 @@ def run_evaluation(
     with report_directory(out) as work:
         report = evaluate(request, scratch(work), names=names, progress=progress)
         publish(work, out, report_files(report))
+    return Evaluated(report=report, out=out)
+
+
+def run_comparison(
+    request: EvaluationRequest, out: Path, *, names: Sequence[str], progress: bool = True
+) -> Evaluated:
+    """Evaluates checkpoints that lie in `out` and writes the report's files beside them."""
+    with report_directory(out / "report") as work:
+        report = evaluate(request, scratch(work), names=names, progress=progress)
+        for name, content in report_files(report).items():
+            write_file(out / name, content)
     return Evaluated(report=report, out=out)

@@ -23,10 +23,11 @@ from quantkit_eval.subjects import Subject
 # Sampled tokens at every input; experts get fewer each, because there are many of them.
 SAMPLED_TOKENS = 512
 _EXPERT_TOKENS = 64
-# Rounding moves the size of a weight's output by less than this and half its relative error.
-_GAIN_SLACK = 0.02
-# A channel of a weight and of its quantized form correlate by 0.85 at 2 bits; strangers by about 0.
-_CORRELATION = 0.5
+# Rounding to centroids shrinks an output by its relative error, clipping by somewhat more.
+_GAIN_SLACK, _GAIN_PER_ERROR = 0.02, 1.5
+# A channel and its quantized form correlate by 0.98 at 3 bits, strangers by about 0.  Where most
+# channels correlate less than the second number, as at 2 bits, a single one tells nothing.
+_CORRELATION, _USUAL_CORRELATION = 0.5, 0.95
 # Channels with less than this share of the mean energy tell nothing.
 _FAINT_ROW, _FAINT_COLUMN = 0.01, 0.1
 
@@ -194,7 +195,7 @@ def _defect(
     if column is not None:
         return f"input channel {column} has nothing in common with the original's"
     rounding = max(error - (gain - 1) ** 2, 0.0)
-    if abs(gain - 1) > _GAIN_SLACK + rounding / 2:
+    if abs(gain - 1) > _GAIN_SLACK + _GAIN_PER_ERROR * rounding:
         return f"its output is {gain:.3f} times the original's: its scales are off"
     return None
 
@@ -205,5 +206,7 @@ def _stranger(mine_NK: Tensor, its_NK: Tensor, weight_K: Tensor, faint: float) -
     loud = energy_K > faint * energy_K.mean()
     norms = mine_NK.norm(dim=0) * its_NK.norm(dim=0)
     correlation_K = (mine_NK * its_NK).sum(0) / norms.clamp_min(1e-30)
+    if not bool(loud.any()) or float(correlation_K[loud].median()) < _USUAL_CORRELATION:
+        return None
     bad = ((correlation_K < _CORRELATION) & loud).nonzero()
     return int(bad[0]) if len(bad) else None

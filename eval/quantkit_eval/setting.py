@@ -28,6 +28,7 @@ class EvaluationRequest:
 
     task_questions   of each demo task
     prompts          how many beginnings of the text both models continue; 0 for none
+    original_name    what to call the original (default: its directory's name)
     any_base         accept a quantized model that was made from another original
     """
 
@@ -49,6 +50,7 @@ class EvaluationRequest:
     any_base: bool = False
     trust_remote_code: bool = False
     title: str | None = None
+    original_name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +79,9 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     if not request.quantized:
         raise EvaluationError("give at least one quantized model beside the original")
     trust = request.trust_remote_code
-    original = open_original(request.model, trust_remote_code=trust)
+    original = open_original(
+        request.model, name=request.original_name, trust_remote_code=trust
+    )
     tokenizer = load_tokenizer(original.source, trust_remote_code=trust)
     quantized = tuple(
         open_subject(path, name=name, trust_remote_code=trust)

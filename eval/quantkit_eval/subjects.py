@@ -78,9 +78,11 @@ class Subject:
         return None
 
 
-def open_original(path: str, *, trust_remote_code: bool = False) -> Subject:
+def open_original(
+    path: str, *, name: str | None = None, trust_remote_code: bool = False
+) -> Subject:
     """The original model.  Raises EvaluationError if it is a quantized one."""
-    subject = open_subject(path, trust_remote_code=trust_remote_code)
+    subject = open_subject(path, name=name, trust_remote_code=trust_remote_code)
     if isinstance(subject.source, Decoded):
         raise EvaluationError(
             f"{path}: is quantized itself; give the original model first, then what was made of it"

@@ -188,7 +188,9 @@ def options(command: Any) -> set[str]:
     return {name for name in found if name.startswith("--")} - {"--help"}
 
 
-@pytest.mark.parametrize("name", ["quantize", "plan", "inspect", "verify", "generate", "demo"])
+@pytest.mark.parametrize(
+    "name", ["quantize", "plan", "inspect", "verify", "generate", "demo", "eval", "bench"]
+)
 def test_command_page_names_exactly_the_options_there_are(name: str) -> None:
     text = section(DOCS / "cli.md", f"## quantkit {name}")
     if name == "plan":

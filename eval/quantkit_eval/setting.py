@@ -79,9 +79,7 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     if not request.quantized:
         raise EvaluationError("give at least one quantized model beside the original")
     trust = request.trust_remote_code
-    original = open_original(
-        request.model, name=request.original_name, trust_remote_code=trust
-    )
+    original = open_original(request.model, name=request.original_name, trust_remote_code=trust)
     tokenizer = load_tokenizer(original.source, trust_remote_code=trust)
     quantized = tuple(
         open_subject(path, name=name, trust_remote_code=trust)

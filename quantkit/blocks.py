@@ -23,6 +23,7 @@ from quantkit.gather import StatsBook
 from quantkit.models import CausalModel
 from quantkit.plan import Plan
 from quantkit.refs import WeightRef
+from quantkit.scheme import Kind
 from quantkit.shared import BlockNeeds, MethodStats, SharedStats
 from quantkit.solve import Solved, choose_scale, quantize_weights
 from quantkit.stats import Needs, Stats, Stream
@@ -175,14 +176,14 @@ class BlockWork:
             write=not propagate,
         )
 
-    def _eight_bit(self, index: int) -> frozenset[str]:
-        """Parameters of the block whose inputs are 8-bit at run time."""
-        return frozenset(
-            ref.parameter
+    def _eight_bit(self, index: int) -> dict[str, Kind]:
+        """Parameters of the block whose inputs are 8-bit at run time, and of which kind."""
+        return {
+            ref.parameter: self.plan.scheme_of(ref).kind
             for _, refs in self.plan.input_groups(index)
             for ref in refs
             if self.plan.scheme_of(ref).activation_bits == 8
-        )
+        }
 
     def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""

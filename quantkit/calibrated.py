@@ -18,6 +18,7 @@ from quantkit.gather import StatsBook, gather
 from quantkit.hidden import HiddenStore
 from quantkit.models import CausalModel, TapCallback
 from quantkit.refs import BlockCall
+from quantkit.scheme import Kind
 from quantkit.stats import Needs, Stats, Stream
 from quantkit.stream import QuantizedActivations
 
@@ -104,11 +105,11 @@ class CalibrationStream:
         callback: TapCallback | None,
         *,
         write: bool,
-        eight_bit: frozenset[str] = frozenset(),
+        eight_bit: Mapping[str, Kind] | None = None,
     ) -> None:
         """Runs the block over all batches; with `write`, stores what enters the next one.
 
-        Inputs of the parameters named in `eight_bit` are rounded to 8 bits per token.
+        Inputs of the parameters named in `eight_bit` are rounded per token to 8 bits of that kind.
         """
         for batch in self.batches:
             hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)

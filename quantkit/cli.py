@@ -182,12 +182,16 @@ def verify(
     against: Annotated[
         str | None, typer.Option("--against", help="The source model to compare weights with.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="transformers or vllm: let it run the checkpoint too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
     from quantkit.verify import verify as verify_checkpoint
 
-    result = verify_checkpoint(out, against=against)
+    result = verify_checkpoint(out, against=against, runtime=runtime)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)

@@ -10,7 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import fake_quantize_activation, quantize_activation
+from quantkit.activations import (
+    fake_quantize_activation,
+    float8_activation,
+    quantize_activation,
+)
 from quantkit.experts import run_experts
 from quantkit.scheme import Scheme
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
@@ -88,7 +92,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O] in the dtype of x."""
         if self.scheme.activation_bits == 8:
-            return self._forward_int8(x)
+            return self._forward_int8(x) if self.scheme.kind == "int" else self._forward_fp8(x)
         if self.columns is not None:
             # The weight stays in the order of its groups: the input follows it.
             x = x.index_select(-1, self.columns)
@@ -126,6 +130,22 @@ class QuantLinear(nn.Module):
         product = int8_matmul(x_codes.reshape(-1, self.in_features), self.codes)
         out = product.to(torch.float32).view(*x.shape[:-1], self.out_features)
         out = out * x_scale * self._scale.values().view(-1)
+        if self.bias is not None:
+            out += self.bias.to(torch.float32)
+        return out.to(x.dtype)
+
+    def _forward_fp8(self, x: Tensor) -> Tensor:
+        """Products of e4m3 numbers, summed in float32; scales and bias come last."""
+        x_numbers, x_scale = float8_activation(x)
+        numbers = x_numbers.to(torch.float32)
+        rows = max(1, _ROWS_ELEMENTS // self.in_features)
+        parts = [
+            nn.functional.linear(
+                numbers, self.codes[start : start + rows].view(torch.float8_e4m3fn).float()
+            )
+            for start in range(0, self.out_features, rows)
+        ]
+        out = torch.cat(parts, dim=-1).mul_(x_scale).mul_(self._scale.values().view(-1))
         if self.bias is not None:
             out += self.bias.to(torch.float32)
         return out.to(x.dtype)

@@ -108,6 +108,8 @@ class QuantizedTensor:
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
+        if self.scheme.kind == "fp8" and bool(((self.codes & 0x7F) == 0x7F).any()):
+            raise NumericsError(f"{name}: a code is the NaN of e4m3")
         highest = int(self.codes.max()) if self.codes.numel() else 0
         if highest >= 2**self.scheme.bits:
             raise NumericsError(f"{name}: code {highest} does not fit {self.scheme.bits} bits")

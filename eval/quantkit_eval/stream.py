@@ -48,7 +48,7 @@ class ModelStream:
             source, trust_remote_code=trust_remote_code, dtype=dtype, device=device
         )
         schemes: Mapping[str, Scheme] = source.schemes if isinstance(source, Decoded) else {}
-        self._eight_bit = frozenset(n for n, s in schemes.items() if s.activation_bits == 8)
+        self._eight_bit = {n: s.kind for n, s in schemes.items() if s.activation_bits == 8}
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
         first, _ = self._call(workload.batches[0])
         self._hidden_size, self._dtype = first.shape[-1], first.dtype
@@ -83,7 +83,9 @@ class ModelStream:
         hidden = self.read(number) if hidden_BTH is None else hidden_BTH
         call = self._calls_of(batch)[index]
         eight_bit = {
-            ref.parameter for ref in self.model.weights(index) if ref.name in self._eight_bit
+            ref.parameter: self._eight_bit[ref.name]
+            for ref in self.model.weights(index)
+            if ref.name in self._eight_bit
         }
         with contextlib.ExitStack() as modes:
             modes.enter_context(torch.no_grad())

@@ -61,6 +61,9 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option("--stride", help="Of the strided protocol; default half a window.")
     ] = None,
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity", help="KL divergence of each block quantized alone.")
+    ] = False,
     fail_if: FailOption = None,
     prompts: Annotated[
         int, typer.Option("--prompts", min=0, help="Texts that both models continue.")
@@ -89,6 +92,7 @@ def evaluate(
         windows=windows,
         protocol=_protocol(protocol),
         stride=stride,
+        sensitivity=sensitivity,
         limits=tuple(fail_if or ()),
         prompts=prompts,
         noise_floor=noise_floor,
@@ -98,7 +102,7 @@ def evaluate(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
-    finish(run_evaluation(request, out), as_json)
+    finish(run_evaluation(request, out, tell=lambda line: typer.echo(line, err=True)), as_json)
 
 
 def check_wishes(text: str, limits: Sequence[str]) -> None:

@@ -164,6 +164,27 @@ def test_multiple_choice_takes_the_likeliest_continuation(report: Report, model:
     assert report.candidates[0].answers[0].original == (totals[0] > totals[1])
 
 
+def test_sensitivity_is_that_of_one_block_replaced(
+    model: Path, outs: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    line = ["eval", model, outs["awq"], "--text", model / "heldout.txt", "--seq-len", 48]
+    line += ["--prompts", 0, "--no-noise-floor", "--windows", 12, "--sensitivity", "--json"]
+    assert jobs.command(*line, "--out", tmp_path / "out") == 0
+    captured = capsys.readouterr()
+    assert "sensitivity: 7 block passes over 576 tokens" in captured.err
+    (candidate,) = json.loads(captured.out)["candidates"]
+    ids = jobs.tiny.tokenizer()((model / "heldout.txt").read_text())["input_ids"]
+    windows = torch.tensor(ids[: 12 * 48]).view(12, 48)
+    p = log_probs(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), windows)
+    for index, block in enumerate(candidate["sensitivity"]):
+        mixed = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        other = load(outs["awq"], dtype=torch.float32)
+        mixed.model.layers[index] = other.model.layers[index]
+        q = log_probs(mixed, windows)
+        kl = (p.exp() * (p - q)).sum(-1).mean().item()
+        assert block["index"] == index and block["kl"] == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
 def test_completions_stand_side_by_side(report: Report) -> None:
     for candidate in report.candidates:
         assert len(candidate.completions) == 2 and candidate.completions_note is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +69,11 @@ def run_evaluation(
     *,
     names: Sequence[str] | None = None,
     progress: bool = True,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Evaluated:
     """Evaluates and writes report.json, report.md and report.html to `out`, all or nothing."""
     with report_directory(out) as work:
-        report = evaluate(request, scratch(work), names=names, progress=progress)
+        report = evaluate(request, scratch(work), names=names, progress=progress, tell=tell)
         publish(work, out, report_files(report))
     return Evaluated(report=report, out=out)
 

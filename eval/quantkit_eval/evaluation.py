@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,8 +17,14 @@ from quantkit_eval.divergence import Divergence, divergence_of
 from quantkit_eval.gate import judge, worst
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.measure import Measured, measure
-from quantkit_eval.perplexity import perplexity_of
+from quantkit_eval.perplexity import perplexity_of, window_sequences
 from quantkit_eval.records import SCHEMA, Answer, Candidate, NoiseFloor, Report, TokenShown
+from quantkit_eval.sensitivity import (
+    BlockSensitivity,
+    cost,
+    few_windows,
+    measure_sensitivity,
+)
 from quantkit_eval.setting import EvaluationRequest, Setting, prepare
 from quantkit_eval.stream import ModelStream
 from quantkit_eval.subjects import Subject
@@ -34,22 +40,33 @@ def evaluate(
     *,
     names: Sequence[str] | None = None,
     progress: bool = True,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> Report:
     """The report on every quantized model; hidden states go below `scratch`.
 
-    names: what to call the quantized models (default: their directories' names).  Raises the
-    QuantkitError of whatever does not work out; what can be checked is checked before models run.
+    names: what to call the quantized models (default: their directories' names).  `tell` hears what
+    an expensive part will cost before it starts.  Raises the QuantkitError of whatever does not
+    work out; what can be checked is checked before models run.
     """
     began = time.monotonic()
     setting = prepare(request, names)
     measured = _measure(request, setting, scratch, progress)
+    sensitivity = _sensitivity(request, setting, scratch, progress, tell)
     completions = complete(request, setting)
     windows = range(len(setting.windows.ids))
     candidates = []
     for number, subject in enumerate(setting.quantized):
         divergence = divergence_of(measured.base, measured.pairs[number], setting.workload, windows)
         candidates.append(
-            _candidate(setting, subject, measured, number, divergence, completions[number])
+            _candidate(
+                setting,
+                subject,
+                measured,
+                number,
+                divergence,
+                sensitivity[number],
+                completions[number],
+            )
         )
     noise = None
     if request.noise_floor:
@@ -108,12 +125,51 @@ def _measure(
         return measure(base, others, subjects, head_bytes=head_bytes, progress=progress)
 
 
+def _sensitivity(
+    request: EvaluationRequest,
+    setting: Setting,
+    scratch: Path,
+    progress: bool,
+    tell: Callable[[str], object],
+) -> list[tuple[BlockSensitivity, ...]]:
+    """The blocks' sensitivities of every quantized model; empty ones if nobody asked."""
+    if not request.sensitivity:
+        return [()] * len(setting.quantized)
+    workload = few_windows(window_sequences(setting.windows), setting.positions)
+    found = []
+    for number, subject in enumerate(setting.quantized):
+        with contextlib.ExitStack() as stack:
+            base, other = (
+                stack.enter_context(
+                    ModelStream(
+                        one.name,
+                        one.source,
+                        workload,
+                        scratch / f"sensitivity-{number}-{place}",
+                        device=request.device,
+                        trust_remote_code=request.trust_remote_code,
+                    )
+                )
+                for place, one in (("original", setting.original), ("quantized", subject))
+            )
+            head_bytes = check_budget([base, other], request.max_ram)
+            tell(cost(base.num_blocks, workload))
+            directory = scratch / f"sensitivity-{number}-branches"
+            found.append(
+                measure_sensitivity(
+                    base, other, directory, head_bytes=head_bytes, progress=progress
+                )
+            )
+    return found
+
+
 def _candidate(
     setting: Setting,
     subject: Subject,
     measured: Measured,
     number: int,
     divergence: Divergence,
+    sensitivity: tuple[BlockSensitivity, ...],
     continued: Continued,
 ) -> Candidate:
     seen = measured.looked[number]
@@ -136,6 +192,7 @@ def _candidate(
         tasks=tasks,
         answers=found,
         blocks=tuple(seen.blocks),
+        sensitivity=sensitivity,
         weights=tuple(seen.weights),
         weights_note=subject.comparable,
         judgements=judgements,

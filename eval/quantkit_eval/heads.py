@@ -6,21 +6,40 @@ Shapes: B sequences, T tokens, H hidden size, P positions at a time, C vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.models import CausalModel
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.scoring import Block, PairScores, Place, Scores, accumulate, places
-from quantkit_eval.stream import ModelStream
+from quantkit_eval.sequences import Workload
 
 # Elements of one block of logits.
 _LOGITS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
+class Finished(Protocol):
+    """Something whose last block has run: a stream, or a branch of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> CausalModel: ...
+    @property
+    def workload(self) -> Workload: ...
+    @property
+    def device(self) -> str: ...
+
+    def read(self, number: int) -> Tensor:
+        """What the last block made of batch `number` [B, T, H]."""
+        ...
+
+
 def score(
-    base: ModelStream,
-    others: Sequence[ModelStream],
+    base: Finished,
+    others: Sequence[Finished],
     *,
     head_bytes: int | None = None,
     done: Callable[[], object] = lambda: None,
@@ -45,12 +64,12 @@ def score(
     )
 
 
-def head_passes(streams: Sequence[ModelStream], head_bytes: int | None) -> int:
+def head_passes(streams: Sequence[Finished], head_bytes: int | None) -> int:
     """How often all states are read to score them."""
     return sum(1 for _ in _ranges(streams, head_bytes))
 
 
-def _ranges(streams: Sequence[ModelStream], head_bytes: int | None) -> Iterator[tuple[int, int]]:
+def _ranges(streams: Sequence[Finished], head_bytes: int | None) -> Iterator[tuple[int, int]]:
     """Vocabulary rows that are in memory together."""
     vocabulary, hidden = streams[0].model.head.shape
     row = sum(stream.model.dtype.itemsize for stream in streams) * hidden
@@ -60,7 +79,7 @@ def _ranges(streams: Sequence[ModelStream], head_bytes: int | None) -> Iterator[
 
 
 def _streamed(
-    streams: Sequence[ModelStream], head_bytes: int | None, done: Callable[[], object]
+    streams: Sequence[Finished], head_bytes: int | None, done: Callable[[], object]
 ) -> Iterator[Block]:
     device = streams[0].device
     workload = streams[0].workload
@@ -78,7 +97,7 @@ def _streamed(
 
 
 def _finish(
-    stream: ModelStream, hidden_BTH: Tensor, place: Place, head_VH: Tensor, start: int
+    stream: Finished, hidden_BTH: Tensor, place: Place, head_VH: Tensor, start: int
 ) -> Tensor:
     """Logits [P, C] of the picked states, as sequences no longer than the batch's."""
     length = hidden_BTH.shape[1]

@@ -13,6 +13,7 @@ from quantkit_eval.divergence import Divergence
 from quantkit_eval.gate import Judgement, Outcome
 from quantkit_eval.layers import BlockCost, WeightCost
 from quantkit_eval.perplexity import Perplexity
+from quantkit_eval.sensitivity import BlockSensitivity
 from quantkit_eval.subjects import Identity
 from quantkit_eval.tasks import TaskComparison
 from quantkit_eval.windows import Protocol
@@ -77,6 +78,7 @@ class Answer:
 class Candidate:
     """One quantized model.
 
+    sensitivity       KL divergence of each block quantized alone; empty if not asked for
     weights_note      why its weights were not held against the original's, or None
     completions_note  why there are no completions, or None
     outcome           the worst of its judgements: the verdict
@@ -88,6 +90,7 @@ class Candidate:
     tasks: tuple[TaskComparison, ...]
     answers: tuple[Answer, ...]
     blocks: tuple[BlockCost, ...]
+    sensitivity: tuple[BlockSensitivity, ...]
     weights: tuple[WeightCost, ...]
     weights_note: str | None
     judgements: tuple[Judgement, ...]

@@ -27,6 +27,7 @@ class EvaluationRequest:
     """What the command line asks for; paths are directories or Hub names, sizes in bytes.
 
     task_questions   of each demo task
+    sensitivity      also measure what each block costs when it alone is quantized
     prompts          how many beginnings of the text both models continue; 0 for none
     original_name    what to call the original (default: its directory's name)
     any_base         accept a quantized model that was made from another original
@@ -41,6 +42,7 @@ class EvaluationRequest:
     windows: int | None = None
     protocol: ProtocolKind = "standard"
     stride: int | None = None
+    sensitivity: bool = False
     limits: tuple[str, ...] = ()
     max_ram: int | None = None
     device: str = "cpu"
@@ -67,6 +69,7 @@ class Setting:
     windows: Windows
     items: tuple[Item, ...]
     workload: Workload
+    positions: int | None
     limits: tuple[Limit, ...]
 
 
@@ -106,6 +109,7 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
         windows=windows,
         items=listed,
         workload=make_workload(sequences, max_length=positions),
+        positions=positions,
         limits=limits or _default_limits(tasks),
     )
 

@@ -24,6 +24,43 @@ from quantkit.tensorfile import read_into, write_from
 from quantkit_eval.sequences import Batch, Workload
 
 
+class States:
+    """Hidden states of all batches in one file, `slots` times over."""
+
+    def __init__(
+        self, directory: Path, workload: Workload, hidden: int, dtype: torch.dtype, slots: int = 1
+    ) -> None:
+        self._workload, self._hidden, self._dtype = workload, hidden, dtype
+        sizes = [batch.ids.numel() * hidden * dtype.itemsize for batch in workload.batches]
+        self._starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        self._slot_bytes = sum(sizes)
+        self._path = directory / "hidden.bin"
+        with disk_errors(self._path, slots * self._slot_bytes):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def read(self, number: int, slot: int = 0) -> Tensor:
+        """The states of a batch [B, T, H], fresh memory on the CPU."""
+        batch = self._workload.batches[number]
+        out = torch.empty(*batch.ids.shape, self._hidden, dtype=self._dtype)
+        count = read_into(self._file, out, slot * self._slot_bytes + self._starts[number])
+        assert count == out.nbytes, "states are read only after they were written"
+        return out
+
+    def write(self, number: int, hidden_BTH: Tensor, slot: int = 0) -> None:
+        """Stores the states of a batch.  Raises OutputError if the disk is full."""
+        with disk_errors(self._path):
+            content = hidden_BTH.to("cpu", self._dtype).contiguous()
+            write_from(self._file, content, slot * self._slot_bytes + self._starts[number])
+
+    def close(self) -> None:
+        """Closes and removes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._path.unlink(missing_ok=True)
+
+
 class ModelStream:
     """One model and where its hidden states are between two blocks.
 
@@ -51,14 +88,8 @@ class ModelStream:
         self._eight_bit = {n: s.kind for n, s in schemes.items() if s.activation_bits == 8}
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
         first, _ = self._call(workload.batches[0])
-        self._hidden_size, self._dtype = first.shape[-1], first.dtype
-        sizes = [batch.ids.numel() for batch in workload.batches]
-        self._starts = [sum(sizes[:k]) for k in range(len(sizes))]
-        path = directory / "hidden.bin"
-        with disk_errors(path, sum(sizes) * self._hidden_size * self._dtype.itemsize):
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        self._path = path
+        self.hidden_size: int = first.shape[-1]
+        self.states = States(directory, workload, self.hidden_size, first.dtype)
 
     @property
     def num_blocks(self) -> int:
@@ -107,24 +138,15 @@ class ModelStream:
 
     def read(self, number: int) -> Tensor:
         """The states of a batch [B, T, H], fresh memory on the CPU."""
-        batch = self.workload.batches[number]
-        out = torch.empty(*batch.ids.shape, self._hidden_size, dtype=self._dtype)
-        count = read_into(self._file, out, self._offset(number))
-        assert count == out.nbytes, "states are read only after they were written"
-        return out
+        return self.states.read(number)
 
     def write(self, number: int, hidden_BTH: Tensor) -> None:
         """Stores the states of a batch.  Raises OutputError if the disk is full."""
-        with disk_errors(self._path):
-            content = hidden_BTH.to("cpu", self._dtype).contiguous()
-            write_from(self._file, content, self._offset(number))
+        self.states.write(number, hidden_BTH)
 
     def close(self) -> None:
         """Closes and removes the file of states."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            self._path.unlink(missing_ok=True)
+        self.states.close()
 
     def __enter__(self) -> ModelStream:
         return self
@@ -136,9 +158,6 @@ class ModelStream:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _offset(self, number: int) -> int:
-        return self._starts[number] * self._hidden_size * self._dtype.itemsize
 
     def _call(self, batch: Batch) -> tuple[Tensor, tuple[BlockCall, ...]]:
         with torch.no_grad():

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit import blocks
-from quantkit.blocks import HiddenStore
 from quantkit.calibration import Calibration
 from quantkit.gather import split_passes
+from quantkit.hidden import HiddenStore
 from quantkit.pipeline import Job
 from quantkit.recipe import builtin_recipes
 from quantkit.verify import verify

@@ -74,6 +74,10 @@ RemoteOption = Annotated[
 UnreadableOption = Annotated[
     bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
 ]
+RequantizeOption = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
+]
 
 
 @app.command()
@@ -99,6 +103,7 @@ def quantize(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     evaluate: Annotated[
         bool, typer.Option("--eval", help="Measure what it cost; the report lies in OUT.")
@@ -112,7 +117,7 @@ def quantize(
     from quantkit.summary import outcome_json, outcome_text
 
     if evaluate or fail_if:
-        cli_eval.check_wishes(text, fail_if or ())
+        cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
         job = _job(model, context.params)
         outcome = run(job, out, fresh=fresh)
@@ -157,6 +162,10 @@ def plan(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
@@ -285,6 +294,7 @@ def _request(options: Mapping[str, Any]) -> Request:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
         allow_unreadable=options["allow_unreadable"],
+        requantize=options["requantize"],
     )
 
 

@@ -105,11 +105,17 @@ def evaluate(
     finish(run_evaluation(request, out, tell=lambda line: typer.echo(line, err=True)), as_json)
 
 
-def check_wishes(text: str, limits: Sequence[str]) -> None:
+def check_wishes(text: str, limits: Sequence[str], *, requantize: bool) -> None:
     """Nothing if the text can be read and the limits mean something; found out before the work."""
+    from quantkit_eval.errors import EvaluationError
     from quantkit_eval.gate import parse_limit
     from quantkit_eval.texts import read_text
 
+    if requantize:
+        raise EvaluationError(
+            "--eval measures against the original, and --requantize has none: use quantkit eval "
+            "with the full-precision model"
+        )
     for limit in limits:
         parse_limit(limit)
     read_text(text)

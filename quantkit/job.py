@@ -23,6 +23,7 @@ from quantkit.recipe import Recipe
 from quantkit.source import Source
 from quantkit.stats import has_bf16_units
 from quantkit.tokenizer import load_tokenizer
+from quantkit.unpacked import Unpacked
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Request:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_unreadable: bool = False
+    requantize: bool = False
 
 
 def prepare(
@@ -75,6 +77,8 @@ def prepare_all(
         )
     else:
         source = LiveSource(model_or_path, tokenizer=tokenizer)
+    if first.requantize and isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
     device = choose_device(first.device)
     model = CausalModel.open(
@@ -177,6 +181,7 @@ def _fingerprint(
         "format": format_name,
         "max shard bytes": str(request.max_shard_bytes),
         "trust_remote_code": str(request.trust_remote_code),
+        "requantize": str(request.requantize),
         "device": device.split(":")[0],
         "hardware": hardware,
         "threads": str(torch.get_num_threads()),

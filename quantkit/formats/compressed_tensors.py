@@ -60,7 +60,7 @@ class CompressedTensors:
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is 4 or 8 bit integer, or fp8."""
         if scheme.kind == "fp8":
-            return None
+            return None if scheme.group_size is None else "it holds fp8 with a scale per row"
         if scheme.kind != "int":
             return f"it holds integers and fp8, not {scheme.kind}"
         if scheme.bits not in (4, 8):

@@ -46,8 +46,8 @@ class Shot:
 
 
 SHOTS = (
-    Shot(name="report-overview", width=1120, height=1290),
-    Shot(name="report-layers", width=760, height=400, script=_ONLY_HEAT_MAP),
+    Shot(name="report-overview", width=1000, height=1240),
+    Shot(name="report-layers", width=620, height=370, script=_ONLY_HEAT_MAP),
     Shot(name="report-phone", width=500, height=1250, dark=True),
 )
 

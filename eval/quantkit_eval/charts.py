@@ -17,7 +17,7 @@ from quantkit_eval.statistics import Interval
 _WIDTH, _HEIGHT = 560, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72, 16, 14, 44
 _LETTER = 7.4
-_HEAT_LOW, _HEAT_HIGH = -5.0, -1.0
+_HEAT_STEPS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +160,10 @@ def heat_map(weights: Sequence[WeightCost]) -> str:
         # Experts share a cell: the worst one shows, a broken one before all.
         if key not in cells or _rank(weight) > _rank(cells[key]):
             cells[key] = weight
+    levels = [math.log10(max(cell.error, 1e-8)) for cell in cells.values()]
+    # From white to full colour over what there is, but over a factor of ten at least.
+    low = math.floor(2 * min(levels)) / 2
+    edges = (low, max(math.ceil(2 * max(levels)) / 2, low + 1))
     side = 40 if len(blocks) <= 12 else 22 if len(blocks) <= 40 else 14
     tall = 24
     left = 12 + _LETTER * max(len(role) for role in roles)
@@ -173,7 +177,7 @@ def heat_map(weights: Sequence[WeightCost]) -> str:
         for column, block in enumerate(blocks):
             cell = cells.get((role, block))
             if cell is not None:
-                parts.append(_cell(cell, left + column * side, 8 + row * tall, side, tall))
+                parts.append(_cell(cell, edges, left + column * side, 8 + row * tall, side, tall))
     step = max(1, -(-24 // side))
     for column, block in enumerate(blocks):
         if column % step == 0:
@@ -181,7 +185,7 @@ def heat_map(weights: Sequence[WeightCost]) -> str:
                 f'<text x="{left + (column + 0.5) * side:.0f}" y="{8 + tall * len(roles) + 15}" '
                 f'class="tick mid">{block}</text>'
             )
-    parts.append(_heat_legend(left, height - 26))
+    parts.append(_heat_legend(edges, left, height - 26))
     chart = _svg(width, height, "Relative output error of every weight", parts)
     return chart.replace("<svg ", f'<svg style="width:{width:.0f}px" ', 1)
 
@@ -213,9 +217,15 @@ def _rank(weight: WeightCost) -> tuple[bool, float]:
     return weight.defect is not None, weight.error
 
 
-def _cell(weight: WeightCost, x: float, y: float, side: float, tall: float) -> str:
-    level = math.log10(max(weight.error, 1e-12))
-    strength = min(max((level - _HEAT_LOW) / (_HEAT_HIGH - _HEAT_LOW), 0.03), 1.0)
+def _strength(level: float, edges: tuple[float, float]) -> float:
+    """How strong the colour of a logarithmic level is, 0.06 to 1."""
+    return min(max((level - edges[0]) / (edges[1] - edges[0]), 0.06), 1.0)
+
+
+def _cell(
+    weight: WeightCost, edges: tuple[float, float], x: float, y: float, side: float, tall: float
+) -> str:
+    strength = _strength(math.log10(max(weight.error, 1e-8)), edges)
     title = f"{weight.name}: {weight.error:.2e}"
     mark = ""
     if weight.defect is not None:
@@ -232,17 +242,17 @@ def _cell(weight: WeightCost, x: float, y: float, side: float, tall: float) -> s
     )
 
 
-def _heat_legend(x: float, y: float) -> str:
+def _heat_legend(edges: tuple[float, float], x: float, y: float) -> str:
     parts = []
-    for step in range(9):
-        level = _HEAT_LOW + step / 8 * (_HEAT_HIGH - _HEAT_LOW)
-        strength = max((level - _HEAT_LOW) / (_HEAT_HIGH - _HEAT_LOW), 0.03)
+    for step in range(_HEAT_STEPS):
+        level = edges[0] + step / (_HEAT_STEPS - 1) * (edges[1] - edges[0])
         parts.append(
             f'<rect x="{x + step * 14:.0f}" y="{y:.0f}" width="13" height="10" class="heat" '
-            f'fill-opacity="{strength:.2f}"/>'
+            f'fill-opacity="{_strength(level, edges):.2f}"/>'
         )
-    parts.append(f'<text x="{x:.0f}" y="{y + 23:.0f}" class="tick">0.001 %</text>')
-    parts.append(f'<text x="{x + 126:.0f}" y="{y + 23:.0f}" class="tick end">10 %</text>')
+    low, high = (f"{100 * 10**edge:.2g} %" for edge in edges)
+    parts.append(f'<text x="{x:.0f}" y="{y + 23:.0f}" class="tick">{low}</text>')
+    parts.append(f'<text x="{x + 126:.0f}" y="{y + 23:.0f}" class="tick end">{high}</text>')
     return "".join(parts)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import skeleton
+from quantkit.backend import Backend, check_backend, moved
 from quantkit.checkpoint import FileSource, open_source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.finished import refuse_unfinished
@@ -28,6 +31,9 @@ from quantkit.tensorfile import TensorInfo
 
 _GENERATION = "generation_config.json"
 Quantized = Callable[[str], QuantizedTensor]
+# (checkpoint name, bias, dtype of the activations) -> the layer
+_Layer = Callable[[str, Tensor | None, torch.dtype], QuantLinear]
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -35,15 +41,19 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint, ready for `generate`; quantized layers stay so in memory.
 
-    `dtype` is what it computes in (default: the config's).  An unquantized checkpoint gives the
-    plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError for a
-    quantized one in an unknown format.
+    `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
+    triton (CUDA), cpu or reference (plain PyTorch); weights that have no kernel run on the
+    reference, with a warning that says why.  An unquantized checkpoint gives the plain model.
+    Raises CheckpointError for an unfinished or damaged output, FormatError for a quantized one in
+    an unknown format, BackendError for a backend that cannot run on the device.
     """
+    chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
     source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
     quantized = "quantization_config" in source.config
@@ -58,10 +68,15 @@ def load(
 
     def unpack(name: str) -> QuantizedTensor:
         assert fmt is not None
-        return fmt.unpack(stored[name], source)
+        return moved(fmt.unpack(stored[name], source), lambda part: part.to(device))
 
     replace_modules_(
-        model, names, frozenset(stored), unpack, lambda path, old: _read(names, path, view, old)
+        model,
+        names,
+        frozenset(stored),
+        unpack,
+        lambda path, old: _read(names, path, view, old),
+        chosen,
     )
     _fill_(model, names, view)
     _tie_(model, names)
@@ -107,8 +122,9 @@ def install_(
         model,
         names,
         frozenset(tensors),
-        lambda name: tensors[name],
+        lambda name: moved(tensors[name], lambda part: part.to(model.device)),
         lambda path, old: old.detach(),
+        "auto",
     )
     saved = SavedTensors(pieces=pieces, transposed=transposed, extra=(), source=None)
     attach_quantizer_(model, fmt, quantization_config, saved)
@@ -176,19 +192,30 @@ def replace_modules_(
     quantized: frozenset[str],
     tensor: Quantized,
     keep: Callable[[str, Tensor], Tensor],
+    backend: Backend,
 ) -> None:
     """Puts QuantLinear and QuantExperts where `quantized` checkpoint names are held.
 
     `tensor(name)` gives a quantized weight; `keep(path, old)` the value of a parameter that stays
-    beside it (a bias, a fused projection with some experts kept).
+    beside it (a bias, a fused projection with some experts kept).  Logs what has no kernel.
     """
+    fallbacks: Counter[str] = Counter()
+
+    def layer(name: str, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+        linear = QuantLinear(tensor(name), bias, backend=backend, dtype=dtype)
+        if linear.fallback is not None:
+            fallbacks[f"{linear.scheme.name}: {linear.fallback}"] += 1
+        return linear
+
     for target in _targets(model, names, quantized):
         if _is_fused(target):
-            new: nn.Module = _experts(target, quantized, tensor, keep)
+            new: nn.Module = _experts(target, quantized, layer, keep)
         else:
-            new = _linear(target, tensor, keep)
+            new = _linear(target, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
         setattr(find_module(model, parent), leaf, new)
+    for reason, count in sorted(fallbacks.items()):
+        _LOG.warning("%d weights run on the plain reference path, %s", count, reason)
 
 
 def _targets(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[_Target]:
@@ -207,28 +234,28 @@ def _is_fused(target: _Target) -> bool:
     )
 
 
-def _linear(
-    target: _Target, tensor: Quantized, keep: Callable[[str, Tensor], Tensor]
-) -> QuantLinear:
+def _linear(target: _Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]) -> QuantLinear:
     module = target.module
     if not isinstance(module, (nn.Linear, Conv1D)) or set(target.parameters) != {"weight"}:
         raise ModelError(
             f"{target.path}: a {type(module).__name__} cannot be replaced by a quantized layer"
         )
     name = target.parameters["weight"][0].name
-    weight = tensor(name)
+    bias = module.bias
+    kept = None if bias is None else keep(f"{target.path}.bias", bias)
+    linear = layer(name, kept, module.weight.dtype)
     shape = tuple(module.weight.shape)
     expected = shape[::-1] if isinstance(module, Conv1D) else shape
-    if weight.shape != expected:
-        raise ShapeError(f"{name}: quantized as {weight.shape}, the model holds {expected}")
-    bias = module.bias
-    return QuantLinear(weight, None if bias is None else keep(f"{target.path}.bias", bias))
+    found = (linear.out_features, linear.in_features)
+    if found != expected:
+        raise ShapeError(f"{name}: quantized as {found}, the model holds {expected}")
+    return linear
 
 
 def _experts(
     target: _Target,
     quantized: frozenset[str],
-    tensor: Quantized,
+    layer: _Layer,
     keep: Callable[[str, Tensor], Tensor],
 ) -> QuantExperts:
     projections: dict[str, list[list[nn.Module]]] = {}
@@ -241,7 +268,7 @@ def _experts(
         for piece in sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0))):
             assert piece.expert is not None
             if piece.name in quantized:
-                experts[piece.expert].append(QuantLinear(tensor(piece.name)))
+                experts[piece.expert].append(layer(piece.name, None, old.dtype))
             else:
                 assert kept is not None
                 part = kept[piece.expert]

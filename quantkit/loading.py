@@ -61,9 +61,9 @@ def load(
     stored = fmt.weights(source) if fmt is not None else {}
     view = Unpacked(source, stored)
     model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=dtype)
-    view.transposed = _transposed(model, view.names())
+    view.transposed = transposed_names(model, view.names())
     names = map_names(model, view)
-    _check_all_used(stored, names)
+    check_all_used(stored, names)
     check_complete(names, [path for path, _ in model.named_parameters()])
 
     def unpack(name: str) -> QuantizedTensor:
@@ -83,7 +83,7 @@ def load(
     if fmt is not None:
         extra = tuple(name for name in names.unmapped if name not in stored)
         saved = SavedTensors(
-            pieces=_pieces(names), transposed=view.transposed, extra=extra, source=source
+            pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
         attach_quantizer_(model, fmt, source.config["quantization_config"], saved)
     _attach_generation_config_(model, source)
@@ -110,12 +110,12 @@ def install_(
     unties.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
-    pieces = _pieces(names)
+    pieces = pieces_of(names)
     by_name = {piece.name: piece for piece in pieces}
     for name in (*tensors, *rescaled):
         if name not in by_name:
             raise ModelError(f"{name}: the model has no parameter for this tensor")
-    transposed = _transposed(model, tuple(by_name))
+    transposed = transposed_names(model, tuple(by_name))
     for name, value in rescaled.items():
         _write_(model, by_name[name], value)
     replace_modules_(
@@ -178,7 +178,7 @@ class Unpacked(Reader):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Target:
+class Target:
     """A module to replace and the parameters of it that are quantized, with their pieces."""
 
     path: str
@@ -207,7 +207,7 @@ def replace_modules_(
             fallbacks[f"{linear.scheme.name}: {linear.fallback}"] += 1
         return linear
 
-    for target in _targets(model, names, quantized):
+    for target in targets_of(model, names, quantized):
         if _is_fused(target):
             new: nn.Module = _experts(target, quantized, layer, keep)
         else:
@@ -218,23 +218,24 @@ def replace_modules_(
         _LOG.warning("%d weights run on the plain reference path, %s", count, reason)
 
 
-def _targets(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[_Target]:
+def targets_of(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[Target]:
+    """The modules that hold a quantized weight."""
     found: dict[str, dict[str, tuple[Piece, ...]]] = {}
     for parameter, pieces in names.pieces.items():
         if any(piece.name in quantized for piece in pieces):
             path, _, leaf = parameter.rpartition(".")
             found.setdefault(path, {})[leaf] = pieces
     for path, parameters in found.items():
-        yield _Target(path=path, module=find_module(model, path), parameters=parameters)
+        yield Target(path=path, module=find_module(model, path), parameters=parameters)
 
 
-def _is_fused(target: _Target) -> bool:
+def _is_fused(target: Target) -> bool:
     return any(
         piece.expert is not None for pieces in target.parameters.values() for piece in pieces
     )
 
 
-def _linear(target: _Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]) -> QuantLinear:
+def _linear(target: Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]) -> QuantLinear:
     module = target.module
     if not isinstance(module, (nn.Linear, Conv1D)) or set(target.parameters) != {"weight"}:
         raise ModelError(
@@ -253,7 +254,7 @@ def _linear(target: _Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor
 
 
 def _experts(
-    target: _Target,
+    target: Target,
     quantized: frozenset[str],
     layer: _Layer,
     keep: Callable[[str, Tensor], Tensor],
@@ -291,6 +292,11 @@ def _fill_(model: PreTrainedModel, names: NameMap, source: Source) -> None:
     """Computes buffers that are not stored, then reads all that is still on the meta device."""
     # First: initialising a module for its buffers would overwrite its weight (Gemma's embedding).
     skeleton.fill_buffers(model, model, "")
+    read_missing_(model, names, source)
+
+
+def read_missing_(model: PreTrainedModel, names: NameMap, source: Source) -> None:
+    """Reads every parameter and buffer that is still on the meta device."""
     for path in names.pieces:
         parent, _, leaf = path.rpartition(".")
         module = find_module(model, parent)
@@ -347,7 +353,7 @@ def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:
         part.copy_(value)
 
 
-def _transposed(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
+def transposed_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
     """The checkpoint names of Conv1D weights, whose own storage is [I, O]."""
     paths = [f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D]
     prefix = getattr(model, "base_model_prefix", "")
@@ -355,11 +361,13 @@ def _transposed(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(held.intersection(names))
 
 
-def _pieces(names: NameMap) -> tuple[Piece, ...]:
+def pieces_of(names: NameMap) -> tuple[Piece, ...]:
+    """The pieces of all parameters."""
     return tuple(piece for pieces in names.pieces.values() for piece in pieces)
 
 
-def _check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:
+def check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:
+    """Raises CheckpointError if a quantized weight has no place in the model."""
     lost = sorted(set(stored).intersection(names.unmapped))
     if lost:
         raise CheckpointError(f"{lost[0]}: quantized, but the model has no parameter for it")

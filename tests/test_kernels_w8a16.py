@@ -94,11 +94,12 @@ def test_the_cpu_op_equals_float64(dtype: torch.dtype, group: int | None, tokens
 
 @pytest.mark.parametrize("device", ["triton", "cpu"])
 def test_the_op_is_well_formed(device: Any) -> None:
-    codes, scale, _ = cases.int_weight((64, 128), 64, bits=8)
-    weight = w8a16.pack(codes, scale, 64, device)
+    codes, scale, _ = cases.int_weight((37, 128), None, bits=8)
+    weight = w8a16.pack(codes, scale, None, device)
     x = cases.activations((2, 3, 128), torch.bfloat16)
-    arguments = (x, weight.packed, weight.scale, torch.randn(64), 64, 64)
-    torch.library.opcheck(torch.ops.quantkit.w8a16.default, arguments)
+    for bias in (None, torch.randn(37)):
+        arguments = (x, weight.packed, weight.scale, bias, 0, 37)
+        torch.library.opcheck(torch.ops.quantkit.w8a16.default, arguments)
 
 
 def test_what_is_unsupported_is_said() -> None:

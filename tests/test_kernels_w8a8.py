@@ -100,6 +100,7 @@ def test_the_op_is_well_formed() -> None:
     x, bias = cases.activations((2, 3, 75), torch.bfloat16), torch.randn(37)
     arguments = (x, weight, padded, bias, 37)
     torch.library.opcheck(torch.ops.quantkit.w8a8.default, arguments)
+    torch.library.opcheck(torch.ops.quantkit.w8a8.default, (x, weight, padded, None, 37))
     found = w8a8.reference(*arguments)
     assert cases.relative_error(found, exact(x, codes, scale, bias)) < 2**-8
     assert torch.ops.quantkit.w8a8(x[:0], *arguments[1:]).shape == (0, 3, 37)

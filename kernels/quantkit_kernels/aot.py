@@ -1,8 +1,8 @@
 """Kernels compiled ahead of time, without a GPU, and what the compiler made of them.
 
-`python -m quantkit_kernels.aot [--arch 90]... [--markdown]` compiles every build of `builds` and
-prints one JSON object a line, or the table of docs/kernels.md.  Needs only the tools that come with
-Triton; kernels must not be interpreted (TRITON_INTERPRET unset).
+`python -m quantkit_kernels.aot [--arch 90]... [--markdown]` compiles every build of `builds` for
+every architecture and prints one JSON object a line, or the table of docs/kernels.md.  Needs only
+the tools that come with Triton; kernels must not be interpreted (TRITON_INTERPRET unset).
 """
 
 from __future__ import annotations
@@ -59,26 +59,28 @@ class Compiled:
     opcodes: Mapping[str, int]
 
 
-def builds() -> list[Build]:
-    """Every kernel with every tile that the heuristic gives, and each decoder."""
+def builds(arch: int) -> list[Build]:
+    """Every kernel with every tile that the heuristic gives on sm_`arch`, and each decoder."""
     found = []
-    for tokens, warps in ((16, 4), (32, 8), (64, 8)):
+    few = 8 if arch >= 100 else 4
+    for tokens, warps in ((16, few), (32, 8), (64, 8)):
         found.append(_fused("int4", 128, "bf16", tokens=tokens, warps=warps))
-    found.append(_fused("int4", 128, "fp16"))
-    found.append(_fused("int4", 128, "bf16", zero=True))
-    found.append(_fused("int4", 128, "fp16", zero=True))
-    found.append(_fused("int4", 64, "bf16"))
-    found.append(_fused("int4", 32, "bf16", zero=True))
-    found.append(_fused("int4", 0, "bf16"))
-    found.append(_fused("int8", 0, "bf16"))
+    found.append(_fused("int4", 128, "fp16", warps=few))
+    found.append(_fused("int4", 128, "bf16", warps=few, zero=True))
+    found.append(_fused("int4", 128, "fp16", warps=few, zero=True))
+    found.append(_fused("int4", 64, "bf16", warps=few))
+    found.append(_fused("int4", 32, "bf16", warps=few, zero=True))
+    found.append(_fused("int4", 0, "bf16", warps=few))
+    found.append(_fused("int8", 0, "bf16", warps=4))
     found.append(_fused("int8", 0, "bf16", tokens=64, warps=8))
-    found.append(_fused("int8", 128, "fp16"))
-    found.append(_fused("nf4", 64, "bf16"))
-    found.append(_fused("nf4", 64, "bf16", nested=True))
+    found.append(_fused("int8", 128, "fp16", warps=4))
+    found.append(_fused("nf4", 64, "bf16", warps=few))
+    found.append(_fused("nf4", 64, "bf16", warps=few, nested=True))
     found.append(_fused("nf4", 64, "bf16", tokens=64, warps=8))
     found += [_decoder("int4", 128), _decoder("int8", 0), _decoder("nf4", 64)]
-    for tokens, warps in ((16, 4), (64, 8), (128, 8)):
-        found.append(_int8(tokens, warps))
+    for tokens, warps in ((16, few), (64, 8), (128, 8)):
+        if tokens < 128 or arch == 90:
+            found.append(_int8(tokens, warps))
     found.append(_quantizer())
     found.append(_reducer())
     return found
@@ -149,8 +151,8 @@ def _fused(
     group: int,
     dtype: str,
     *,
+    warps: int,
     tokens: int = 16,
-    warps: int = 4,
     zero: bool = False,
     nested: bool = False,
 ) -> Build:
@@ -309,13 +311,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="quantkit_kernels.aot", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
     parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--part", default="1/1", help="i/n: every n-th build from the i-th on")
+    parser.add_argument("--sample", action="store_true", help="all on sm_90, elsewhere a fourth")
     chosen = parser.parse_args(arguments)
+    place, count = (int(number) for number in chosen.part.split("/"))
+    jobs = [
+        (arch, build)
+        for arch in chosen.arch or ARCHITECTURES
+        for number, build in enumerate(builds(arch))
+        if not chosen.sample or arch == 90 or number % 4 == ARCHITECTURES.index(arch)
+    ]
     rows = []
-    for arch in chosen.arch or ARCHITECTURES:
-        for build in builds():
-            rows.append(compile_build(build, arch))
-            if not chosen.markdown:
-                print(json.dumps(asdict(rows[-1])), flush=True)
+    for arch, build in jobs[place - 1 :: count]:
+        rows.append(compile_build(build, arch))
+        if not chosen.markdown:
+            print(json.dumps(asdict(rows[-1])), flush=True)
     if chosen.markdown:
         print(markdown(rows))
 

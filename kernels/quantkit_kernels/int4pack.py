@@ -16,7 +16,7 @@ from quantkit_kernels import isa
 GROUPS = (32, 64, 128, 256)
 # Rows of x up to which aten's kernel, which decodes again every four rows, beats decoding once.
 # avx512: from 4096 x 11008 on two cores, decoding 19 ms, int4pack .27 ms a row; avx2: bench/cpu.py.
-FEW_ROWS = {"avx512": 96, "avx2": 16, "default": 4}
+FEW_ROWS = {"avx512": 96, "avx2": 40, "default": 4}
 # Float32 weights decoded at a time: they should stay in the second-level cache.
 _TILE_ELEMENTS = 1 << 18
 
@@ -35,9 +35,7 @@ def pack(codes_NK: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Codes uint8 [N, K], the inverse of `pack`."""
-    rows, half = packed.shape
-    both = _split(_blocks(packed))
-    return both.transpose(1, 2).reshape(rows, 2 * half)
+    return _split(_blocks(packed)).t().contiguous()
 
 
 def scales_and_offsets(scale_NG: Tensor, zero_NG: Tensor | None) -> Tensor:
@@ -85,13 +83,14 @@ def _tiles(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple
     blocks = _blocks(packed)
     count, columns, half = blocks.shape
     step = max(1, _TILE_ELEMENTS // (columns * 2 * half))
+    scale, offset = scales.to(torch.float32).unbind(-1)
+    offset = offset - 8 * scale
     for first in range(0, count, step):
-        part = blocks[first : first + step].transpose(0, 1)
-        start, number = first * 2 * half, part.shape[1] * 2 * half
-        weight = _split(part).to(torch.float32).sub_(8).view(scales.shape[0], -1, number)
-        scale = scales[:, None, start : start + number].to(torch.float32)
-        weight.mul_(scale[..., 0]).add_(scale[..., 1])
-        yield start, weight.view(columns, number).to(dtype)
+        codes = _split(blocks[first : first + step])
+        rows = slice(first * 2 * half, first * 2 * half + codes.shape[1])
+        grouped = codes.to(torch.float32).view(scales.shape[0], -1, codes.shape[1])
+        weight = torch.addcmul(offset[:, None, rows], grouped, scale[:, None, rows])
+        yield rows.start, weight.view(columns, -1).to(dtype)
 
 
 def _blocks(packed: Tensor) -> Tensor:
@@ -100,9 +99,15 @@ def _blocks(packed: Tensor) -> Tensor:
     return packed.view(packed.shape[0] // block, 2 * packed.shape[1], block // 2)
 
 
-def _split(bytes_: Tensor) -> Tensor:
-    """Codes uint8 [..., rows of a block]; vector ISAs pair rows half a block apart."""
-    low, high = bytes_ & 15, bytes_ >> 4
+def _split(blocks: Tensor) -> Tensor:
+    """Codes uint8 [K, n] of some blocks [b, K, bytes]; vector ISAs pair rows half a block apart."""
+    low, high = blocks & 15, blocks >> 4
+    count, columns, half = blocks.shape
     if isa.level() == "default":
-        return torch.stack((low, high), dim=-1).flatten(-2)
-    return torch.cat((low, high), dim=-1)
+        both = torch.stack((low, high), dim=-1)
+        return both.transpose(0, 1).reshape(columns, 2 * half * count)
+    # Eight codes move at once.
+    out = torch.empty(columns, count, 2, half // 8, dtype=torch.int64)
+    out[:, :, 0] = low.view(torch.int64).transpose(0, 1)
+    out[:, :, 1] = high.view(torch.int64).transpose(0, 1)
+    return out.view(torch.uint8).view(columns, -1)

@@ -25,9 +25,16 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def tiled_linear(
-    x_MK: Tensor, rows: int, bias: Tensor | None, decode: Callable[[slice], Tensor]
+    x_MK: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    decode: Callable[[slice], Tensor],
+    row_scale: Tensor | None = None,
 ) -> Tensor:
-    """[M, rows] in the dtype of x; `decode(rows)` gives those rows of the weight in float32."""
+    """[M, rows] in the dtype of x; `decode(rows)` gives those rows of the weight in float32.
+
+    `row_scale` [rows] multiplies the product.
+    """
     wide = wide_dtype(x_MK.dtype)
     x = x_MK.to(wide)
     out = torch.empty(x.shape[0], rows, dtype=torch.float32)
@@ -35,6 +42,8 @@ def tiled_linear(
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         out[:, part] = x @ decode(part).to(wide).t()
+    if row_scale is not None:
+        out *= row_scale.to(torch.float32)
     if bias is not None:
         out += bias.to(torch.float32)
     return out.to(x_MK.dtype)

@@ -95,7 +95,7 @@ def choose(problem: Problem, device: int) -> Tile | None:
         return entry.tile
     if problem.tokens > DECODE_ROWS:
         return None
-    return heuristic(problem, _multiprocessors(device))
+    return heuristic(problem, *_device(device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -104,14 +104,16 @@ def choose_int8(problem: Problem, device: int) -> Tile:
     entry = tuned(device).find(problem)
     if entry is not None and entry.tile is not None:
         return entry.tile
-    return heuristic(problem, _multiprocessors(device), widest=128)
+    return heuristic(problem, *_device(device))
 
 
-def heuristic(problem: Problem, multiprocessors: int, *, widest: int = 64) -> Tile:
+def heuristic(problem: Problem, multiprocessors: int, capability: int) -> Tile:
     """A tile that keeps every multiprocessor loading: two programs each, split over the columns.
 
-    `widest` is the largest number of rows of x in a tile.
+    `capability` is that of the GPU, as in 90.  The limits are those up to which no kernel spills
+    registers when compiled (tests/test_kernels_aot.py).
     """
+    widest = 128 if problem.op == "w8a8" and capability == 90 else 64
     tokens = min(widest, max(16, 1 << max(problem.tokens - 1, 0).bit_length()))
     row_tiles = -(-problem.rows // 128)
     programs = row_tiles * -(-problem.tokens // tokens)
@@ -119,7 +121,8 @@ def heuristic(problem: Problem, multiprocessors: int, *, widest: int = 64) -> Ti
     wanted = max(1, 2 * multiprocessors // max(programs, 1))
     # At least four blocks a program, or the pipeline never fills.
     split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
-    return Tile(rows=128, tokens=tokens, split=split, warps=4 if tokens == 16 else 8, stages=3)
+    few_warps = tokens == 16 and (capability < 100 or problem.op == "w8a16")
+    return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
 
 
 @functools.cache
@@ -178,12 +181,13 @@ def device_name(device: int) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
-def candidates(problem: Problem, multiprocessors: int) -> Sequence[Tile]:
+def candidates(problem: Problem, multiprocessors: int, capability: int) -> Sequence[Tile]:
     """The tiles worth timing for a problem, the rule's first."""
-    tokens = heuristic(problem, multiprocessors).tokens
+    first = heuristic(problem, multiprocessors, capability)
+    tokens = first.tokens
     blocks = -(-problem.columns // 128)
     splits = [split for split in (1, 2, 4, 8, 16) if split <= max(1, blocks // 2)]
-    found = [heuristic(problem, multiprocessors)]
+    found = [first]
     shapes = [(64, 4), (128, 4), (128, 8)] if tokens == 16 else [(64, 4), (128, 8)]
     for rows, warps in shapes:
         for stages in (2, 3, 4):
@@ -204,5 +208,6 @@ def _distance(entry: Problem, problem: Problem) -> float:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _device(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor

@@ -141,7 +141,7 @@ def _cpu(
     out = int4pack.matmul(x_MK, packed, scale)[:, :out_features]
     if bias is not None:
         out = (out.to(torch.float32) + bias.to(torch.float32)).to(x.dtype)
-    return out.reshape(out_shape)
+    return out.contiguous().view(out_shape)
 
 
 def _cuda(

@@ -23,7 +23,7 @@ torch.library.define(
 
 # Rows of x up to which aten's kernel, which converts weights every four rows, beats converting
 # once; see int4pack.FEW_ROWS.
-FEW_ROWS = {"avx512": 32, "avx2": 16, "default": 4}
+FEW_ROWS = {"avx512": 32, "avx2": 24, "default": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +113,20 @@ def _cpu(
         out = torch.ops.aten._weight_int8pack_mm(short, packed, scale)[:, :out_features]
         if bias is not None:
             out = out.to(torch.float32) + bias.to(torch.float32)
-        result: Tensor = out.to(x.dtype).reshape(out_shape)
+        result: Tensor = out.to(x.dtype).contiguous().view(out_shape)
         return result
 
-    def decode(rows: slice) -> Tensor:
-        weight = packed[rows].to(torch.float32)
-        part = scale[rows].to(torch.float32)
-        if not group_size:
-            return weight.mul_(part[:, None])
-        grouped = weight.view(len(weight), -1, group_size)
-        return grouped.mul_(part[..., None]).view(weight.shape)
+    x_MK = x_MK[:, : x.shape[-1]]
 
-    return tiled_linear(x_MK, out_features, bias, decode).view(out_shape)
+    def decode(rows: slice) -> Tensor:
+        weight = packed[rows, : x.shape[-1]].to(torch.float32)
+        if not group_size:
+            return weight
+        grouped = weight.view(len(weight), -1, group_size)
+        return grouped.mul_(scale[rows, :, None]).view(weight.shape)
+
+    row_scale = None if group_size else scale[:out_features]
+    return tiled_linear(x_MK, out_features, bias, decode, row_scale).view(out_shape)
 
 
 def _cuda(

@@ -67,7 +67,7 @@ def reference(
     out = (out * x_scale * scale)[:, :out_features]
     if bias is not None:
         out = out + bias.to(torch.float32)
-    return out.to(x.dtype).reshape(out_shape)
+    return out.to(x.dtype).contiguous().view(out_shape)
 
 
 def integer_product(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _cpu(
     out = (product.to(torch.float32) * x_scale * scale)[:, :out_features]
     if bias is not None:
         out = out + bias.to(torch.float32)
-    return out.to(x.dtype).reshape(out_shape)
+    return out.to(x.dtype).contiguous().view(out_shape)
 
 
 def _cuda(

@@ -1,12 +1,13 @@
 # The interop suite: the programs that quantkit writes for read what it wrote, on the CPU.
-# Two environments of their own, because vLLM pins older versions than the newest transformers.
+# Environments of their own, because vLLM pins older versions than the newest transformers, and
+# GPTQModel brings much that only it needs.
 
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-vllm
+.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm
 
-interop: interop-transformers interop-vllm
+interop: interop-transformers interop-gptqmodel interop-vllm
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -16,6 +17,9 @@ interop-checkpoints: $(VENV)/.installed
 interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 	$(INTEROP)/transformers/bin/python -P $(INTEROP_PYTEST) \
 		tests/interop/test_transformers.py tests/interop/test_bitsandbytes.py
+
+interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
+	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py
 
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py

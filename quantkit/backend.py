@@ -97,4 +97,5 @@ def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> Quantize
         codes=move(tensor.codes),
         scale=scale,
         zero=None if tensor.zero is None else move(tensor.zero),
+        columns=None if tensor.columns is None else move(tensor.columns),
     )

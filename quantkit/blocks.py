@@ -274,7 +274,7 @@ class BlockWork:
         """Runs the block over all batches; with `write`, stores what enters the next one."""
         assert self.hidden is not None
         eight_bit = {
-            ref.parameter
+            ref.parameter: self.plan.scheme_of(ref).kind
             for _, refs in (() if callback else self.plan.input_groups(index))
             for ref in refs
             if self.plan.scheme_of(ref).activation_bits == 8

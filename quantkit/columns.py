@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.grid import CodebookGrid, IntegerGrid, grid_of
+from quantkit.grid import CodebookGrid, Float8Grid, IntegerGrid, grid_of
 from quantkit.scheme import Scheme
 
 
@@ -33,6 +33,8 @@ def column_rounder(scheme: Scheme, scale_RG: Tensor, zero_RG: Tensor | None) -> 
     grid = grid_of(scheme)
     if isinstance(grid, CodebookGrid):
         return _CodebookColumns(grid, scale_RG)
+    if isinstance(grid, Float8Grid):
+        return _Float8Columns(grid, scale_RG)
     return _IntegerColumns(grid, scale_RG, zero_RG)
 
 
@@ -92,3 +94,21 @@ class _CodebookColumns:
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
         self.scales[group] = scale_R.contiguous()
         self.reciprocals[group] = 1.0 / self.scales[group].clamp(min=1e-38)
+
+
+class _Float8Columns:
+    def __init__(self, grid: Float8Grid, scale_RG: Tensor) -> None:
+        self.largest = grid.largest
+        self.scales = list(scale_RG.t().contiguous().unbind(0))
+
+    def __call__(
+        self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
+    ) -> None:
+        unit = torch.div(target_R, self.scales[group]).clamp_(-self.largest, self.largest)
+        numbers = unit.to(torch.float8_e4m3fn)
+        value = numbers.to(torch.float32)
+        torch.addcmul(weight_R, value, self.scales[group], value=-1, out=error_R)
+        codes_R.copy_(numbers.view(torch.uint8))
+
+    def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
+        self.scales[group] = scale_R.contiguous()

@@ -159,6 +159,7 @@ def _decode(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
         zero=None if tensor.zero is None else tensor.zero[rows],
         scheme=tensor.scheme,
         dtype=tensor.dtype,
+        columns=tensor.columns,
     )
     return part.dequantize(torch.float32)
 
@@ -166,12 +167,15 @@ def _decode(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
 def _steps(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
     """Distance between neighbouring values of the grid around each weight [rows, I]."""
     scheme: Scheme = tensor.scheme
-    # Sixteen values span twice the absmax of a block.
-    width = 1.0 if scheme.kind == "int" else 2.0 / 15.0
+    # Sixteen values span twice the absmax of a block; the largest e4m3 numbers are 32 apart.
+    width = {"int": 1.0, "fp8": 32.0}.get(scheme.kind, 2.0 / 15.0)
     columns = tensor.shape[1]
     if values.ndim == 2:
         part = values[rows].abs() * width
-        return part.repeat_interleave(columns // part.shape[1], dim=1)
+        steps = part.repeat_interleave(columns // part.shape[1], dim=1)
+        if tensor.columns is None:
+            return steps
+        return torch.empty_like(steps).index_copy_(1, tensor.columns, steps)
     assert scheme.group_size is not None
     flat = (values.abs() * width).repeat_interleave(scheme.group_size)
     return flat[: tensor.codes.numel()].view(tensor.shape)[rows]

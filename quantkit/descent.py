@@ -113,7 +113,7 @@ class Descent:
         curvature = ((inside.t() @ units).mul_(units) * diagonal).sum(0)
         scale = self.scale[group]
         wanted = scale + slope / curvature.clamp(min=1e-30)
-        if self.scheme.kind == "int":
+        if not self.scheme.flat:
             wanted = store_scale(wanted)
         step = wanted - scale
         better = (step * (2 * slope - step * curvature) > 0) & (wanted > 0)

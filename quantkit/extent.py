@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.grid import blocks, grid_of, store_scale
+from quantkit.grid import Float8Grid, blocks, grid_of, store_scale
 from quantkit.nested import nest
 from quantkit.parts import GroupRange
 from quantkit.scheme import Scheme
@@ -49,11 +49,13 @@ def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | Non
 
     Symmetric: 2·absmax / (2^b - 1), the same whatever the signs in the group; the reference GPTQ
     code halves the range of a group without negative weights and clips it.  With 8-bit activations:
-    absmax / 127.  Asymmetric: zeros in 1..2^b - 1, which every file format can hold, so the extent
-    is widened until at least one step lies below zero.
+    absmax / 127; fp8: absmax / 448.  Asymmetric: zeros in 1..2^b - 1, which every file format can
+    hold, so the extent is widened until at least one step lies below zero.
     """
-    if scheme.kind != "int":
+    if scheme.flat:
         return extent.high, None
+    if scheme.kind == "fp8":
+        return store_scale(extent.high / Float8Grid().largest), None
     top = 2**scheme.bits - 1
     if scheme.activation_bits == 8:
         return store_scale(extent.high / (top // 2)), None

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quantkit.calibration import Calibration
 from quantkit.disk import disk_errors, write_file
 from quantkit.manifest import RUN
 from quantkit.models import CausalModel
 from quantkit.plan import Plan
-from quantkit.report import build_report, render_html, render_markdown, render_model_card
-from quantkit.steps import Record
+from quantkit.report import render_html, render_markdown, render_model_card
 
 REPORT = "quantkit/report.json"
 RECIPE = "quantkit/recipe.yaml"
@@ -27,22 +25,24 @@ def write_finished_files(
     *,
     model: CausalModel,
     plan: Plan,
-    calibration: Calibration | None,
-    records: Sequence[Record],
-    fingerprint: Mapping[str, str],
+    report: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None,
     run: Mapping[str, object],
 ) -> None:
-    """Writes everything but the shards; all of it except `run.json` depends on the job only."""
-    report = build_report(plan, calibration, records, fingerprint)
+    """Writes everything but the shards; all of it except `run.json` depends on the job only.
+
+    `recipe` is None where another tool quantized the weights and nobody knows it.
+    """
     contents: dict[str, bytes] = {
         "config.json": _json(_config(model, plan)),
         REPORT: _json(report),
-        RECIPE: yaml.safe_dump(plan.recipe.to_dict(), sort_keys=False).encode(),
         RUN: _json(run),
         "quantkit/report.md": render_markdown(report).encode(),
         "quantkit/report.html": render_html(report).encode(),
         "README.md": render_model_card(report).encode(),
     }
+    if recipe is not None:
+        contents[RECIPE] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
     if (index := plan.layout.index()) is not None:
         contents["model.safetensors.index.json"] = index
     with disk_errors(directory):

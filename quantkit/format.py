@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
@@ -52,7 +53,8 @@ class PlannedWeight:
 class StoredWeight:
     """A quantized weight found in a checkpoint; `tensors` are the names of all that belong to it.
 
-    `transposed`: the format stores its codes [I, O].
+    transposed   the format stores its codes [I, O]
+    permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
     """
 
     name: str
@@ -61,6 +63,28 @@ class StoredWeight:
     dtype: torch.dtype
     tensors: tuple[str, ...]
     transposed: bool = False
+    permuted: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        weight: PlannedWeight,
+        dtype: torch.dtype,
+        infos: Sequence[TensorInfo],
+        *,
+        permuted: bool = False,
+    ) -> StoredWeight:
+        """The weight, whose original dtype is `dtype`, as it lies in these tensors."""
+        assert weight.scheme is not None, weight.name
+        return cls(
+            name=weight.name,
+            scheme=weight.scheme,
+            shape=weight.shape,
+            dtype=dtype,
+            tensors=tuple(info.name for info in infos),
+            transposed=weight.transposed,
+            permuted=permuted,
+        )
 
 
 @runtime_checkable
@@ -68,6 +92,8 @@ class Format(Protocol):
     """One on-disk layout of quantized weights."""
 
     name: ClassVar[str]
+    # Whether columns of one group may lie apart (`QuantizedTensor.columns`).
+    holds_permuted: ClassVar[bool]
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the format can hold the scheme, else why not (without other formats' names)."""
@@ -80,6 +106,10 @@ class Format(Protocol):
         """
         ...
 
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None if one checkpoint can hold these weights side by side, else which not and why."""
+        ...
+
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
     ) -> Mapping[str, str | None]:
@@ -88,6 +118,11 @@ class Format(Protocol):
 
     def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns; `dtype` is that of the weight in the source."""
+        ...
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The nearest tensor that `pack` takes, and what was rounded; the tensor itself and None
+        if it is held exactly.  The scheme is supported."""
         ...
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -177,6 +212,8 @@ def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:
             raise FormatError(
                 f"{weight.name}: {chosen.name} cannot hold shape {weight.shape}: {reason}"
             )
+    if (reason := chosen.supports_together(weights)) is not None:
+        raise FormatError(f"{chosen.name}: {reason}")
 
 
 def format_of(source: Source) -> Format:
@@ -188,12 +225,50 @@ def format_of(source: Source) -> Format:
     if not isinstance(config, dict):
         raise FormatError("config.json has no quantization_config: the model is not quantized")
     method = config.get("quant_method")
-    if method == "gptq" and config.get("checkpoint_format") == "gptq_v2":
-        return make_format("gptq_v2")
-    if method in ("compressed-tensors", "bitsandbytes"):
+    version = ""
+    if method == "gptq":
+        # Files older than version 2 do not say which they are.
+        version = str(config.get("checkpoint_format", "gptq"))
+        if version in ("gptq", "gptq_v2"):
+            return make_format(version)
+    elif method == "fp8":
+        return cast(Format, importlib.import_module(f"{_PACKAGE}._fp8_blocks").Fp8Blocks())
+    elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
     known = ", ".join(available_formats())
-    raise FormatError(f"quantization_config: quant_method {method!r} is not read; known: {known}")
+    told = f"quant_method {method!r}" + (f" as {version!r}" if version else "")
+    raise FormatError(f"quantization_config: {told} is not read; known: {known}")
+
+
+def named_as_weight(weight: PlannedWeight) -> str | None:
+    """None if other tensors can be named after the weight, else why not."""
+    if not weight.name.endswith(".weight"):
+        return 'the tensor\'s name must end in ".weight"'
+    return None
+
+
+def skipped_too(
+    skipped: Sequence[str], quantized: Sequence[PlannedWeight], *, substrings: bool = False
+) -> str | None:
+    """Which quantized module readers would skip with those to be skipped, and why; None if none.
+
+    transformers matches the names to be skipped as patterns and as endings; vLLM takes AWQ's as
+    `substrings`.
+    """
+    if not skipped:
+        return None
+    pattern = re.compile("|".join(f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in skipped))
+    endings = tuple(skipped)
+    for weight in quantized:
+        if weight.expert:
+            continue
+        within = substrings and any(name in weight.module for name in skipped)
+        if within or pattern.match(weight.module) or weight.module.endswith(endings):
+            return (
+                f"{weight.name}: readers would not take it for quantized, because a kept module's "
+                f"name matches {weight.module!r} too; keep both, or use another format"
+            )
+    return None
 
 
 def check_divides(name: str, shape: tuple[int, int], scheme: Scheme) -> None:

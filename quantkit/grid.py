@@ -117,7 +117,7 @@ class CodebookGrid:
         table = torch.tensor(self.values, dtype=torch.float32, device=unit.device)
         ordered, order = torch.sort(table, stable=True)
         midpoints = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(unit, midpoints)].to(torch.float32)
+        return order[torch.bucketize(unit.contiguous(), midpoints)].to(torch.float32)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Float32 values of codes (any dtype)."""
@@ -130,7 +130,33 @@ class CodebookGrid:
         return self.decode(self.encode(x, scale, zero), scale, zero)
 
 
-Grid = IntegerGrid | CodebookGrid
+@dataclass(frozen=True, kw_only=True)
+class Float8Grid:
+    """e4m3 numbers times the scale, saturating at `largest`; a code is the number's byte."""
+
+    largest: float = 448.0
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the nearest values, as float32 integers; ties go to the even mantissa."""
+        return self._bytes(x / scale).to(torch.float32)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Float32 values of codes (any dtype)."""
+        assert zero is None, "float grids are symmetric"
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32) * scale
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x)), in fewer passes."""
+        unit = (x / scale).clamp_(-self.largest, self.largest)
+        return unit.to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
+
+    def _bytes(self, unit: Tensor) -> Tensor:
+        # A cast alone turns what is too large into NaN.
+        clamped = unit.clamp(-self.largest, self.largest)
+        return clamped.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+Grid = IntegerGrid | CodebookGrid | Float8Grid
 
 
 def grid_of(scheme: Scheme) -> Grid:
@@ -142,5 +168,7 @@ def grid_of(scheme: Scheme) -> Grid:
         return CodebookGrid(values=NF4_VALUES)
     if scheme.kind == "fp4":
         return CodebookGrid(values=FP4_VALUES)
+    if scheme.kind == "fp8":
+        return Float8Grid()
     low = 1 if scheme.activation_bits == 8 else 0
     return IntegerGrid(low=low, high=2**scheme.bits - 1, center=2 ** (scheme.bits - 1))

@@ -24,6 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantkit import skeleton
 from quantkit.backend import check_backend, moved
 from quantkit.checkpoint import open_source
 from quantkit.errors import ModelError
@@ -31,17 +32,16 @@ from quantkit.finished import refuse_unfinished
 from quantkit.format import format_of
 from quantkit.loading import (
     Target,
-    Unpacked,
     check_all_used,
     pieces_of,
     read_missing_,
     replace_modules_,
     targets_of,
-    transposed_names,
 )
 from quantkit.names import map_names, read_parameter
 from quantkit.saving import QuantkitQuantizer, SavedTensors, attach_quantizer_, find_module
 from quantkit.tensor import QuantizedTensor
+from quantkit.unpacked import Unpacked
 
 _METHOD = "quantkit"
 
@@ -144,8 +144,8 @@ class LoadingQuantizer(HfQuantizer):
         )
         self._format = format_of(self._source)
         self._stored = self._format.weights(self._source)
-        self._view = Unpacked(self._source, self._stored)
-        self._view.transposed = transposed_names(model, self._view.names())
+        self._view = Unpacked(self._source, self._format, self._stored)
+        self._view.transposed = skeleton.conv1d_names(model, self._view.names())
         self._names = map_names(model, self._view)
         check_all_used(self._stored, self._names)
         self._targets = tuple(targets_of(model, self._names, frozenset(self._stored)))

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantkit import skeleton
 from quantkit.backend import Backend, check_backend, moved
-from quantkit.checkpoint import FileSource, open_source
+from quantkit.checkpoint import open_source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import Format, StoredWeight, format_of
@@ -25,9 +25,9 @@ from quantkit.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.nn import QuantExperts, QuantLinear
 from quantkit.refs import Piece
 from quantkit.saving import SavedTensors, attach_quantizer_, find_module
-from quantkit.source import Reader, Source
+from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
-from quantkit.tensorfile import TensorInfo
+from quantkit.unpacked import Unpacked
 
 _GENERATION = "generation_config.json"
 Quantized = Callable[[str], QuantizedTensor]
@@ -59,9 +59,9 @@ def load(
     quantized = "quantization_config" in source.config
     fmt = format_of(source) if quantized else None
     stored = fmt.weights(source) if fmt is not None else {}
-    view = Unpacked(source, stored)
+    view = Unpacked(source, fmt, stored)
     model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=dtype)
-    view.transposed = transposed_names(model, view.names())
+    view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
     check_all_used(stored, names)
     check_complete(names, [path for path, _ in model.named_parameters()])
@@ -115,7 +115,7 @@ def install_(
     for name in (*tensors, *rescaled):
         if name not in by_name:
             raise ModelError(f"{name}: the model has no parameter for this tensor")
-    transposed = transposed_names(model, tuple(by_name))
+    transposed = skeleton.conv1d_names(model, tuple(by_name))
     for name, value in rescaled.items():
         _write_(model, by_name[name], value)
     replace_modules_(
@@ -129,52 +129,6 @@ def install_(
     saved = SavedTensors(pieces=pieces, transposed=transposed, extra=(), source=None)
     attach_quantizer_(model, fmt, quantization_config, saved)
     model.eval()
-
-
-class Unpacked(Reader):
-    """A quantized checkpoint seen under the names and shapes it had before quantization.
-
-    Only `info` and `names` know the quantized weights: they cannot be read as plain tensors.
-    `transposed` names those whose unquantized storage is [I, O].
-    """
-
-    def __init__(self, source: Source, stored: Mapping[str, StoredWeight]) -> None:
-        self._source = source
-        self._stored = stored
-        self.transposed: frozenset[str] = frozenset()
-        if isinstance(source, FileSource):
-            self.path = source.path
-        packed = {name for weight in stored.values() for name in weight.tensors}
-        self._names = tuple(sorted({*source.names(), *stored} - (packed - set(stored))))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config without `quantization_config`."""
-        return {k: v for k, v in self._source.config.items() if k != "quantization_config"}
-
-    def names(self) -> tuple[str, ...]:
-        """Names as before quantization, sorted."""
-        return self._names
-
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape as before quantization."""
-        weight = self._stored.get(name)
-        if weight is None:
-            return self._source.info(name)
-        shape = weight.shape[::-1] if name in self.transposed else weight.shape
-        return TensorInfo(name=name, dtype=weight.dtype, shape=shape)
-
-    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of an unquantized tensor."""
-        assert name not in self._stored, f"{name} is quantized"
-        return self._source.read_flat(name, start, stop)
-
-    def side_files(self) -> dict[str, Path | bytes]:
-        """The source's."""
-        return self._source.side_files()
-
-    def _config_bytes(self) -> bytes:
-        raise AssertionError("a view has no fingerprint of its own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,14 +305,6 @@ def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:
         raise ShapeError(f"{piece.name}: {list(value.shape)} given, the model holds {part.shape}")
     with torch.no_grad():
         part.copy_(value)
-
-
-def transposed_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
-    """The checkpoint names of Conv1D weights, whose own storage is [I, O]."""
-    paths = [f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D]
-    prefix = getattr(model, "base_model_prefix", "")
-    held = {*paths, *(path.removeprefix(f"{prefix}.") for path in paths)}
-    return frozenset(held.intersection(names))
 
 
 def pieces_of(names: NameMap) -> tuple[Piece, ...]:

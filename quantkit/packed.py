@@ -29,6 +29,7 @@ class PackedKernel(StoredModule):
         self.name = f"{device} {type(self).__name__}"
         self.scale = StoredScale(tensor.scale)
         self.register_buffer("zero", tensor.zero)
+        self.register_buffer("columns", tensor.columns)
 
     @property
     def quantized_tensor(self) -> QuantizedTensor:
@@ -39,7 +40,20 @@ class PackedKernel(StoredModule):
             zero=self._buffers["zero"],
             scheme=self.scheme,
             dtype=self.weight_dtype,
+            columns=self._buffers["columns"],
         )
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I] -> [..., O] in the dtype of x."""
+        columns = self._buffers["columns"]
+        if columns is not None:
+            # The weight stays in the order of its groups: the input follows it.
+            x = x.index_select(-1, columns)
+        return self.multiply(x, bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        raise NotImplementedError
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -82,8 +96,8 @@ class Int4Kernel(PackedKernel):
         """Codes uint8 [O, I] in fresh memory."""
         return w4a16.unpack(self.packed, self.shape)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
         out: Any = torch.ops.quantkit.w4a16(
             x,
             self.packed,
@@ -123,8 +137,8 @@ class Int8Kernel(PackedKernel):
         """Codes uint8 [O, I] in fresh memory."""
         return w8a16.unpack(self.packed, self.shape)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
         out: Any = torch.ops.quantkit.w8a16(
             x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
         )
@@ -152,8 +166,8 @@ class Int8ActivationKernel(PackedKernel):
         """Codes uint8 [O, I] in fresh memory."""
         return w8a8.unpack(self.packed, self.shape)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
         out: Any = torch.ops.quantkit.w8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
         return out
 
@@ -185,8 +199,8 @@ class Nf4Kernel(PackedKernel):
         """Codes uint8 [O, I] in fresh memory."""
         return nf4.unpack(self.packed, self.shape)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x."""
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
         scale = self.scale.get()
         nest: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(scale, NestedScale):

@@ -21,6 +21,7 @@ from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.plan import Plan
 from quantkit.predict import Prediction
+from quantkit.report import build_report
 from quantkit.steps import Record
 
 
@@ -87,9 +88,10 @@ def run(job: Job, out: Path, *, fresh: bool = False, progress: bool = True) -> O
             output.partial,
             model=job.model,
             plan=job.plan,
-            calibration=job.calibration,
-            records=[done[step] for step in work.steps],
-            fingerprint=job.fingerprint,
+            report=build_report(
+                job.plan, job.calibration, [done[step] for step in work.steps], job.fingerprint
+            ),
+            recipe=job.plan.recipe.to_dict(),
             run={
                 "seconds": round(time.monotonic() - began, 3),
                 "predicted_seconds": round(job.prediction.seconds, 1),

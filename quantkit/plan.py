@@ -139,17 +139,43 @@ def make_plan(
     Raises RecipeError (a rule that splits weights sharing an input, or matches nothing),
     ShapeError, FormatError (a scheme or shape the format cannot hold, or no runtime reads it).
     """
-    refs = tuple(model.weights(index) for index in range(model.num_blocks))
-    all_refs = [ref for block in refs for ref in block]
-    head = model.head if recipe.head is not None else None
+    refs = _block_weights(model)
     _check_rules(recipe, model)
-    decisions = {ref.name: _decide(recipe, ref) for ref in all_refs}
-    schemes = {name: scheme for name, (scheme, _) in decisions.items()}
+    decisions = {ref.name: _decide(recipe, ref) for block in refs for ref in block}
     for block in refs:
-        _check_shared(block, schemes)
-    weights = [_planned(model, ref, schemes[ref.name]) for ref in all_refs]
+        _check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
+    if recipe.head is not None:
+        decisions[_head_name(model)] = recipe.head, "--lm-head"
+    return lay_out(
+        model,
+        recipe,
+        decisions,
+        format_name=format_name,
+        max_shard_bytes=max_shard_bytes,
+        allow_unreadable=allow_unreadable,
+    )
+
+
+def lay_out(
+    model: CausalModel,
+    recipe: Recipe,
+    decisions: Mapping[str, tuple[Scheme | None, str]],
+    *,
+    format_name: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    allow_unreadable: bool = False,
+) -> Plan:
+    """The plan when each weight's scheme (None: kept), with the reason, is decided.
+
+    A weight without a decision is kept.  Raises as `make_plan` does.
+    """
+    refs = _block_weights(model)
+    schemes = {name: scheme for name, (scheme, _) in decisions.items()}
+    weights = [_planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
+    head_scheme = schemes.get(_head_name(model))
+    head = model.head if head_scheme is not None else None
     unties = head is not None and model.head_tied
-    weights.append(_planned_head(model, recipe.head))
+    weights.append(_planned_head(model, head_scheme))
     for weight in weights:
         if weight.scheme is not None:
             weight.scheme.check_shape(weight.name, weight.shape)
@@ -205,6 +231,15 @@ def make_plan(
         folds_layout=plan_shards(vectors, 1 << 62, stem="folds") if vectors else None,
         readers=readers,
     )
+
+
+def _block_weights(model: CausalModel) -> tuple[tuple[WeightRef, ...], ...]:
+    return tuple(model.weights(index) for index in range(model.num_blocks))
+
+
+def _head_name(model: CausalModel) -> str:
+    """The head's name in the output: its own, even where it shares the embedding's tensor."""
+    return model.head.parameter if model.head_tied else model.head.name
 
 
 def _check_rules(recipe: Recipe, model: CausalModel) -> None:
@@ -264,10 +299,7 @@ def _planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> Plann
 
 def _planned_head(model: CausalModel, scheme: Scheme | None) -> PlannedWeight:
     """The head under its own name: quantizing one that is tied to the embedding unties it."""
-    head = model.head
-    own = head.parameter if model.head_tied else head.name
-    planned = _planned(model, head, scheme)
-    return dataclasses.replace(planned, name=own)
+    return dataclasses.replace(_planned(model, model.head, scheme), name=_head_name(model))
 
 
 def _transformed_groups(
@@ -312,7 +344,7 @@ def _fates(
         elif name in model.unmapped:
             fate, reason = "copied", "no parameter of the model class takes it"
         elif weight is not None and name != head_name:
-            reason = reasons[name]
+            reason = reasons.get(name, "as stored")
         else:
             reason = "output head" if name == head_name else _kept_reason(info, name in block_of)
         found.append(

@@ -68,6 +68,15 @@ def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str,
     }
 
 
+def awq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
+    """Runtime -> None if it reads awq files of these weights, else why not."""
+    group_sizes = {scheme.group_size for scheme in _schemes(weights)}
+    served = _vllm_lacks(weights, model_type)
+    if served is None and not group_sizes <= {None, 32, 64, 128}:
+        served = f"vLLM 0.32 reads AWQ groups of 32, 64, 128 or a row, not {group_sizes}"
+    return {"transformers": _transformers_gptqmodel(weights, model_type), "vllm": served}
+
+
 def _schemes(weights: Sequence[PlannedWeight]) -> list[Scheme]:
     return list(dict.fromkeys(weight.scheme for weight in weights if weight.scheme is not None))
 
@@ -128,18 +137,23 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
 
 
 def _transformers_gptq(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if len(_schemes(weights)) > 1:
+        return "it reads GPTQ files with one scheme only"
+    return _transformers_gptqmodel(weights, model_type)
+
+
+def _transformers_gptqmodel(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    """Why transformers cannot put GPTQModel's layers, which read GPTQ and AWQ, into the model."""
     quantized = [weight for weight in weights if weight.scheme is not None]
     schemes = _schemes(weights)
     if any(weight.transposed for weight in quantized):
         return f"it does not convert the Conv1D layers of {model_type}"
     if model_type == "falcon":
-        return "it replaces no FalconLinear by a GPTQ layer: the weights would be random"
+        return "it replaces no FalconLinear by a GPTQModel layer: the weights would be random"
     if any(weight.expert for weight in quantized):
-        return "it replaces no fused experts by GPTQ layers: the weights would be random"
+        return "it replaces no fused experts by GPTQModel layers: the weights would be random"
     if any(outside_blocks(weight) for weight in quantized):
-        return "it replaces no head by a GPTQ layer: the weights would be random"
-    if len(schemes) > 1:
-        return "it reads GPTQ files with one scheme only"
+        return "it replaces no head by a GPTQModel layer: the weights would be random"
     if schemes and schemes[0].group_size not in _GPTQMODEL_GROUPS:
         allowed = ", ".join(str(size) for size in _GPTQMODEL_GROUPS if size)
         return f"GPTQModel has kernels for groups of {allowed} or a row"

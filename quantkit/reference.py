@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from quantkit.activations import quantize_activation
+from quantkit.activations import float8_activation, quantize_activation
 from quantkit.scheme import Scheme
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
 
@@ -66,12 +66,14 @@ class StoredScale(StoredModule):
 
 class ReferenceKernel(StoredModule):
     """Weight-only schemes decode the weight to the input's dtype and multiply; w8a8 quantizes each
-    token and multiplies integers exactly.  Codes of up to 4 bits are kept packed in bytes.
+    token and multiplies integers exactly, fp8a8 e4m3 numbers.  Codes of up to 4 bits are kept
+    packed in bytes.
     """
 
     name = "reference"
     codes: Tensor
     zero: Tensor | None
+    columns: Tensor | None
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -82,6 +84,7 @@ class ReferenceKernel(StoredModule):
         self.register_buffer("codes", _pack(tensor.codes, self._per_byte))
         self.scale = StoredScale(tensor.scale)
         self.register_buffer("zero", tensor.zero)
+        self.register_buffer("columns", tensor.columns)
 
     @property
     def quantized_tensor(self) -> QuantizedTensor:
@@ -92,13 +95,19 @@ class ReferenceKernel(StoredModule):
             zero=self.zero,
             scheme=self.scheme,
             dtype=self.weight_dtype,
+            columns=self.columns,
         )
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O] in the dtype of x."""
         values = self.scale.get().values()
         if self.scheme.activation_bits == 8:
-            return self._forward_int8(x, values, bias)
+            integers = self.scheme.kind == "int"
+            run = self._forward_int8 if integers else self._forward_fp8
+            return run(x, values, bias)
+        if self.columns is not None:
+            # The weight stays in the order of its groups: the input follows it.
+            x = x.index_select(-1, self.columns)
         rows = self.out_features
         # Blocks that straddle rows are decoded whole: small, oddly shaped weights only.
         if values.ndim == 2 and self.in_features % values.shape[1] == 0:
@@ -125,6 +134,22 @@ class ReferenceKernel(StoredModule):
         product = int8_matmul(x_codes.reshape(-1, self.in_features), self.codes)
         out = product.to(torch.float32).view(*x.shape[:-1], self.out_features)
         out = out * x_scale * values.view(-1)
+        if bias is not None:
+            out += bias.to(torch.float32)
+        return out.to(x.dtype)
+
+    def _forward_fp8(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Products of e4m3 numbers, summed in float32; scales and bias come last."""
+        x_numbers, x_scale = float8_activation(x)
+        numbers = x_numbers.to(torch.float32)
+        rows = max(1, _ROWS_ELEMENTS // self.in_features)
+        parts = [
+            nn.functional.linear(
+                numbers, self.codes[start : start + rows].view(torch.float8_e4m3fn).float()
+            )
+            for start in range(0, self.out_features, rows)
+        ]
+        out = torch.cat(parts, dim=-1).mul_(x_scale).mul_(values.view(-1))
         if bias is not None:
             out += bias.to(torch.float32)
         return out.to(x.dtype)

@@ -1,7 +1,7 @@
 """What one weight is quantized to: number kind, bits, group size, symmetry, activation width.
 
 A scheme says nothing about layer names, file formats or algorithms.
-Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`.
+Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Literal
 
 from quantkit.errors import SchemeError, ShapeError
 
-Kind = Literal["int", "nf4", "fp4"]
-NAMES = "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq]"
+Kind = Literal["int", "nf4", "fp4", "fp8"]
+NAMES = "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row"
 
 _INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
+_FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
 
 
@@ -25,6 +26,8 @@ class Scheme:
 
     `group_size` counts the consecutive weights that share a scale: along a row for integers (None =
     the whole row), along the flattened row-major weight for nf4 and fp4 (bitsandbytes' blocks).
+    fp8 is e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433), written with a scale
+    per row; checkpoints of others have groups.
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     """
 
@@ -50,6 +53,11 @@ class Scheme:
                     f"{self.name}: 8-bit activations go with 8-bit symmetric weights per row only; "
                     "use w8a8_row, or 16-bit activations (a16)"
                 )
+        elif self.kind == "fp8":
+            if self.bits != 8 or not self.symmetric or self.double_quant:
+                raise SchemeError("fp8 has 8 bits and no zeros: fp8a8_row or fp8a16_row")
+            if self.group_size is not None and self.activation_bits == 8:
+                raise SchemeError("8-bit activations go with fp8 weights per row: fp8a8_row")
         elif self.bits != 4 or not self.symmetric or self.activation_bits != 16:
             raise SchemeError(f"{self.kind} is 4-bit, symmetric and weight-only")
         elif self.group_size is None:
@@ -58,6 +66,9 @@ class Scheme:
     @property
     def name(self) -> str:
         """The scheme's name, which `Scheme.parse` reads back."""
+        if self.kind == "fp8":
+            group = "row" if self.group_size is None else f"g{self.group_size}"
+            return f"fp8a{self.activation_bits}_{group}"
         if self.kind != "int":
             return f"{self.kind}_b{self.group_size}" + ("_dq" if self.double_quant else "")
         group = "row" if self.group_size is None else f"g{self.group_size}"
@@ -66,7 +77,7 @@ class Scheme:
     @property
     def flat(self) -> bool:
         """True if blocks run along the flattened weight and may straddle rows."""
-        return self.kind != "int"
+        return self.kind in ("nf4", "fp4")
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -88,9 +99,12 @@ class Scheme:
                 group_size=int(block),
                 double_quant=double is not None,
             )
-        if name.startswith("fp8"):
-            raise SchemeError(
-                f"scheme {name!r}: FP8 is not available yet; use w8a8_row or w8a16_row"
+        if match := _FLOAT8.fullmatch(name):
+            return cls(
+                kind="fp8",
+                bits=8,
+                group_size=int(match[2]) if match[2] else None,
+                activation_bits=8 if match[1] == "8" else 16,
             )
         raise SchemeError(f"scheme {name!r} is unknown; allowed: {NAMES}")
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from quantkit import experts
 from quantkit.checkpoint import Source
@@ -107,6 +108,14 @@ def model_dtype(source: Source, config: PreTrainedConfig) -> torch.dtype:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ModelError(f"weights in {dtype} cannot be quantized; give float32, float16, bfloat16")
     return dtype
+
+
+def conv1d_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
+    """The checkpoint names of Conv1D weights, whose own storage is [I, O]."""
+    paths = [f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D]
+    prefix = getattr(model, "base_model_prefix", "")
+    held = {*paths, *(path.removeprefix(f"{prefix}.") for path in paths)}
+    return frozenset(held.intersection(names))
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -127,7 +127,7 @@ def _cost(weight_OI: Tensor, tensor: QuantizedTensor, stats: Stats | None) -> tu
     """(relative output error, clipped share) on evenly spaced rows."""
     rows = torch.arange(0, len(weight_OI), max(1, -(-len(weight_OI) // _ERROR_ROWS)))
     kept = weight_OI[rows]
-    quantized = tensor.dequantize(torch.float32)[rows]
+    quantized = tensor.decode(rows)
     delta = kept - quantized
     if stats is None or stats.count == 0:
         error, size = delta.square().sum(), kept.square().sum()

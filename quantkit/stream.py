@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from quantkit.activations import fake_quantize_activation
+from quantkit.scheme import Kind
 
 
 class QuantizedActivations(TorchFunctionMode):
@@ -18,10 +19,10 @@ class QuantizedActivations(TorchFunctionMode):
     The same rounding that W8A8 layers apply at run time, so later blocks see its error.
     """
 
-    def __init__(self, block: nn.Module, parameters: Collection[str]) -> None:
+    def __init__(self, block: nn.Module, parameters: Mapping[str, Kind]) -> None:
         super().__init__()
-        self._weights = {
-            parameter.untyped_storage().data_ptr()
+        self._kinds = {
+            parameter.untyped_storage().data_ptr(): parameters[path]
             for path, parameter in block.named_parameters()
             if path in parameters
         }
@@ -33,11 +34,12 @@ class QuantizedActivations(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and self._is_quantized(args[1]):
-            args = (fake_quantize_activation(args[0]), *args[1:])
-        elif func is torch.addmm and self._is_quantized(args[2]):
-            args = (args[0], fake_quantize_activation(args[1]), args[2])
+        if func is nn.functional.linear and (kind := self._kind(args[1])) is not None:
+            args = (fake_quantize_activation(args[0], kind), *args[1:])
+        elif func is torch.addmm and (kind := self._kind(args[2])) is not None:
+            args = (args[0], fake_quantize_activation(args[1], kind), args[2])
         return func(*args, **(kwargs or {}))
 
-    def _is_quantized(self, weight: torch.Tensor) -> bool:
-        return weight.untyped_storage().data_ptr() in self._weights
+    def _kind(self, weight: torch.Tensor) -> Kind | None:
+        """The number kind of the weight's activations; None if they stay as they are."""
+        return self._kinds.get(weight.untyped_storage().data_ptr())

@@ -58,7 +58,9 @@ Scale = PlainScale | NestedScale
 class QuantizedTensor:
     """Codes uint8 [O, I] with their scales; `zero` uint8 [O, G] for asymmetric integer schemes.
 
-    `dtype` is the weight's dtype before quantization, which runtimes restore.
+    dtype    the weight's before quantization, which runtimes restore
+    columns  int64 [I]: codes[:, j] belong to column columns[j] of the weight (checkpoints of others
+             with activation order, whose groups are not neighbours); None: to column j
     """
 
     codes: Tensor
@@ -66,10 +68,12 @@ class QuantizedTensor:
     zero: Tensor | None
     scheme: Scheme
     dtype: torch.dtype
+    columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.codes.dtype == torch.uint8 and self.codes.ndim == 2
         assert (self.zero is None) == self.scheme.symmetric
+        assert self.columns is None or not self.scheme.flat
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -88,18 +92,34 @@ class QuantizedTensor:
         step = max(1, _DECODE_ELEMENTS // self.shape[1])
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
-            zero = None if self.zero is None else self.zero[rows]
-            out[rows] = decode_rows(self.codes[rows], scale[rows], zero, self.scheme)
+            out[rows] = self._decode(rows, scale)
         return out
+
+    def decode(self, rows: Tensor) -> Tensor:
+        """Float32 values [R, I] of some rows; `rows` int64 [R]."""
+        scale = self.scale.values()
+        if scale.ndim == 1:
+            # Blocks that straddle rows cannot be decoded one by one.
+            return self.dequantize(torch.float32)[rows]
+        return self._decode(rows, scale)
 
     def check(self, name: str) -> None:
         """Nothing if scales are finite and codes in range; else NumericsError naming `name`."""
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
+        if self.scheme.kind == "fp8" and bool(((self.codes & 0x7F) == 0x7F).any()):
+            raise NumericsError(f"{name}: a code is the NaN of e4m3")
         highest = int(self.codes.max()) if self.codes.numel() else 0
         if highest >= 2**self.scheme.bits:
             raise NumericsError(f"{name}: code {highest} does not fit {self.scheme.bits} bits")
+
+    def _decode(self, rows: Tensor | slice, scale: Tensor) -> Tensor:
+        zero = None if self.zero is None else self.zero[rows]
+        decoded = decode_rows(self.codes[rows], scale[rows], zero, self.scheme)
+        if self.columns is None:
+            return decoded
+        return torch.empty_like(decoded).index_copy_(1, self.columns, decoded)
 
 
 def decode_rows(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from quantkit.folds import FOLDS_FILE
 from quantkit.format import Format, StoredWeight, format_of
 from quantkit.grid import IntegerGrid, grid_of
 from quantkit.manifest import verify_manifest
+from quantkit.runtimes import compare_runtime
 from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import read_header, read_into
@@ -89,13 +90,15 @@ def verify(
     out: str | Path,
     *,
     against: object = None,
+    runtime: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyResult:
     """All checks of the checkpoint at `out`; `against` is its source: path, Hub name or live model.
 
-    What is wrong with `out` is in the result.  Raises CheckpointError if `out` is no directory or
-    `against` cannot be opened.
+    `runtime` names a program (transformers, vllm) that is asked to load and run it too.  What is
+    wrong with `out` is in the result.  Raises CheckpointError if `out` is no directory, `against`
+    cannot be opened, or the runtime is not installed or cannot load `out`.
     """
     path = Path(out)
     if not path.is_dir():
@@ -108,7 +111,19 @@ def verify(
     opened = _open(path, checks)
     if opened is not None:
         checks += [_coverage(opened), *_numbers(opened, reference)]
+        if runtime is not None and all(check.ok for check in checks):
+            checks.append(_runtime(path, runtime))
     return VerifyResult(path=path, checks=tuple(checks))
+
+
+def _runtime(path: Path, runtime: str) -> Check:
+    found = compare_runtime(path, runtime)
+    return Check(
+        name="runtime",
+        detail=f"{found.runtime} {found.version}: {found.agreed} of {found.tokens} greedy tokens "
+        f"are quantkit's own, worst gap {found.worst_gap:.3f}",
+        problems=found.problems,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +294,7 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
     )
     if reference is None:
         return
-    tally.source += _name_problems(opened.entries, reference)
+    tally.source += _name_problems(opened, reference)
     theirs = set(reference.names())
     for entry in kept:
         if entry.name in present and entry.name in theirs:
@@ -347,9 +362,15 @@ def _original_name(name: str, tensor: QuantizedTensor, reference: Source) -> str
     return alike[0] if len(alike) == 1 else None
 
 
-def _name_problems(entries: Sequence[Entry], reference: Source) -> Iterator[str]:
-    """Tensors that only the source or only the report has."""
-    ours, theirs = {entry.name for entry in entries}, set(reference.names())
+def _name_problems(opened: _Opened, reference: Source) -> Iterator[str]:
+    """Tensors that only the source or only the report has; a head that was untied is new."""
+    ours = {
+        entry.name
+        for entry in opened.entries
+        if not (opened.unties_head and entry.name in opened.stored)
+    }
+    theirs = set(reference.names())
+    ours |= theirs.intersection(opened.stored)
     for name in sorted(theirs - ours):
         yield f"{name}: in the source, but the report gives it no fate"
     for name in sorted(ours - theirs):

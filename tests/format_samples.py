@@ -73,11 +73,14 @@ def quantized(
 ) -> QuantizedTensor:
     """A random weight of the scheme: every code, zero and a scale of many sizes occurs."""
     generator = torch.Generator().manual_seed(seed)
-    lowest = 1 if scheme.activation_bits == 8 else 0
+    lowest = 1 if scheme.activation_bits == 8 and scheme.kind == "int" else 0
 
     def whole(low: int, high: int, size: Sequence[int]) -> Tensor:
         return torch.randint(low, high, tuple(size), generator=generator, dtype=torch.uint8)
 
+    codes = whole(lowest, 2**scheme.bits, shape)
+    if scheme.kind == "fp8":
+        codes[(codes & 0x7F) == 0x7F] = 0  # the two NaNs
     groups = scheme.num_groups(shape)
     straddles = scheme.flat and shape[1] % (scheme.group_size or 1) != 0
     size = (groups,) if straddles else (shape[0], groups // shape[0])
@@ -94,7 +97,7 @@ def quantized(
         values = torch.exp2(torch.rand(size, generator=generator) * 12 - 9)
         scale = PlainScale(tensor=values if scheme.flat else store_scale(values))
     return QuantizedTensor(
-        codes=whole(lowest, 2**scheme.bits, shape),
+        codes=codes,
         scale=scale,
         zero=None if scheme.symmetric else whole(1, 2**scheme.bits, size),
         scheme=scheme,

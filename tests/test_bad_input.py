@@ -212,7 +212,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gguf9", "compressed-tensors", "bitsandbytes", "gptq_v2"),
     ),
     "unknown scheme": (("--method", "rtn", "--scheme", "w4g128"), ("w4g128", "w{2-8}a{16|8}")),
-    "fp8": (("--method", "rtn", "--scheme", "fp8a8_row"), ("fp8a8_row", "not available yet")),
+    "fp8 in groups": (
+        ("--method", "rtn", "--scheme", "fp8a8_g32"),
+        ("fp8", "per row", "fp8a8_row"),
+    ),
     "unknown method": (("--method", "magic"), ("magic", "awq", "gptq", "nf4")),
     "no method": ((), ("--method",)),
     "unknown option of a part": (

@@ -28,7 +28,7 @@ def test_default_formats(scheme: str, expected: str) -> None:
 
 
 def test_unknown_formats_list_the_known() -> None:
-    with pytest.raises(FormatError, match=r"'ggml' is unknown; known: bitsandbytes, compressed"):
+    with pytest.raises(FormatError, match=r"'ggml' is unknown; known: awq, bitsandbytes, comp"):
         make_format("ggml")
     with pytest.raises(FormatError, match="cannot be imported"):
         make_format("quantkit.format:Nothing")
@@ -39,8 +39,11 @@ def test_unknown_formats_list_the_known() -> None:
     ("config", "message"),
     [
         ({}, "not quantized"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' is not read"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8' is not read"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+            "'gptq' as 'marlin' is not read",
+        ),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "'aqlm' is not read"),
     ],
 )
 def test_checkpoints_of_no_known_format_are_refused(config: dict[str, Any], message: str) -> None:

@@ -10,8 +10,12 @@ import torch
 from format_samples import MemorySource, hexes, integers, planned
 from torch import Tensor
 
-from quantkit.errors import CheckpointError
+from quantkit.bitpack import pack_rows, unpack_rows
+from quantkit.errors import CheckpointError, NumericsError
 from quantkit.format import StoredWeight, make_format
+from quantkit.grid import grid_of
+from quantkit.nn import QuantLinear
+from quantkit.ranges.minmax import Minmax
 from quantkit.scheme import Scheme
 
 
@@ -69,22 +73,105 @@ def test_gptq_layout_decodes_by_its_description(scheme: str) -> None:
     assert torch.equal(slow_gptq(packed, parsed.bits, (32, 64)), tensor.dequantize())
 
 
-def test_gptq_refuses_permuted_columns_and_version_1_zeros() -> None:
-    chosen = make_format("gptq_v2")
-    weight = planned("a.0.weight", (32, 64), "w4a16_g32")
-    config = chosen.config([weight], model_type="llama", dtype=torch.float16)
-    for key, value, message in (
-        ("a.0.g_idx", torch.arange(64, dtype=torch.int32).flip(0) // 32, "permuted"),
-        ("a.0.qzeros", torch.full((2, 4), 0x77777777, dtype=torch.int32), "version 1"),
-    ):
-        packed = chosen.pack(weight, integers("w4a16_g32", torch.zeros(32, 64)))
-        source = MemorySource(
-            config={"dtype": "float16", "quantization_config": config},
-            tensors={**packed, key: value},
-        )
-        found = chosen.weights(source)["a.0.weight"]
-        with pytest.raises(CheckpointError, match=message):
-            chosen.unpack(found, source)
+def source_of(name: str, scheme: str, packed: Mapping[str, Tensor]) -> MemorySource:
+    """A checkpoint of the one weight a.0.weight, whose config is that of the format called so."""
+    weight = planned("a.0.weight", (32, 64), scheme)
+    config = make_format(name).config([weight], model_type="llama", dtype=torch.float16)
+    return MemorySource(
+        config={"dtype": "float16", "quantization_config": config}, tensors=dict(packed)
+    )
+
+
+def test_version_1_stores_zeros_less_one() -> None:
+    rows = torch.arange(32)
+    zero = (torch.arange(64).reshape(32, 2) + rows[:, None]) % 15 + 1
+    weight = planned("a.0.weight", (32, 64), "w4a16_g32_asym")
+    tensor = integers("w4a16_g32_asym", torch.zeros(32, 64), zero)
+    first, second = (make_format(name).pack(weight, tensor) for name in ("gptq", "gptq_v2"))
+    # Bytes hold two zeros each and never borrow from one another.
+    lower = second["a.0.qzeros"].view(torch.uint8) - 0x11
+    assert torch.equal(first["a.0.qzeros"].view(torch.uint8), lower)
+    assert all(torch.equal(first[key], second[key]) for key in first if key != "a.0.qzeros")
+    symmetric = make_format("gptq").pack(
+        planned("a.0.weight", (32, 64), "w4a16_g32"), integers("w4a16_g32", torch.zeros(32, 64))
+    )
+    assert hexes(symmetric["a.0.qzeros"][0, :1]) == ["77777777"]
+
+
+def test_version_1_cannot_hold_the_zero_0() -> None:
+    weight = planned("a.0.weight", (32, 64), "w4a16_g32_asym")
+    tensor = integers("w4a16_g32_asym", torch.zeros(32, 64), torch.zeros(32, 2))
+    assert make_format("gptq_v2").pack(weight, tensor)
+    with pytest.raises(NumericsError, match=r"a\.0\.weight: gptq stores zero - 1"):
+        make_format("gptq").pack(weight, tensor)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g32_asym", "w2a16_g32_asym"])
+@pytest.mark.parametrize(("written", "labelled"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_zeros_of_the_other_version_are_refused(scheme: str, written: str, labelled: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parsed = Scheme.parse(scheme)
+    weight = torch.randn(2048, 64, generator=generator)
+    found = Minmax()("a.0.weight", weight, parsed, None)
+    zero = found.zero
+    codes = grid_of(parsed).encode(
+        weight.view(-1, 32),
+        found.coding.view(-1, 1),
+        None if zero is None else zero.view(-1, 1),
+    )
+    tensor = integers(scheme, codes.view(2048, 64), zero)
+    planned_weight = planned("a.0.weight", (2048, 64), scheme)
+    packed = make_format(written).pack(planned_weight, tensor)
+    right, wrong = source_of(written, scheme, packed), source_of(labelled, scheme, packed)
+    name = "a.0.weight"
+    chosen = make_format(written)
+    assert torch.equal(
+        chosen.unpack(chosen.weights(right)[name], right).dequantize(), tensor.dequantize()
+    )
+    chosen = make_format(labelled)
+    with pytest.raises(CheckpointError, match=r"a\.0\.qzeros.*other version"):
+        chosen.unpack(chosen.weights(wrong)[name], wrong)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16_g32", "w3a16_g32_asym"])
+def test_activation_order_is_read_and_written_back(scheme: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parsed = Scheme.parse(scheme)
+    codes = torch.randint(0, 2**parsed.bits, (32, 64), generator=generator)
+    zero = None if parsed.symmetric else torch.randint(1, 2**parsed.bits, (32, 2))
+    weight = planned("a.0.weight", (32, 64), scheme)
+    chosen = make_format("gptq")
+    packed = chosen.pack(weight, integers(scheme, codes, zero))
+    packed["a.0.g_idx"] = torch.randperm(64, generator=generator).to(torch.int32) // 32
+    source = source_of("gptq", scheme, packed)
+    stored = chosen.weights(source)["a.0.weight"]
+    assert stored.permuted
+    tensor = chosen.unpack(stored, source)
+    shifted = {f"a{key.removeprefix('a.0')}": value for key, value in packed.items()}
+    expected = slow_gptq(make_v2(shifted, parsed.bits), parsed.bits, (32, 64))
+    assert torch.equal(tensor.dequantize(), expected)
+    again = chosen.pack(weight, tensor)
+    assert all(torch.equal(again[key], packed[key]) for key in packed)
+    x = torch.randn(3, 64, generator=generator)
+    layer = QuantLinear(tensor)
+    assert torch.allclose(layer(x), x @ expected.T, atol=1e-4)  # sums in another order
+    assert torch.equal(layer.quantized_tensor.dequantize(), expected)
+
+
+def make_v2(packed: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Version 1 tensors with their zeros as version 2 stores them."""
+    zero = unpack_rows(packed["a.qzeros"], bits, 32) + 1
+    return {**packed, "a.qzeros": pack_rows(zero, bits)}
+
+
+def test_groups_of_unequal_size_are_refused() -> None:
+    packed = make_format("gptq").pack(
+        planned("a.0.weight", (32, 64), "w4a16_g32"), integers("w4a16_g32", torch.zeros(32, 64))
+    )
+    packed["a.0.g_idx"] = torch.zeros(64, dtype=torch.int32)
+    source = source_of("gptq", "w4a16_g32", packed)
+    with pytest.raises(CheckpointError, match=r"a\.0\.g_idx: its groups do not have 32 columns"):
+        make_format("gptq").weights(source)
 
 
 def test_gptq_config_names_what_is_kept_and_what_differs() -> None:

@@ -146,3 +146,27 @@ def test_blocks_and_back(name: str, shape: tuple[int, int], count: int) -> None:
     assert grouped.shape == (count, scheme.group_size or shape[1])
     assert torch.equal(unblocks(grouped, shape), weight)
     assert not grouped.reshape(-1)[weight.numel() :].any()
+
+
+def test_fp8_encodes_every_e4m3_number_as_itself() -> None:
+    """Against the definition: sign, exponent bias 7, three mantissa bits, no infinities."""
+    grid = grid_of(Scheme.parse("fp8a16_row"))
+    codes = torch.tensor([c for c in range(256) if c & 0x7F != 0x7F])
+    exponent, mantissa = codes >> 3 & 15, (codes & 7) / 8
+    magnitude = torch.where(exponent == 0, mantissa * 2**-6, (1 + mantissa) * 2.0 ** (exponent - 7))
+    values = torch.where(codes > 127, -magnitude, magnitude)
+    scale = torch.tensor(0.25)
+    assert torch.equal(grid.decode(codes, scale, None), values * 0.25)
+    assert torch.equal(grid.encode(values * 0.25, scale, None).long(), codes)
+    assert grid.decode(codes, scale, None).max() == 448 * 0.25
+
+
+def test_fp8_takes_the_nearest_number_and_saturates() -> None:
+    grid = grid_of(Scheme.parse("fp8a8_row"))
+    table = grid.decode(torch.arange(127), torch.ones(1), None)
+    x = normal(1000) * 100
+    found = grid.snap(x, torch.ones(1), None)
+    nearest = (x.abs()[:, None] - table).abs().amin(1)
+    assert torch.equal((x - found).abs(), nearest)
+    assert torch.equal(found, grid.decode(grid.encode(x, torch.ones(1), None), torch.ones(1), None))
+    assert grid.snap(torch.tensor([1e6, -449.0]), torch.ones(1), None).tolist() == [448.0, -448.0]

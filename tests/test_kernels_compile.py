@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_kernels_give_the_canonical_tensor_back_and_agree_with_the_reference(nam
     # bfloat16 activations and sums: a few steps of 2^-8.
     close = (fast(x) - plain(x)).abs().max() <= 2**-6 * plain(x).abs().max()
     assert close
+
+
+@pytest.mark.parametrize("name", ["w4a16_g32_asym", "w8a16_g32"])
+def test_activation_order_takes_the_input_along(name: str) -> None:
+    tensor = make_tensor(name, (70, 192), dtype=torch.bfloat16)
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(0))
+    tensor = dataclasses.replace(tensor, columns=order)
+    layer = QuantLinear(tensor, backend="auto")
+    assert layer.fallback is None
+    x = torch.randn(3, 192).bfloat16()
+    wanted = x.double() @ tensor.dequantize(torch.float32).double().t()
+    # bfloat16 products and result: a few steps of 2^-8.
+    assert (layer(x) - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+    back = layer.quantized_tensor
+    assert back.columns is not None and torch.equal(back.columns, order)
+    assert torch.equal(back.codes, tensor.codes)
 
 
 @pytest.mark.parametrize(

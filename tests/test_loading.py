@@ -464,7 +464,7 @@ def test_an_unquantized_checkpoint_loads_as_the_plain_model(tmp_path: Path) -> N
 
 def test_a_format_quantkit_does_not_read_is_refused(tmp_path: Path) -> None:
     model = make_model("llama")
-    model.config.quantization_config = {"quant_method": "awq", "bits": 4}
+    model.config.quantization_config = {"quant_method": "aqlm", "bits": 4}
     model.save_pretrained(tmp_path / "foreign")
-    with pytest.raises(FormatError, match="awq"):
+    with pytest.raises(FormatError, match="aqlm"):
         load(tmp_path / "foreign")

@@ -20,6 +20,8 @@ SCHEMES = [
     "w8a16_row",
     "w5a16_g16_asym",
     "w8a8_row",
+    "fp8a8_row",
+    "fp8a16_row",
     "nf4_b64",
     "nf4_b64_dq",
 ]
@@ -106,7 +108,7 @@ def test_codes_take_the_memory_of_their_bits(name: str, bytes_per_weight: float)
     assert layer.kernel.codes.nbytes == 16 * 256 * bytes_per_weight
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMES if n != "w8a8_row"])
+@pytest.mark.parametrize("name", [n for n in SCHEMES if "a8_" not in n])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_equals_a_linear_on_the_decoded_weight(name: str, dtype: torch.dtype) -> None:
     tensor = make_tensor(name, (24, 160))

@@ -54,7 +54,7 @@ def check_finished(model: Path, out: Path, *, most: float) -> dict[str, Any]:
     report = report_of(out)
     # Weight-only: the same dense products in float32, up to their order of summation.  Dense layers
     # do not round activations to 8 bits, which moves these logits by some 1.5 %.
-    near = 0.03 if "w8a8" in report["scheme"] else 1e-4
+    near = {"w8a8_row": 0.03, "fp8a8_row": 0.06}.get(report["scheme"], 1e-4)
     assert jobs.distance(jobs.logits(quantkit.load(out)), dense) < near
     original = jobs.logits(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))
     assert 0 < jobs.distance(dense, original) < most
@@ -65,6 +65,7 @@ def check_finished(model: Path, out: Path, *, most: float) -> dict[str, Any]:
 RECIPES = {
     "awq": ("w4a16_g32_asym", 0.25),
     "best": ("w4a16_g32_asym", 0.15),
+    "fp8": ("fp8a8_row", 0.1),
     "gptq": ("w4a16_g32", 0.15),
     "gptq_nf4": ("nf4_b64_dq", 0.2),
     "int8": ("w8a16_row", 0.03),
@@ -101,6 +102,9 @@ SCHEMES = [
     ("awq", "w4a16_g32", "compressed-tensors", 0.3),
     ("nf4", "nf4_b64", "bitsandbytes", 0.45),
     ("int8", "w8a8_row", "compressed-tensors", 0.03),
+    ("fp8", "fp8a16_row", "compressed-tensors", 0.1),
+    ("gptq", "fp8a16_row", "compressed-tensors", 0.03),
+    ("best", "fp8a16_row", "compressed-tensors", 0.03),
     ("rtn", "w4a16_g16_asym", "compressed-tensors", 0.35),
 ]
 

@@ -63,10 +63,17 @@ def test_activations_of_8_bits_go_with_weights_per_row(name: str) -> None:
         Scheme.parse(name)
 
 
-@pytest.mark.parametrize("name", ["fp8a8_row", "fp8a16_row"])
-def test_fp8_is_said_to_come_later(name: str) -> None:
-    with pytest.raises(SchemeError, match="not available yet"):
-        Scheme.parse(name)
+@pytest.mark.parametrize(("name", "activation_bits"), [("fp8a8_row", 8), ("fp8a16_row", 16)])
+def test_fp8_has_one_scale_per_row(name: str, activation_bits: int) -> None:
+    scheme = Scheme.parse(name)
+    assert (scheme.kind, scheme.bits, scheme.group_size) == ("fp8", 8, None)
+    assert scheme.activation_bits == activation_bits and scheme.name == name
+    assert scheme.symmetric and not scheme.flat
+    with pytest.raises(SchemeError, match="fp8a8_row or fp8a16_row"):
+        Scheme(kind="fp8", bits=4, group_size=None)
+    with pytest.raises(SchemeError, match="per row: fp8a8_row"):
+        Scheme.parse("fp8a8_g128")
+    assert Scheme.parse("fp8a16_g128").group_size == 128
 
 
 def test_groups_of_less_than_two_are_refused() -> None:

@@ -3,7 +3,8 @@
     accuracy.py MODEL --calib FILE --eval-text FILE
         [--peer NAME=DIR] [--peer-run "NAME=PYTHON SCRIPT OPTIONS..."] [--reader NAME=PYTHON]
 Calibration is --samples x --seq-len tokens from the start of the text, for every tool.  A peer's
-checkpoint is read by transformers, in the interpreter that made it or that --reader names.
+checkpoint is read by transformers, in the interpreter that made it or that --reader names, or with
+`--reader NAME=quantkit` by quantkit.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
         threads=options.threads,
     )
     rows: list[Row] = []
-    pythons: dict[str, str] = dict(readers)
+    pythons = {name: python for name, python in readers.items() if python != "quantkit"}
     for name, text in METHODS:
         if not options.only or name in options.only:
             rows.append(_ours(name, text, judge, options))
@@ -121,7 +122,7 @@ def _peer(name: str, folder: str, reader: str | None, judge: Judge) -> Row:
         seconds=None,
         peak_bytes=None,
         bits_per_weight=None,
-        quality=judge(folder, python=reader, reader="transformers"),
+        quality=_judged(judge, folder, reader),
     )
 
 
@@ -148,8 +149,14 @@ def _peer_run(
             seconds=finished.seconds,
             peak_bytes=finished.peak_bytes,
             bits_per_weight=None,
-            quality=judge(_checkpoint(out), python=reader or python, reader="transformers"),
+            quality=_judged(judge, _checkpoint(out), reader or python),
         )
+
+
+def _judged(judge: Judge, folder: Path | str, reader: str | None) -> Quality:
+    if reader == "quantkit":
+        return judge(folder)
+    return judge(folder, python=reader, reader="transformers")
 
 
 def _checkpoint(out: Path) -> Path:

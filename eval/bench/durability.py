@@ -1,8 +1,9 @@
 """Kills a quantize command at random instants, resumes it, and compares every byte of the result.
 
     durability.py [MODEL] [--kills 50] [--method gptq]
-MODEL defaults to the embedded demo model.  Every file must equal an uninterrupted run's, except
-quantkit/run.json, which holds times.  Exits with 1 if any differs.
+MODEL defaults to the embedded demo model.  Kills come while the output is being written, which an
+uninterrupted run is timed for.  Every file must equal that run's, except quantkit/run.json, which
+holds times.  Exits with 1 if any differs.
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ def main() -> None:
         reference = Path(folder) / "whole" / "out"
         reference.parent.mkdir()
         command = _command(reference, options)
-        whole = common.run(command, threads=options.threads).check(command)
+        seconds, writing = _timed(command, reference, options.threads)
         expected = _hashes(reference)
         rng = random.Random(options.seed)
         kills = []
         for index in range(options.kills):
-            kills.append(_kill_and_resume(Path(folder), whole.seconds, expected, rng, options))
+            delay = rng.uniform(0.0, writing)
+            kills.append(_kill_and_resume(Path(folder), delay, expected, options))
             last = kills[-1]
             print(
                 f"kill {index + 1}: after {last.after_seconds:.2f} s, {last.stage}, "
@@ -61,7 +63,8 @@ def main() -> None:
     figures = {
         "model": Path(options.model).name,
         "method": options.method,
-        "uninterrupted_seconds": whole.seconds,
+        "uninterrupted_seconds": seconds,
+        "writing_seconds": writing,
         "kills": len(kills),
         "interrupted_while_unfinished": sum(kill.stage == "unfinished" for kill in kills),
         "identical_outputs": identical,
@@ -75,28 +78,16 @@ def main() -> None:
 
 def _kill_and_resume(
     folder: Path,
-    whole_seconds: float,
+    delay: float,
     expected: dict[str, str],
-    rng: random.Random,
     options: argparse.Namespace,
 ) -> Kill:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         out = Path(own) / "out"
         partial = out.with_name("out.partial")
         command = _command(out, options)
-        delay = rng.uniform(0.0, whole_seconds)
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=common.child_environment(options.threads),
-            start_new_session=True,
-        )
-        if options.after_start:
-            # Imports take most of a short run; kills there say nothing about durability.
-            while not partial.exists() and not out.exists() and process.poll() is None:
-                time.sleep(0.002)
-            delay = rng.uniform(0.0, options.after_start)
+        process = _start(command, options.threads)
+        _wait_for(partial, out, process)
         started = time.perf_counter()
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGKILL)
@@ -115,6 +106,35 @@ def _kill_and_resume(
             identical=_hashes(out) == expected and not partial.exists(),
             loadable_before_resume=loadable,
         )
+
+
+def _timed(command: list[str], out: Path, threads: int) -> tuple[float, float]:
+    """Seconds of a run, and those of them in which its output was unfinished."""
+    began = time.perf_counter()
+    process = _start(command, threads)
+    _wait_for(out.with_name("out.partial"), out, process)
+    appeared = time.perf_counter()
+    _wait_for(out, out, process)
+    finished = time.perf_counter()
+    if process.wait() != 0:
+        raise SystemExit(f"{common.shown(command)} exited with {process.returncode}")
+    return time.perf_counter() - began, finished - appeared
+
+
+def _start(command: list[str], threads: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=common.child_environment(threads),
+        start_new_session=True,
+    )
+
+
+def _wait_for(path: Path, or_path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Returns once either path exists or the process has ended."""
+    while not path.exists() and not or_path.exists() and process.poll() is None:
+        time.sleep(0.002)
 
 
 def _command(out: Path, options: argparse.Namespace) -> list[str]:
@@ -144,12 +164,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0, help="of the kill points")
-    parser.add_argument(
-        "--after-start",
-        type=float,
-        metavar="SECONDS",
-        help="kill within so many seconds after the output appears, not after the process starts",
-    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--extra", nargs="*", default=[], help="more options for quantkit")
     parser.add_argument("--scratch", help="directory for outputs (default: the system's)")

@@ -7,8 +7,8 @@ pack-quantized (4 and 8 bit, 16-bit activations)
     NAME.weight_scale       the model's dtype [O, G]
     NAME.weight_shape       int64 [2] = (O, I)
     NAME.weight_zero_point  int32 [ceil(O*b/32), G]   packed along O; asymmetric schemes only
-int-quantized (w8a8_row)
-    NAME.weight             int8 [O, I] = code - 128
+int-quantized (w8a8_row) and float-quantized (fp8a8_row, fp8a16_row)
+    NAME.weight             int8 [O, I] = code - 128, or float8_e4m3fn [O, I]
     NAME.weight_scale       the model's dtype [O, 1]
 
 Only 4 and 8 bit are written: the layout of 3, 5, 6 and 7 changed twice in 2026 under one name.
@@ -25,37 +25,54 @@ import torch
 from torch import Tensor
 
 from quantkit.bitpack import num_words, pack_rows, unpack_rows
-from quantkit.errors import CheckpointError, NumericsError
-from quantkit.format import PlannedWeight, StoredWeight, check_divides, check_stored
+from quantkit.errors import CheckpointError
+from quantkit.format import (
+    PlannedWeight,
+    StoredWeight,
+    check_divides,
+    check_stored,
+    named_as_weight,
+)
 from quantkit.readers import compressed_tensors_readers, decompresses_at_load, outside_blocks
 from quantkit.scheme import Scheme
 from quantkit.source import Source
+from quantkit.stored import round_scale, stored_scale
 from quantkit.tensor import PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
 _PACKED, _SCALE, _SHAPE, _ZERO = "_packed", "_scale", "_shape", "_zero_point"
 # The module class that a config group names to mean all weights not named otherwise.
 _CLASS = "Linear"
-Layout = Literal["pack-quantized", "int-quantized"]
+Layout = Literal["pack-quantized", "int-quantized", "float-quantized"]
+# Layouts that keep one number per weight under the weight's own name, and its dtype.
+_PLAIN: dict[Layout, torch.dtype] = {
+    "int-quantized": torch.int8,
+    "float-quantized": torch.float8_e4m3fn,
+}
 
 
 class CompressedTensors:
-    """Integer weights of 4 and 8 bits, each weight under its own scheme if need be."""
+    """Integers of 4 and 8 bits and FP8, each weight under its own scheme (vLLM, transformers)."""
 
     name: ClassVar[str] = "compressed-tensors"
+    holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
-        """None if the scheme is 4 or 8 bit integer."""
+        """None if the scheme is 4 or 8 bit integer, or fp8."""
+        if scheme.kind == "fp8":
+            return None if scheme.group_size is None else "it holds fp8 with a scale per row"
         if scheme.kind != "int":
-            return f"it holds integers, not {scheme.kind}"
+            return f"it holds integers and fp8, not {scheme.kind}"
         if scheme.bits not in (4, 8):
             return "only 4 and 8 bit have a stable layout"
         return None
 
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None: rows of any length are padded; only the name must be that of a 2-D weight."""
-        if not weight.name.endswith(".weight"):
-            return 'the tensor\'s name must end in ".weight"'
+        return named_as_weight(weight)
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None: each weight may have its own scheme."""
         return None
 
     def readers(
@@ -69,9 +86,9 @@ class CompressedTensors:
         scheme, (rows, columns) = _scheme(weight), weight.shape
         groups = scheme.num_groups(weight.shape) // rows
         scale = TensorInfo(name=weight.name + _SCALE, dtype=dtype, shape=(rows, groups))
-        if _layout_of(scheme) == "int-quantized":
+        if (layout := _layout_of(scheme)) in _PLAIN:
             shape = (columns, rows) if weight.transposed else (rows, columns)
-            return TensorInfo(name=weight.name, dtype=torch.int8, shape=shape), scale
+            return TensorInfo(name=weight.name, dtype=_PLAIN[layout], shape=shape), scale
         packed = (rows, num_words(columns, scheme.bits))
         infos = (
             TensorInfo(name=weight.name + _PACKED, dtype=torch.int32, shape=packed),
@@ -83,16 +100,20 @@ class CompressedTensors:
         zeros = (num_words(rows, scheme.bits), groups)
         return (*infos, TensorInfo(name=weight.name + _ZERO, dtype=torch.int32, shape=zeros))
 
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The tensor with scales in the weight's dtype, and what was rounded for that, or None."""
+        return round_scale(tensor, tensor.dtype)
+
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme = tensor.scheme
-        assert scheme == weight.scheme and isinstance(tensor.scale, PlainScale)
-        scale = _exact(weight.name, tensor.scale.tensor.cpu(), tensor.dtype)
+        assert scheme == weight.scheme and tensor.columns is None
+        scale = stored_scale(weight.name, tensor, tensor.dtype)
         codes = tensor.codes.cpu()
-        if _layout_of(scheme) == "int-quantized":
+        if (layout := _layout_of(scheme)) in _PLAIN:
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
-            signed = (codes ^ 128).view(torch.int8)
-            stored = signed.T.contiguous() if weight.transposed else signed
+            numbers = (codes ^ 128 if scheme.kind == "int" else codes).view(_PLAIN[layout])
+            stored = numbers.T.contiguous() if weight.transposed else numbers.contiguous()
             return {weight.name: stored, weight.name + _SCALE: scale}
         tensors = {
             weight.name + _PACKED: pack_rows(codes, scheme.bits),
@@ -157,7 +178,8 @@ class CompressedTensors:
             if name.endswith(".weight" + _PACKED):
                 stored = _packed_weight(name.removesuffix(_PACKED), groups, source, names)
                 found[stored.name] = stored
-        found.update(_int8_weights(source, names, groups))
+        for layout, dtype in _PLAIN.items():
+            found.update(_plain_weights(source, names, groups, layout, dtype))
         return found
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
@@ -165,10 +187,11 @@ class CompressedTensors:
         scheme, (rows, columns) = weight.scheme, weight.shape
         scale = source.read(weight.name + _SCALE)
         zero: Tensor | None = None
-        if _layout_of(scheme) == "int-quantized":
+        if _layout_of(scheme) in _PLAIN:
             stored = source.read(weight.name)
-            signed = stored.T.contiguous() if weight.transposed else stored
-            codes = signed.view(torch.uint8) ^ 128
+            numbers = stored.T.contiguous() if weight.transposed else stored
+            codes = numbers.view(torch.uint8)
+            codes = codes ^ 128 if scheme.kind == "int" else codes
         else:
             codes = unpack_rows(source.read(weight.name + _PACKED), scheme.bits, columns)
         if not scheme.symmetric:
@@ -189,16 +212,9 @@ def _scheme(weight: PlannedWeight) -> Scheme:
 
 
 def _layout_of(scheme: Scheme) -> Layout:
+    if scheme.kind == "fp8":
+        return "float-quantized"
     return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
-
-
-def _exact(name: str, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = scale.to(dtype).contiguous()
-    if not torch.equal(stored.float(), scale.float()):
-        raise NumericsError(
-            f"{name}: a scale is not exact in {dtype}; scales are rounded with store_scale first"
-        )
-    return stored
 
 
 def _module_names(chosen: Sequence[PlannedWeight], everyone: Sequence[PlannedWeight]) -> list[str]:
@@ -230,7 +246,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     grouped = scheme.group_size is not None
     weights = {
         "num_bits": scheme.bits,
-        "type": "int",
+        "type": "int" if scheme.kind == "int" else "float",
         "symmetric": scheme.symmetric,
         "strategy": "group" if grouped else "channel",
         "group_size": scheme.group_size,
@@ -240,7 +256,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     if scheme.activation_bits == 8:
         activations = {
             "num_bits": 8,
-            "type": "int",
+            "type": weights["type"],
             "symmetric": True,
             "strategy": "token",
             "group_size": None,
@@ -288,6 +304,8 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
     grouped = type(group_size) is int and group_size > 0
     if strategy is None:
         strategy = "group" if grouped else "channel"
+    if layout == "float-quantized":
+        return _read_fp8(where, weights, activations, strategy)
     known = (
         weights.get("type", "int") == "int"
         and bits in (4, 8)
@@ -300,7 +318,7 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         raise CheckpointError(
             f"{where}: {layout} with {bits} bit {weights.get('type')} weights per {strategy} "
             f"(group_size {group_size}) is not read; pack-quantized with 4 or 8 bit weights per "
-            "group or channel and int-quantized w8a8 are"
+            "group or channel, int-quantized w8a8 and float-quantized fp8 per channel are"
         )
     return Scheme(
         kind="int",
@@ -308,6 +326,24 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         group_size=group_size if strategy == "group" else None,
         symmetric=bool(weights.get("symmetric", True)),
         activation_bits=16 if activations is None else 8,
+    )
+
+
+def _read_fp8(where: str, weights: Mapping[str, Any], activations: Any, strategy: str) -> Scheme:
+    dynamic = isinstance(activations, dict) and (
+        activations.get("dynamic") is True
+        and activations.get("strategy") == "token"
+        and (activations.get("type"), activations.get("num_bits")) == ("float", 8)
+    )
+    described = (weights.get("type"), weights.get("num_bits"), strategy)
+    if described != ("float", 8, "channel") or not (activations is None or dynamic):
+        raise CheckpointError(
+            f"{where}: float-quantized weights of {weights.get('num_bits')} bit per {strategy} are "
+            "not read with these input_activations; 8 bit per channel with none, or with dynamic "
+            "ones per token, is"
+        )
+    return Scheme(
+        kind="fp8", bits=8, group_size=None, activation_bits=16 if activations is None else 8
     )
 
 
@@ -347,29 +383,25 @@ def _packed_weight(
     check_stored(infos, source, "quantization_config")
     if scheme.symmetric and name + _ZERO in names:
         raise CheckpointError(f"{name}: its config group is symmetric, but it has zero points")
-    return StoredWeight(
-        name=name,
-        scheme=scheme,
-        shape=(rows, columns),
-        dtype=dtype,
-        tensors=tuple(info.name for info in infos),
-    )
+    return StoredWeight.of(planned, dtype, infos)
 
 
-def _int8_weights(
-    source: Source, names: set[str], groups: Sequence[tuple[str, Scheme]]
+def _plain_weights(
+    source: Source,
+    names: set[str],
+    groups: Sequence[tuple[str, Scheme]],
+    layout: Layout,
+    dtype: torch.dtype,
 ) -> dict[str, StoredWeight]:
-    """All int-quantized weights.  Conv1D models store [I, O], which square weights do not show:
-    those follow the other weights inside blocks."""
-    int8 = [
+    """All weights of a layout in `_PLAIN`.  Conv1D models store [I, O], which square weights do
+    not show: those follow the other weights inside blocks."""
+    plain = [
         name
         for name in sorted(names)
-        if name.endswith(".weight")
-        and name + _SCALE in names
-        and source.info(name).dtype == torch.int8
+        if name.endswith(".weight") and name + _SCALE in names and source.info(name).dtype == dtype
     ]
     seen: dict[str, tuple[int, int, bool | None]] = {}
-    for name in int8:
+    for name in plain:
         shape, rows = source.info(name).shape, source.info(name + _SCALE).shape[0]
         if len(shape) != 2 or rows not in shape:
             raise CheckpointError(f"{name}: shape {shape} does not fit {rows} scales")
@@ -378,21 +410,15 @@ def _int8_weights(
     conv1d = any(flag for _, _, flag in seen.values())
     found: dict[str, StoredWeight] = {}
     for name, (first, second, flag) in seen.items():
-        scheme = _scheme_for(name, groups, "int-quantized")
+        scheme = _scheme_for(name, groups, layout)
         numbered = any(part.isdigit() for part in name.split("."))
         transposed = conv1d and numbered if flag is None else flag
         shape2 = (second, first) if transposed else (first, second)
-        infos = CompressedTensors().layout(
-            PlannedWeight(name=name, module="", shape=shape2, scheme=scheme, transposed=transposed),
-            source.info(name + _SCALE).dtype,
+        planned = PlannedWeight(
+            name=name, module="", shape=shape2, scheme=scheme, transposed=transposed
         )
+        scale_dtype = source.info(name + _SCALE).dtype
+        infos = CompressedTensors().layout(planned, scale_dtype)
         check_stored(infos, source, "quantization_config")
-        found[name] = StoredWeight(
-            name=name,
-            scheme=scheme,
-            shape=shape2,
-            dtype=source.info(name + _SCALE).dtype,
-            tensors=tuple(info.name for info in infos),
-            transposed=transposed,
-        )
+        found[name] = StoredWeight.of(planned, scale_dtype, infos)
     return found

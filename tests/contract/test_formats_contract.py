@@ -29,6 +29,7 @@ SCHEMES = [
     "w3a16_g32_asym",
     "w3a16_row",
     "w4a16_g32",
+    "w4a16_g32_asym",
     "w4a16_g48_asym",
     "w4a16_g64_asym",
     "w4a16_row",
@@ -40,6 +41,8 @@ SCHEMES = [
     "w8a16_row",
     "w8a16_row_asym",
     "w8a8_row",
+    "fp8a8_row",
+    "fp8a16_row",
     "nf4_b64",
     "nf4_b64_dq",
     "nf4_b96",
@@ -70,8 +73,23 @@ def holdable() -> list[Any]:
     return found
 
 
-def test_the_three_formats_are_found() -> None:
-    assert {"compressed-tensors", "bitsandbytes", "gptq_v2"} <= set(available_formats())
+def together(chosen: Format) -> list[Scheme]:
+    """The most schemes that one checkpoint of the format can hold side by side."""
+    able = [s for s in map(Scheme.parse, SCHEMES) if chosen.supports(s) is None]
+    best: list[Scheme] = []
+    for first in able:
+        found = [first]
+        for scheme in able:
+            mixed = [planned(f"a.{k}.weight", (64, 192), s) for k, s in enumerate([*found, scheme])]
+            if scheme != first and chosen.supports_together(mixed) is None:
+                found.append(scheme)
+        best = max(best, found, key=len)
+    return best
+
+
+def test_the_formats_are_found() -> None:
+    wanted = {"awq", "bitsandbytes", "compressed-tensors", "gptq", "gptq_v2"}
+    assert wanted <= set(available_formats())
     for name in available_formats():
         chosen = make_format(name)
         assert isinstance(chosen, Format)
@@ -104,7 +122,8 @@ def test_pack_returns_the_layout_and_unpack_its_input(
 @pytest.mark.parametrize(("chosen", "scheme", "shape"), holdable())
 def test_a_missing_tensor_is_named(chosen: Format, scheme: Scheme, shape: tuple[int, int]) -> None:
     weight = planned("model.layers.0.mlp.up_proj.weight", shape, scheme)
-    packed = chosen.pack(weight, quantized(scheme, shape, torch.bfloat16))
+    tensor = quantized(scheme, shape, torch.bfloat16)
+    packed = chosen.pack(weight, tensor)
     for name in packed:
         rest = {other: tensor for other, tensor in packed.items() if other != name}
         source = stored(chosen, [weight], rest, torch.bfloat16)
@@ -113,8 +132,11 @@ def test_a_missing_tensor_is_named(chosen: Format, scheme: Scheme, shape: tuple[
         except CheckpointError as error:
             assert name in str(error)
         else:
-            # Without the tensor that marks a weight as quantized there is nothing to be found.
-            assert found == {}
+            # Without the tensor that marks a weight as quantized there is nothing to be found; a
+            # tensor that older files lack tells nothing.
+            for entry in found.values():
+                assert name not in entry.tensors
+                assert same(chosen.unpack(entry, source), tensor)
 
 
 @pytest.mark.parametrize("format_name", available_formats())
@@ -152,7 +174,8 @@ def test_what_a_format_cannot_hold_names_formats_that_can(format_name: str) -> N
 @pytest.mark.parametrize("format_name", available_formats())
 def test_mixed_schemes_and_kept_weights_come_back(format_name: str) -> None:
     chosen = make_format(format_name)
-    schemes = [s for s in map(Scheme.parse, SCHEMES) if chosen.supports(s) is None]
+    schemes = together(chosen)
+    assert len(schemes) > 1
     weights: list[PlannedWeight] = []
     tensors: dict[str, Tensor] = {}
     originals: dict[str, QuantizedTensor] = {}
@@ -176,8 +199,7 @@ def test_mixed_schemes_and_kept_weights_come_back(format_name: str) -> None:
 @pytest.mark.parametrize("format_name", available_formats())
 def test_experts_of_another_scheme_and_a_quantized_head_come_back(format_name: str) -> None:
     chosen = make_format(format_name)
-    able = [s for s in map(Scheme.parse, SCHEMES) if chosen.supports(s) is None]
-    common, other = able[0], able[1]
+    common, other, *_ = together(chosen)
     weights = [
         planned(f"model.layers.{block}.self_attn.{name}.weight", (64, 192), common)
         for block in range(3)

@@ -21,6 +21,7 @@ SCHEMES = [
     "w3a16_row",
     "w8a16_row_asym",
     "w8a8_row",
+    "fp8a8_row",
     "nf4_b64",
     "nf4_b64_dq",
     "fp4_b32_dq",

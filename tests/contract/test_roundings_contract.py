@@ -14,7 +14,15 @@ from quantkit.stats import Needs, Stats
 from quantkit.tensor import decode_rows
 
 ROUNDINGS = [*available("rounding"), "third_party:Plain"]
-SCHEMES = ["w4a16_g32", "w3a16_g16_asym", "w2a16_row", "w8a8_row", "nf4_b64", "fp4_b64"]
+SCHEMES = [
+    "w4a16_g32",
+    "w3a16_g16_asym",
+    "w2a16_row",
+    "w8a8_row",
+    "fp8a8_row",
+    "nf4_b64",
+    "fp4_b64",
+]
 COLUMNS = 128
 
 

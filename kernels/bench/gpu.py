@@ -49,7 +49,8 @@ def main() -> None:
     clock = _wall_microseconds if chosen.self_test else measure.graph_microseconds
     report: dict[str, Any] = {"machine": machine(device), "command": " ".join(sys.argv)}
     small = ((37, 192),) if chosen.self_test else ((4096, 4096), (4000, 1216))
-    report["correctness"] = list(correctness(small, device))
+    tried = (1, 17, 300) if chosen.self_test else (1, 3, 17, 64, 129, 300)
+    report["correctness"] = list(correctness(small, tried, device))
     wrong = [row for row in report["correctness"] if not row["error"] <= TOLERANCE]
     write(chosen.json, report)
     if wrong:
@@ -75,15 +76,17 @@ def main() -> None:
             print(row, flush=True)
 
 
-def correctness(sizes: Sequence[tuple[int, int]], device: torch.device) -> Iterator[dict[str, Any]]:
+def correctness(
+    sizes: Sequence[tuple[int, int]], counts: Sequence[int], device: torch.device
+) -> Iterator[dict[str, Any]]:
     """One row per scheme, shape, dtype and row count: the largest error over the largest output."""
     for scheme in shapes.SCHEMES:
         for rows, columns in sizes:
-            if scheme.endswith(("g128", "asym")) and columns % 128:
+            if "g128" in scheme and columns % 128:
                 continue
             sample = shapes.make(scheme, (rows, columns), device, seed=rows)
             for dtype in (torch.bfloat16, torch.float16):
-                for tokens in (1, 3, 17, 64, 129, 300):
+                for tokens in counts:
                     x = torch.randn(tokens, columns, device=device).to(dtype)
                     wanted = sample.exact(x)
                     found = sample.multiply(x).double()

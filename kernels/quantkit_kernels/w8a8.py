@@ -127,7 +127,10 @@ def _cuda(
         ),
         x.device.index,
     )
-    return w8a8_triton.matmul(x_MK, weight, scale, bias, out_features, tile).view(out_shape)
+    # Triton launches on the current device, which need not be that of x.
+    with torch.cuda.device(x.device):
+        out = w8a8_triton.matmul(x_MK, weight, scale, bias, out_features, tile)
+    return out.view(out_shape)
 
 
 def _fake(

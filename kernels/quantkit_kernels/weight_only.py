@@ -40,6 +40,12 @@ def run_triton(
     op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """x [..., K] times a weight on a GPU: fused for few rows, decoded first for many."""
+    # Triton launches on the current device, which need not be that of x.
+    with torch.cuda.device(x.device):
+        return _run(op, x, weight, bias, out_features)
+
+
+def _run(op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
     from quantkit_kernels import fused_triton
 
     x_MK, out_shape = flat_rows(x, out_features)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from quantkit.cli_export import export
+from quantkit.cli_gguf import quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -111,6 +112,9 @@ def quantize(
     from quantkit.summary import outcome_json, outcome_text
 
     try:
+        if format_name == "gguf":
+            quantize_to_gguf(model, out, context.params)
+            return
         job = _job(model, context.params)
         outcome = run(job, out, fresh=fresh)
     except KeyboardInterrupt:
@@ -146,6 +150,9 @@ def plan(
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
     requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:

@@ -215,11 +215,26 @@ def generate(
     path: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, triton, cpu or reference.")
+    ] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.generation import generate_text
 
-    typer.echo(generate_text(path, prompt, max_new_tokens))
+    typer.echo(generate_text(path, prompt, max_new_tokens, backend=backend, device=device))
+
+
+@app.command()
+def tune(
+    path: Checkpoint,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Time the kernels on this GPU for the shapes of a checkpoint, and keep the best settings."""
+    from quantkit.cli_tune import tune as tune_checkpoint
+
+    tune_checkpoint(path, dtype, typer.echo)
 
 
 app.command()(export)

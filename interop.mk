@@ -1,12 +1,13 @@
 # The interop suite: the programs that quantkit writes for read what it wrote, on the CPU.
-# Environments of their own, because vLLM pins older versions than the newest transformers.
+# Environments of their own, because vLLM pins older versions than the newest transformers, and
+# GPTQModel brings much that only it needs.
 
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-vllm interop-onnx
+.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm interop-llama
 
-interop: interop-transformers interop-vllm interop-onnx
+interop: interop-transformers interop-gptqmodel interop-vllm interop-llama
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -17,13 +18,11 @@ interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 	$(INTEROP)/transformers/bin/python -P $(INTEROP_PYTEST) \
 		tests/interop/test_transformers.py tests/interop/test_bitsandbytes.py
 
+interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
+	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py
+
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
-
-# The export itself needs the model builder, so quantkit's sources are on the path here.
-interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
-	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
-		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.
@@ -32,4 +31,18 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -c $< torch
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps -r $<
+	touch $@
+
+# llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
+interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt gguf
+	$(VENV)/bin/python tests/interop/make_gguf.py $(INTEROP)/checkpoints
+	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
+
+# Without the parts that nobody here uses; -O1 for C++ halves the time (the kernels are C, -O3).
+$(INTEROP)/llama/.installed: constraints-interop-llama.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+		$(@D)/bin/python -m pip install -q -r $<
 	touch $@

@@ -73,6 +73,10 @@ RemoteOption = Annotated[
 UnreadableOption = Annotated[
     bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
 ]
+RequantizeOption = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
+]
 
 
 @app.command()
@@ -98,6 +102,7 @@ def quantize(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -140,6 +145,10 @@ def plan(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
@@ -165,12 +174,16 @@ def verify(
     against: Annotated[
         str | None, typer.Option("--against", help="The source model to compare weights with.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="transformers or vllm: let it run the checkpoint too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
     from quantkit.verify import verify as verify_checkpoint
 
-    result = verify_checkpoint(out, against=against)
+    result = verify_checkpoint(out, against=against, runtime=runtime)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)
@@ -257,6 +270,7 @@ def _request(options: Mapping[str, Any]) -> Request:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
         allow_unreadable=options["allow_unreadable"],
+        requantize=options["requantize"],
     )
 
 

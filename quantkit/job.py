@@ -22,6 +22,7 @@ from quantkit.recipe import Recipe
 from quantkit.source import Source
 from quantkit.stats import has_bf16_units
 from quantkit.tokenizer import load_tokenizer
+from quantkit.unpacked import Unpacked
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Request:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_unreadable: bool = False
+    requantize: bool = False
 
 
 def prepare(
@@ -62,6 +64,8 @@ def prepare(
         )
     else:
         source = LiveSource(model_or_path, tokenizer=tokenizer)
+    if request.requantize and isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=request.trust_remote_code)
     refuse_quantized(source)
     device = _device(request.device)
     model = CausalModel.open(
@@ -155,6 +159,7 @@ def _fingerprint(
         "format": format_name,
         "max shard bytes": str(request.max_shard_bytes),
         "trust_remote_code": str(request.trust_remote_code),
+        "requantize": str(request.requantize),
         "device": device.split(":")[0],
         "hardware": hardware,
         "threads": str(torch.get_num_threads()),

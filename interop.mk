@@ -5,9 +5,10 @@
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm interop-llama
+READERS := transformers gptqmodel vllm llama onnx
+.PHONY: interop interop-checkpoints $(READERS:%=interop-%)
 
-interop: interop-transformers interop-gptqmodel interop-vllm interop-llama
+interop: $(READERS:%=interop-%)
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -23,6 +24,11 @@ interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
 
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
+
+# The export itself needs the model builder, so quantkit's sources are on the path here.
+interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
+		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from quantkit import cli_compare, cli_eval
 from quantkit.cli_export import export
+from quantkit.cli_gguf import quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -104,13 +106,23 @@ def quantize(
     allow_unreadable: UnreadableOption = False,
     requantize: RequantizeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Measure what it cost; the report lies in OUT.")
+    ] = False,
+    text: cli_eval.TextOption = "demo",
+    fail_if: cli_eval.FailOption = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
     from quantkit.pipeline import run
     from quantkit.summary import outcome_json, outcome_text
 
+    if evaluate or fail_if:
+        cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
+        if format_name == "gguf":
+            quantize_to_gguf(model, out, context.params)
+            return
         job = _job(model, context.params)
         outcome = run(job, out, fresh=fresh)
     except KeyboardInterrupt:
@@ -118,9 +130,18 @@ def quantize(
         kept = f"what is done is kept in {partial}: the same command goes on there"
         typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(
-        json.dumps(outcome_json(job, outcome), indent=2) if as_json else outcome_text(job, outcome)
-    )
+    summary = outcome_json(job, outcome) if as_json else {}
+    if not as_json:
+        typer.echo(outcome_text(job, outcome))
+    if evaluate or fail_if:
+        evaluated = cli_eval.evaluate_output(job, outcome.out, text=text, limits=fail_if or ())
+        if not as_json:
+            cli_eval.finish(evaluated, as_json)
+        summary["evaluation"] = evaluated.summary()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        if summary.get("evaluation", {}).get("violated"):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -227,14 +248,21 @@ def formats() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", help="Directory for the quantized demo model.")
+        Path, typer.Option("--out", help="Directory for the quantized models and the report.")
     ] = Path("demo-out"),
-    method: Annotated[str, typer.Option("--method")] = "awq",
+    method: Annotated[
+        str, typer.Option("--method", help="Whose model writes a line; compared too.")
+    ] = "awq",
 ) -> None:
-    """Quantize the embedded demo model, measure it before and after, let it write a line."""
+    """Quantize the embedded demo model five ways and rate them in one report."""
     from quantkit.showcase import run_demo
 
     run_demo(out, method, typer.echo)
+
+
+app.command("eval")(cli_eval.evaluate)
+app.command()(cli_compare.compare)
+app.command()(cli_eval.bench)
 
 
 def _request(options: Mapping[str, Any]) -> Request:

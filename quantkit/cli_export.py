@@ -12,11 +12,14 @@ from quantkit.errors import OutputError
 
 if TYPE_CHECKING:
     from quantkit.export import Exported
+    from quantkit.gguf_export import GgufExport
 
 
 def export(
     path: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
-    format_name: Annotated[str, typer.Option("--format", help="See `quantkit formats`; or onnx.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="See `quantkit formats`; or gguf, onnx.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Directory to write.")] = None,
     allow_rounding: Annotated[
         bool, typer.Option("--allow-rounding", help="Round what the format cannot hold exactly.")
@@ -46,54 +49,43 @@ def export(
     ] = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without quantizing anew."""
-    if (out is None) == (triton_repository is None):
-        raise OutputError("give either --out or, with --format onnx, --triton-repository")
+    target = _target(path, format_name, out, triton_repository)
     if format_name == "onnx":
         from quantkit.onnx_export import export_onnx
 
-        target = out if triton_repository is None else triton_repository / path.resolve().name
-        assert target is not None
-        done = export_onnx(
+        done: Exported | GgufExport = export_onnx(
             path,
             target,
             accuracy_level=accuracy_level,
             triton=triton_repository is not None,
             trust_remote_code=trust_remote_code,
         )
+    elif format_name == "gguf":
+        from quantkit.gguf_export import export_gguf
+
+        done = export_gguf(path, target, allow_rounding=allow_rounding)
     else:
-        done = _export(
+        from quantkit.budget import parse_size
+        from quantkit.export import export as export_checkpoint
+
+        done = export_checkpoint(
             path,
-            out,
+            target,
             format_name=format_name,
             allow_rounding=allow_rounding,
             allow_unreadable=allow_unreadable,
-            max_shard_size=max_shard_size,
+            max_shard_bytes=parse_size(max_shard_size),
             trust_remote_code=trust_remote_code,
         )
     typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else done.text())
 
 
-def _export(
-    path: Path,
-    out: Path | None,
-    *,
-    format_name: str,
-    allow_rounding: bool,
-    allow_unreadable: bool,
-    max_shard_size: str,
-    trust_remote_code: bool,
-) -> Exported:
-    from quantkit.budget import parse_size
-    from quantkit.export import export as export_checkpoint
-
-    if out is None:
+def _target(path: Path, format_name: str, out: Path | None, repository: Path | None) -> Path:
+    """The directory to write.  OutputError unless exactly one place is given."""
+    if repository is not None and format_name != "onnx":
         raise OutputError(f"--triton-repository goes with --format onnx, not {format_name}")
-    return export_checkpoint(
-        path,
-        out,
-        format_name=format_name,
-        allow_rounding=allow_rounding,
-        allow_unreadable=allow_unreadable,
-        max_shard_bytes=parse_size(max_shard_size),
-        trust_remote_code=trust_remote_code,
-    )
+    if out is not None and repository is None:
+        return out
+    if repository is not None and out is None:
+        return repository / path.resolve().name
+    raise OutputError("give either --out or, with --format onnx, --triton-repository")

@@ -188,9 +188,10 @@ def options(command: Any) -> set[str]:
     return {name for name in found if name.startswith("--")} - {"--help"}
 
 
-@pytest.mark.parametrize(
-    "name", ["quantize", "plan", "inspect", "export", "verify", "generate", "demo"]
-)
+COMMANDS = ["quantize", "plan", "inspect", "export", "verify", "generate", "demo", "eval", "bench"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_command_page_names_exactly_the_options_there_are(name: str) -> None:
     text = section(DOCS / "cli.md", f"## quantkit {name}")
     tables = {code(row[0]) for row in rows(text)}

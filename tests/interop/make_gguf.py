@@ -103,7 +103,7 @@ def _expect(model: PreTrainedModel, tokenizer_dir: Path, out: Path) -> None:
 def _judge(demo: Path, root: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(demo)
     model = quantkit.load(demo, dtype=torch.float32)
-    # The calibration is the first 16 windows; the last 8 judge.
+    # The calibration is the first 16 windows; the last 40 judge.
     windows = load_calibration(
         "demo", tokenizer=tokenizer, samples=64, seq_len=128, seed=0, max_length=512,
         vocab_size=len(tokenizer),
@@ -130,7 +130,7 @@ def _judge(demo: Path, root: Path) -> None:
         model(input_ids=windows[:16], use_cache=False)
         for handle in handles:
             handle.remove()
-        judged = windows[-8:].contiguous()
+        judged = windows[-40:].contiguous()
         logits = model(input_ids=judged, use_cache=False).logits.float().contiguous()
     tokens = 16 * windows.shape[1]
     importance = {name: (total / tokens).tolist() for name, total in sums.items()}

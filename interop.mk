@@ -1,12 +1,14 @@
 # The interop suite: the programs that quantkit writes for read what it wrote, on the CPU.
-# Two environments of their own, because vLLM pins older versions than the newest transformers.
+# Environments of their own, because vLLM pins older versions than the newest transformers, and
+# GPTQModel brings much that only it needs.
 
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-vllm interop-llama
+READERS := transformers gptqmodel vllm llama onnx
+.PHONY: interop interop-checkpoints $(READERS:%=interop-%)
 
-interop: interop-transformers interop-vllm interop-llama
+interop: $(READERS:%=interop-%)
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -17,8 +19,16 @@ interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 	$(INTEROP)/transformers/bin/python -P $(INTEROP_PYTEST) \
 		tests/interop/test_transformers.py tests/interop/test_bitsandbytes.py
 
+interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
+	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py
+
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
+
+# The export itself needs the model builder, so quantkit's sources are on the path here.
+interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
+		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.

@@ -45,10 +45,13 @@ def quantize(
     skip: Sequence[str] = ...,
     lm_head: str | None = ...,
     max_ram: int | str | None = ...,
+    max_vram: int | str | None = ...,
+    max_shard_size: int | str = ...,
     device: str = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
     allow_unreadable: bool = ...,
+    requantize: bool = ...,
     fresh: bool = ...,
     progress: bool = ...,
 ) -> Path: ...
@@ -72,10 +75,13 @@ def quantize(
     skip: Sequence[str] = ...,
     lm_head: str | None = ...,
     max_ram: int | str | None = ...,
+    max_vram: int | str | None = ...,
+    max_shard_size: int | str = ...,
     device: str = ...,
     revision: str | None = ...,
     trust_remote_code: bool = ...,
     allow_unreadable: bool = ...,
+    requantize: bool = ...,
     fresh: bool = ...,
     progress: bool = ...,
 ) -> PreTrainedModel: ...
@@ -98,10 +104,13 @@ def quantize(
     skip: Sequence[str] = (),
     lm_head: str | None = None,
     max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     allow_unreadable: bool = False,
+    requantize: bool = False,
     fresh: bool = False,
     progress: bool = True,
 ) -> PreTrainedModel | Path:
@@ -127,12 +136,14 @@ def quantize(
         calibration=calibration,
         seed=seed,
         format_name=format,
-        max_ram=parse_size(max_ram) if isinstance(max_ram, str) else max_ram,
+        max_ram=_bytes(max_ram),
+        max_vram=_bytes(max_vram),
         device=device,
-        max_shard_bytes=DEFAULT_SHARD_BYTES,
+        max_shard_bytes=_bytes(max_shard_size) or DEFAULT_SHARD_BYTES,
         revision=revision,
         trust_remote_code=trust_remote_code,
         allow_unreadable=allow_unreadable,
+        requantize=requantize,
     )
     if isinstance(model, str | os.PathLike):
         if out is None:
@@ -145,6 +156,10 @@ def quantize(
         written = run(job, target, fresh=fresh, progress=progress).out
         _install(model, job, written)
     return model
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size
 
 
 def _install(model: PreTrainedModel, job: Job, written: Path) -> None:

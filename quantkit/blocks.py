@@ -14,33 +14,32 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibrated import CalibrationStream
 from quantkit.calibration import Calibration
 from quantkit.disk import disk_errors
 from quantkit.folds import FOLDS_FILE, FoldVectors
 from quantkit.format import PlannedWeight
-from quantkit.gather import StatsBook, gather
-from quantkit.hidden import HiddenStore
-from quantkit.models import CausalModel, TapCallback
+from quantkit.gather import StatsBook
+from quantkit.models import CausalModel
 from quantkit.plan import Plan
-from quantkit.refs import BlockCall, WeightRef
+from quantkit.refs import WeightRef
+from quantkit.scheme import Kind
+from quantkit.shared import BlockNeeds, MethodStats, SharedStats
 from quantkit.solve import Solved, choose_scale, quantize_weights
-from quantkit.stats import Needs, Stats
+from quantkit.stats import Needs, Stats, Stream
 from quantkit.steps import Record, WeightRecord
 from quantkit.store import ShardWriter
-from quantkit.stream import QuantizedActivations
-
-# Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
-# that the order of accumulation, and with it every bit of the result, stays the same.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
-    """Sequences start..stop of the calibration; mask None if all their tokens count."""
+class SharedMethod:
+    """A method's part in statistics that several methods share."""
 
-    start: int
-    stop: int
-    mask: Tensor | None
+    stats: SharedStats
+    number: int
+
+
+Book = StatsBook | MethodStats
 
 
 class BlockWork:
@@ -62,10 +61,10 @@ class BlockWork:
         done: set[str],
         stack: contextlib.ExitStack,
         tell: Callable[[str], object],
+        shared: SharedMethod | None = None,
     ) -> None:
         self.tell = tell
         self.model, self.plan, self.calibration = model, plan, calibration
-        self.gram_budget, self.device, self.scratch = gram_budget, device, scratch
         recipe = plan.recipe
         self.transforms = recipe.make_transforms()
         self.range, self.rounding = recipe.make_range(), recipe.make_rounding()
@@ -91,16 +90,19 @@ class BlockWork:
             self.folds = stack.enter_context(
                 ShardWriter(folds_directory, plan.folds_layout, committed=kept)
             )
-        self.hidden: HiddenStore | None = None
-        self.batches: list[_Batch] = []
-        self._calls: dict[int, tuple[BlockCall, ...]] = {}
-        if calibration is not None:
-            with torch.no_grad():
-                first, _ = model.calls(calibration.ids[:1])
-            samples, tokens = calibration.ids.shape
-            shape = (samples, tokens, first.shape[-1])
-            self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
-            self.batches = list(_batches(calibration, device))
+        self.shared = shared
+        self.stream: CalibrationStream | None = None
+        if shared is not None:
+            self.stream = shared.stats.stream
+        elif calibration is not None:
+            self.stream = CalibrationStream(
+                model,
+                calibration,
+                device=device,
+                scratch=scratch,
+                gram_budget=gram_budget,
+                stack=stack,
+            )
 
     def run(self, step: str) -> Record:
         """Does a step; on return its tensors and hidden states are on the disk."""
@@ -130,18 +132,17 @@ class BlockWork:
         return Record(step="outside")
 
     def _embed(self) -> Record:
-        assert self.calibration is not None and self.hidden is not None
-        for batch in self.batches:
-            ids = self.calibration.ids[batch.start : batch.stop]
-            hidden, _ = self.model.calls(ids, batch.mask)
-            self.hidden.write(0, batch.start, hidden)
-        self.hidden.sync(0)
+        assert self.stream is not None
+        if self.shared is not None:
+            self.shared.stats.embed()
+        else:
+            self.stream.embed()
         return Record(step="embed")
 
     def _block(self, index: int) -> Record:
         block = self.model.load_block(index)
         propagate = self.plan.recipe.propagate
-        book = self._gather(index, block, write=not propagate)
+        book = self._statistics(index, block)
         folded = self._fold(index, block, book)
         weights = list(self._quantize(index, block, book))
         for fate in self.plan.fates_of_block.get(index, ()):
@@ -151,45 +152,40 @@ class BlockWork:
             elif fate.fate != "quantized":
                 self.writer.copy(fate.name, self.model.source)
         last = index == self.model.num_blocks - 1 and self.plan.head is None
-        if self.hidden is not None and not last:
+        if self.stream is not None and self.shared is None and not last:
             if propagate:
-                self._forward(index, block, None, write=True)
-            self.hidden.sync(index + 1)
+                eight_bit = self._eight_bit(index)
+                self.stream.forward(index, block, None, write=True, eight_bit=eight_bit)
+            self.stream.hidden.sync(index + 1)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
-    def _gather(self, index: int, block: nn.Module, *, write: bool) -> StatsBook | None:
-        """Statistics of the block's inputs; with `write`, the same pass stores its output."""
-        if self.hidden is None:
+    def _statistics(self, index: int, block: nn.Module) -> Book | None:
+        """Statistics of the block's inputs: shared with other methods, or the run's own."""
+        if self.stream is None:
             return None
-        needs: dict[str, Needs] = {}
-        features: dict[str, int] = {}
-        for key, refs in self.plan.input_groups(index):
-            scheme = self.plan.scheme_of(refs[0])
-            needs[key] = self.range.needs(scheme) | self.rounding.needs(scheme)
-            features[key] = refs[0].shape[1]
-        for group in self.plan.groups[index]:
-            for transform in self.transforms:
-                for key in group.inputs:
-                    more = transform.needs(self.plan.recipe.scheme)
-                    needs[key] = needs.get(key, Needs()) | more
-                    features[key] = len(group.channel_map)
-        needs = {key: _fitting(need, features[key]) for key, need in needs.items() if need}
-
-        def forward(first: bool, callback: TapCallback) -> None:
-            self._forward(index, block, callback, write=write and first)
-
-        return gather(
-            needs,
-            features,
-            forward,
-            directory=self.scratch,
-            budget=self.gram_budget,
-            stream="quantized" if self.plan.recipe.propagate else "original",
-            device=self.device,
-            label=self.model.block_path(index),
+        if self.shared is not None:
+            return self.shared.stats.book(self.shared.number, index)
+        wanted = block_needs(self.plan, index)
+        propagate = self.plan.recipe.propagate
+        return self.stream.gather(
+            index,
+            block,
+            wanted.needs,
+            wanted.features,
+            stream="quantized" if propagate else "original",
+            write=not propagate,
         )
 
-    def _fold(self, index: int, block: nn.Module, book: StatsBook | None) -> tuple[str, ...]:
+    def _eight_bit(self, index: int) -> dict[str, Kind]:
+        """Parameters of the block whose inputs are 8-bit at run time, and of which kind."""
+        return {
+            ref.parameter: self.plan.scheme_of(ref).kind
+            for _, refs in self.plan.input_groups(index)
+            for ref in refs
+            if self.plan.scheme_of(ref).activation_bits == 8
+        }
+
+    def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
         schemes = {ref.name: self.plan.scheme(ref) for ref in self.plan.refs[index]}
         vectors = FoldVectors(self.plan.folds[index])
@@ -213,9 +209,7 @@ class BlockWork:
                 self.folds.put(name, vector)
         return tuple(dict.fromkeys(changed))
 
-    def _quantize(
-        self, index: int, block: nn.Module, book: StatsBook | None
-    ) -> Iterator[WeightRecord]:
+    def _quantize(self, index: int, block: nn.Module, book: Book | None) -> Iterator[WeightRecord]:
         for key, refs in self.plan.input_groups(index):
             stats = book.get(key) if book is not None and key in book else None
             weights = [self.model.weight(block, ref) for ref in refs]
@@ -252,53 +246,15 @@ class BlockWork:
         needs = self.range.needs(scheme) | self.rounding.needs(scheme)
         needs = _fitting(needs, head.shape[1])
         stats: Stats | None = None
-        if self.hidden is not None and needs:
-            stats = Stats.empty(head.shape[1], needs, device=self.device)
-            for batch in self.batches:
-                hidden = self.hidden.read(self.model.num_blocks, batch.start, batch.stop)
-                x = self.model.head_hidden(hidden.to(self.device))
-                stats.update_(
-                    x[batch.mask] if batch.mask is not None else x.flatten(0, 1), name="head"
-                )
-            stats.finish_()
+        if self.stream is not None and needs:
+            stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
+            stats = self.stream.head_stats(head.shape[1], needs, stream=stream)
         weight = self.model.source.read(head.name).to(self.model.dtype)
         (solved,) = self._solve([head], [weight], stats)
         planned = self.plan.planned_head
         self._put(planned, solved)
         tokens = None if stats is None else stats.count
         return Record(step="head", weights=(WeightRecord.of(solved, planned.name, tokens),))
-
-    def _forward(
-        self, index: int, block: nn.Module, callback: TapCallback | None, *, write: bool
-    ) -> None:
-        """Runs the block over all batches; with `write`, stores what enters the next one."""
-        assert self.hidden is not None
-        eight_bit = {
-            ref.parameter: self.plan.scheme_of(ref).kind
-            for _, refs in (() if callback else self.plan.input_groups(index))
-            for ref in refs
-            if self.plan.scheme_of(ref).activation_bits == 8
-        }
-        for batch in self.batches:
-            hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)
-            with contextlib.ExitStack() as modes:
-                if callback is not None:
-                    modes.enter_context(self.model.tap(index, block, batch.mask, callback))
-                if eight_bit:
-                    modes.enter_context(QuantizedActivations(block, eight_bit))
-                out = self.model.run(block, hidden, self._call(index, batch))
-            if write:
-                self.hidden.write(index + 1, batch.start, out)
-
-    def _call(self, index: int, batch: _Batch) -> BlockCall:
-        """The block's other arguments; without padding they depend on the batch's shape only."""
-        assert self.calibration is not None
-        ids = self.calibration.ids[batch.start : batch.stop]
-        if batch.mask is not None:
-            return self.model.calls(ids, batch.mask)[1][index]
-        if ids.shape[0] not in self._calls:
-            self._calls[ids.shape[0]] = self.model.calls(ids, None)[1]
-        return self._calls[ids.shape[0]][index]
 
     def _outputs(self, step: str) -> list[str]:
         """Names of the output tensors that a step writes."""
@@ -313,6 +269,25 @@ class BlockWork:
         return [info.name for fate in fates for info in fate.output]
 
 
+def block_needs(plan: Plan, index: int) -> BlockNeeds:
+    """The statistics that a plan's method reads at the inputs of a block."""
+    recipe = plan.recipe
+    range_part, rounding = recipe.make_range(), recipe.make_rounding()
+    needs: dict[str, Needs] = {}
+    features: dict[str, int] = {}
+    for key, refs in plan.input_groups(index):
+        scheme = plan.scheme_of(refs[0])
+        needs[key] = range_part.needs(scheme) | rounding.needs(scheme)
+        features[key] = refs[0].shape[1]
+    for group in plan.groups[index]:
+        for transform in recipe.make_transforms():
+            for key in group.inputs:
+                needs[key] = needs.get(key, Needs()) | transform.needs(recipe.scheme)
+                features[key] = len(group.channel_map)
+    needs = {key: _fitting(need, features[key]) for key, need in needs.items() if need}
+    return BlockNeeds(needs=needs, features=features)
+
+
 def _fitting(needs: Needs, features: int) -> Needs:
     """The needs without a block diagonal that does not divide the features.
 
@@ -321,10 +296,3 @@ def _fitting(needs: Needs, features: int) -> Needs:
     if needs.gram > 0 and features % needs.gram:
         return dataclasses.replace(needs, gram=0, moments=True)
     return needs
-
-
-def _batches(calibration: Calibration, device: str) -> Iterator[_Batch]:
-    size = max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])
-    for start in range(0, len(calibration.ids), size):
-        mask = calibration.mask[start : start + size]
-        yield _Batch(start=start, stop=start + len(mask), mask=None if bool(mask.all()) else mask)

@@ -176,7 +176,8 @@ def refuse_quantized(source: Source) -> None:
                 method = found.get("quant_method") if isinstance(found, dict) else None
                 raise CheckpointError(
                     f"the model is already quantized (config.json: {key}, method "
-                    f"{method or 'unknown'}); give the original full-precision model"
+                    f"{method or 'unknown'}); give the original full-precision model, or pass "
+                    "--requantize to quantize the decoded weights again, at a loss"
                 )
     packed = (".qweight", ".weight_packed", ".weight.absmax")
     for name in source.names():

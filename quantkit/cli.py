@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from quantkit import cli_compare, cli_eval
 from quantkit.cli_export import export
 from quantkit.cli_gguf import quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
@@ -74,6 +75,10 @@ RemoteOption = Annotated[
 UnreadableOption = Annotated[
     bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
 ]
+RequantizeOption = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
+]
 
 
 @app.command()
@@ -99,13 +104,21 @@ def quantize(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Measure what it cost; the report lies in OUT.")
+    ] = False,
+    text: cli_eval.TextOption = "demo",
+    fail_if: cli_eval.FailOption = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
     from quantkit.pipeline import run
     from quantkit.summary import outcome_json, outcome_text
 
+    if evaluate or fail_if:
+        cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
         if format_name == "gguf":
             quantize_to_gguf(model, out, context.params)
@@ -117,9 +130,18 @@ def quantize(
         kept = f"what is done is kept in {partial}: the same command goes on there"
         typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
-    typer.echo(
-        json.dumps(outcome_json(job, outcome), indent=2) if as_json else outcome_text(job, outcome)
-    )
+    summary = outcome_json(job, outcome) if as_json else {}
+    if not as_json:
+        typer.echo(outcome_text(job, outcome))
+    if evaluate or fail_if:
+        evaluated = cli_eval.evaluate_output(job, outcome.out, text=text, limits=fail_if or ())
+        if not as_json:
+            cli_eval.finish(evaluated, as_json)
+        summary["evaluation"] = evaluated.summary()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        if summary.get("evaluation", {}).get("violated"):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -144,6 +166,10 @@ def plan(
     revision: RevisionOption = None,
     trust_remote_code: RemoteOption = False,
     allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
@@ -169,12 +195,16 @@ def verify(
     against: Annotated[
         str | None, typer.Option("--against", help="The source model to compare weights with.")
     ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option("--runtime", help="transformers or vllm: let it run the checkpoint too."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
     from quantkit.verify import verify as verify_checkpoint
 
-    result = verify_checkpoint(out, against=against)
+    result = verify_checkpoint(out, against=against, runtime=runtime)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)
@@ -185,11 +215,26 @@ def generate(
     path: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, triton, cpu or reference.")
+    ] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.generation import generate_text
 
-    typer.echo(generate_text(path, prompt, max_new_tokens))
+    typer.echo(generate_text(path, prompt, max_new_tokens, backend=backend, device=device))
+
+
+@app.command()
+def tune(
+    path: Checkpoint,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Time the kernels on this GPU for the shapes of a checkpoint, and keep the best settings."""
+    from quantkit.cli_tune import tune as tune_checkpoint
+
+    tune_checkpoint(path, dtype, typer.echo)
 
 
 app.command()(export)
@@ -218,14 +263,21 @@ def formats() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", help="Directory for the quantized demo model.")
+        Path, typer.Option("--out", help="Directory for the quantized models and the report.")
     ] = Path("demo-out"),
-    method: Annotated[str, typer.Option("--method")] = "awq",
+    method: Annotated[
+        str, typer.Option("--method", help="Whose model writes a line; compared too.")
+    ] = "awq",
 ) -> None:
-    """Quantize the embedded demo model, measure it before and after, let it write a line."""
+    """Quantize the embedded demo model five ways and rate them in one report."""
     from quantkit.showcase import run_demo
 
     run_demo(out, method, typer.echo)
+
+
+app.command("eval")(cli_eval.evaluate)
+app.command()(cli_compare.compare)
+app.command()(cli_eval.bench)
 
 
 def _request(options: Mapping[str, Any]) -> Request:
@@ -261,6 +313,7 @@ def _request(options: Mapping[str, Any]) -> Request:
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
         allow_unreadable=options["allow_unreadable"],
+        requantize=options["requantize"],
     )
 
 

@@ -22,12 +22,13 @@ def open_corpus(
     spec: Any,
     *,
     column: str | None,
-    seed: int,
+    seed: int | None,
     prefer_messages: bool,
     max_characters: int,
 ) -> Corpus:
     """The documents of a source, read lazily.
 
+    seed              decides the order of documents; None keeps the stored one, empty rows too
     prefer_messages   where rows have both text and messages, take the messages
     max_characters    how much of a .txt file is read at most
     Raises CalibrationError, also later while the documents are read.
@@ -68,7 +69,7 @@ def _split_column(spec: str, column: str | None) -> tuple[str, str | None]:
     return source, named
 
 
-def _demo_corpus(seed: int) -> Corpus:
+def _demo_corpus(seed: int | None) -> Corpus:
     from quantkit.demo.corpus import calibration_text
 
     return Corpus(origin=Origin(source="demo"), documents=shuffled(calibration_text(), seed))
@@ -90,7 +91,9 @@ def _text_file(path: Path, max_characters: int) -> Corpus:
     return Corpus(origin=origin, documents=iter([text]), one_text=True)
 
 
-def _python_corpus(spec: Any, column: str | None, seed: int, prefer_messages: bool) -> Corpus:
+def _python_corpus(
+    spec: Any, column: str | None, seed: int | None, prefer_messages: bool
+) -> Corpus:
     if hasattr(spec, "column_names") and hasattr(spec, "features"):
         origin = Origin(source="python", revision=dataset_fingerprint(spec))
         return dataset_corpus(spec, origin, column, seed, prefer_messages)

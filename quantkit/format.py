@@ -231,6 +231,8 @@ def format_of(source: Source) -> Format:
         version = str(config.get("checkpoint_format", "gptq"))
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
+    elif method == "fp8":
+        return cast(Format, importlib.import_module(f"{_PACKAGE}._fp8_blocks").Fp8Blocks())
     elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
     known = ", ".join(available_formats())

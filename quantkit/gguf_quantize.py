@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quantkit.blocks import BATCH_TOKENS
+from quantkit.calibrated import BATCH_TOKENS
 from quantkit.calibration import Calibration, CalibrationSource, load_calibration
 from quantkit.checkpoint import open_source, refuse_quantized
 from quantkit.disk import disk_errors, sync_directory, write_file

@@ -42,7 +42,7 @@ from quantkit.tensorfile import TensorInfo
 BITS = (2, 3, 4, 8)
 # Codes that fill whole words: 32 of 3 bits, 32/b of b bits.
 _WHOLE = {2: 16, 3: 32, 4: 8, 8: 4}
-_ENOUGH_GROUPS = 256
+_ENOUGH_GROUPS = 4096
 _ONE_OFF = (0.7, 1.3)
 _OTHER_VERSION = (
     "are these zeros of the other version?  Version 1 (checkpoint_format gptq) stores zero - 1, "

@@ -117,7 +117,7 @@ class CodebookGrid:
         table = torch.tensor(self.values, dtype=torch.float32, device=unit.device)
         ordered, order = torch.sort(table, stable=True)
         midpoints = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(unit, midpoints)].to(torch.float32)
+        return order[torch.bucketize(unit.contiguous(), midpoints)].to(torch.float32)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Float32 values of codes (any dtype)."""

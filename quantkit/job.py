@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from quantkit.recipe import Recipe
 from quantkit.source import Source
 from quantkit.stats import has_bf16_units
 from quantkit.tokenizer import load_tokenizer
+from quantkit.unpacked import Unpacked
 from quantkit.version import __version__
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Request:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_unreadable: bool = False
+    requantize: bool = False
 
 
 def prepare(
@@ -55,52 +58,75 @@ def prepare(
 
     Raises the QuantkitError of whatever does not work out, before anything is written.
     """
+    (job,) = prepare_all(model_or_path, [request], tokenizer=tokenizer)
+    return job
+
+
+def prepare_all(
+    model_or_path: str | PreTrainedModel, requests: Sequence[Request], *, tokenizer: Any = None
+) -> list[Job]:
+    """The jobs of several requests that differ in recipe and format only.
+
+    They share the opened model and, if any recipe is calibrated, one calibration.
+    """
+    first = requests[0]
     source: Source
     if isinstance(model_or_path, str):
         source = open_source(
-            model_or_path, revision=request.revision, trust_remote_code=request.trust_remote_code
+            model_or_path, revision=first.revision, trust_remote_code=first.trust_remote_code
         )
     else:
         source = LiveSource(model_or_path, tokenizer=tokenizer)
+    if first.requantize and isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
-    device = _device(request.device)
+    device = choose_device(first.device)
     model = CausalModel.open(
         source,
-        trust_remote_code=request.trust_remote_code,
+        trust_remote_code=first.trust_remote_code,
         dtype=_compute_dtype(device),
         device=device,
     )
-    plan = make_plan(
-        model,
-        request.recipe,
-        format_name=request.format_name,
-        max_shard_bytes=request.max_shard_bytes,
-        allow_unreadable=request.allow_unreadable,
-    )
-    calibration = _calibration(model, source, request, tokenizer)
-    if calibration is not None:
-        model.check_replay(calibration.ids[:1, :64])
-    prediction = predict(model, plan, calibration, device=device)
-    prediction.check(request.max_ram)
-    max_vram = request.max_vram if device.startswith("cuda") else None
-    prediction.check_vram(max_vram)
-    return Job(
-        model=model,
-        plan=plan,
-        calibration=calibration,
-        prediction=prediction,
-        fingerprint=_fingerprint(source, request, calibration, plan.format.name, device),
-        max_ram=request.max_ram,
-        max_vram=max_vram,
-        device=device,
-    )
+    plans = [
+        make_plan(
+            model,
+            request.recipe,
+            format_name=request.format_name,
+            max_shard_bytes=request.max_shard_bytes,
+            allow_unreadable=request.allow_unreadable,
+        )
+        for request in requests
+    ]
+    calibrated = next((request for request in requests if request.recipe.calibrated), None)
+    shared: Calibration | None = None
+    if calibrated is not None:
+        shared = _calibration(model, source, calibrated, tokenizer)
+        model.check_replay(shared.ids[:1, :64])
+    jobs = []
+    for request, plan in zip(requests, plans, strict=True):
+        calibration = shared if request.recipe.calibrated else None
+        prediction = predict(model, plan, calibration, device=device)
+        prediction.check(request.max_ram)
+        max_vram = request.max_vram if device.startswith("cuda") else None
+        prediction.check_vram(max_vram)
+        jobs.append(
+            Job(
+                model=model,
+                plan=plan,
+                calibration=calibration,
+                prediction=prediction,
+                fingerprint=_fingerprint(source, request, calibration, plan.format.name, device),
+                max_ram=request.max_ram,
+                max_vram=max_vram,
+                device=device,
+            )
+        )
+    return jobs
 
 
 def _calibration(
     model: CausalModel, source: Source, request: Request, tokenizer: Any
-) -> Calibration | None:
-    if not request.recipe.calibrated:
-        return None
+) -> Calibration:
     text_config = model.text_config
     return load_calibration(
         request.calibration,
@@ -122,7 +148,7 @@ def _compute_dtype(device: str) -> torch.dtype | None:
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
 
 
-def _device(name: str) -> str:
+def choose_device(name: str) -> str:
     """ "cpu" or "cuda" as asked for; "auto" takes a GPU if torch sees one."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,6 +181,7 @@ def _fingerprint(
         "format": format_name,
         "max shard bytes": str(request.max_shard_bytes),
         "trust_remote_code": str(request.trust_remote_code),
+        "requantize": str(request.requantize),
         "device": device.split(":")[0],
         "hardware": hardware,
         "threads": str(torch.get_num_threads()),

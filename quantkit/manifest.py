@@ -1,7 +1,7 @@
 """The manifest of a finished checkpoint: sha256 and size of every file, in one file written last.
 
-`quantkit/manifest.json` itself and `quantkit/run.json` (times and peaks, which differ between
-runs) are not in it; nothing else may be in the directory.
+`quantkit/manifest.json` itself, `quantkit/run.json` (times and peaks, which differ between runs)
+and `quantkit/evaluation/` (written later) are not in it; nothing else may be in the directory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from quantkit.errors import OutputError
 
 MANIFEST = "quantkit/manifest.json"
 RUN = "quantkit/run.json"
+EVALUATION = "quantkit/evaluation"
 _EXCLUDED = frozenset({MANIFEST, RUN})
 _PIECE_BYTES = 4 * 2**20
 
@@ -79,7 +80,12 @@ def _files(directory: Path, ignore: frozenset[str]) -> dict[str, Path]:
         for name in [*names, *links]:
             path = Path(folder, name)
             found[path.relative_to(directory).as_posix()] = path
-    return {name: path for name, path in sorted(found.items()) if name not in _EXCLUDED}
+    return {
+        name: path
+        for name, path in sorted(found.items())
+        # An unfinished report lies in evaluation.partial.
+        if name not in _EXCLUDED and not name.startswith((f"{EVALUATION}/", f"{EVALUATION}."))
+    }
 
 
 def _entries(manifest: Any) -> dict[str, tuple[str, int]]:

@@ -320,6 +320,20 @@ class CausalModel:
         """Logits [B, T, V] from the last block's output; the head is read in ranges of rows."""
         return self._passes.finish(hidden_BTH)
 
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Vocabulary rows start..stop of the output projection, in the model's dtype."""
+        rows = self.source.read_rows(self.head.name, start, stop)
+        return rows.to(self.device, self.dtype)
+
+    def partial_logits(
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Logits of some of the vocabulary, from the last block's output and `head_rows`.
+
+        Final norm, caps and scales are the model's own: they work on each logit alone.
+        """
+        return self._passes.finish_rows(hidden_BTH, rows_VH, start)
+
     def _empty_block(self, index: int) -> nn.Module:
         block = skeleton.clone(self._blocks[index])
         skeleton.fill_buffers(self._model, block, self.block_path(index))

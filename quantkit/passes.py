@@ -122,6 +122,14 @@ class Passes:
         ids_BT = torch.zeros(hidden_BTH.shape[:2], dtype=torch.int64)
         return self.run(ids_BT, None, replace, on_head or self._project)
 
+    def finish_rows(
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Logits of the vocabulary rows `start`... that `rows` are, as `finish` gives them."""
+        bias = getattr(self._head, "bias", None)
+        part = None if bias is None else bias[start : start + len(rows_VH)].to(rows_VH.dtype)
+        return self.finish(hidden_BTH, lambda x: nn.functional.linear(x, rows_VH, part))
+
     def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """What the head reads [B, T, H'] when the last block puts out `hidden`."""
         read: list[torch.Tensor] = []

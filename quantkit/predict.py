@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.blocks import BATCH_TOKENS
 from quantkit.budget import current_rss, format_size
+from quantkit.calibrated import BATCH_TOKENS
 from quantkit.calibration import Calibration
 from quantkit.errors import BudgetError
 from quantkit.gather import gram_bytes

@@ -45,20 +45,29 @@ class Corpus:
 
 
 def dataset_corpus(
-    rows: Any, origin: Origin, column: str | None, seed: int, prefer_messages: bool
+    rows: Any, origin: Origin, column: str | None, seed: int | None, prefer_messages: bool
 ) -> Corpus:
-    """The documents of a datasets.Dataset or IterableDataset, in an order that the seed decides."""
+    """The documents of a datasets.Dataset or IterableDataset, in an order that the seed decides.
+
+    Without a seed every row in its stored order, empty ones as empty texts: what perplexity
+    protocols join.
+    """
     first = next(iter(guarded(rows, origin.source)), None)
     if first is None:
         raise CalibrationError(f"calibration {origin.source} has no rows")
     column = _choose_column(first, column, prefer_messages, origin.source)
-    if hasattr(rows, "__len__"):
-        ordered: Any = (rows[index] for index in _order(len(rows), seed))
+    ordered: Any
+    if seed is None:
+        ordered = rows
+    elif hasattr(rows, "__len__"):
+        ordered = (rows[index] for index in _order(len(rows), seed))
     else:
         ordered = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     return Corpus(
         origin=dataclasses.replace(origin, column=column),
-        documents=_column_documents(guarded(ordered, origin.source), column, origin.source),
+        documents=_column_documents(
+            guarded(ordered, origin.source), column, origin.source, keep_empty=seed is None
+        ),
     )
 
 
@@ -81,8 +90,10 @@ def to_document(value: Any, where: str) -> Document | None:
     )
 
 
-def shuffled(items: Sequence[T], seed: int) -> Iterator[T]:
-    """The items in an order that the seed decides."""
+def shuffled(items: Sequence[T], seed: int | None) -> Iterator[T]:
+    """The items in an order that the seed decides; without one in their own."""
+    if seed is None:
+        return iter(items)
     return (items[index] for index in _order(len(items), seed))
 
 
@@ -116,7 +127,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _column_documents(
-    rows: Iterable[Mapping[str, Any]], column: str, source: str
+    rows: Iterable[Mapping[str, Any]], column: str, source: str, *, keep_empty: bool
 ) -> Iterator[Document]:
     found = False
     for row in rows:
@@ -124,6 +135,8 @@ def _column_documents(
         if document:
             found = True
             yield document
+        elif keep_empty:
+            yield row[column] or ""
     if not found:
         raise CalibrationError(f"calibration {source}: column {column!r} is empty in every row")
 

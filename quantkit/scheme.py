@@ -16,7 +16,7 @@ Kind = Literal["int", "nf4", "fp4", "fp8"]
 NAMES = "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row"
 
 _INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
-_FLOAT8 = re.compile(r"fp8a(16|8)_row")
+_FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
 
 
@@ -26,7 +26,8 @@ class Scheme:
 
     `group_size` counts the consecutive weights that share a scale: along a row for integers (None =
     the whole row), along the flattened row-major weight for nf4 and fp4 (bitsandbytes' blocks).
-    fp8 is e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433) with a scale per row.
+    fp8 is e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433), written with a scale
+    per row; checkpoints of others have groups.
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     """
 
@@ -53,13 +54,10 @@ class Scheme:
                     "use w8a8_row, or 16-bit activations (a16)"
                 )
         elif self.kind == "fp8":
-            if (
-                self.bits != 8
-                or self.group_size is not None
-                or not self.symmetric
-                or self.double_quant
-            ):
-                raise SchemeError("fp8 has 8 bits and one scale per row: fp8a8_row or fp8a16_row")
+            if self.bits != 8 or not self.symmetric or self.double_quant:
+                raise SchemeError("fp8 has 8 bits and no zeros: fp8a8_row or fp8a16_row")
+            if self.group_size is not None and self.activation_bits == 8:
+                raise SchemeError("8-bit activations go with fp8 weights per row: fp8a8_row")
         elif self.bits != 4 or not self.symmetric or self.activation_bits != 16:
             raise SchemeError(f"{self.kind} is 4-bit, symmetric and weight-only")
         elif self.group_size is None:
@@ -69,7 +67,8 @@ class Scheme:
     def name(self) -> str:
         """The scheme's name, which `Scheme.parse` reads back."""
         if self.kind == "fp8":
-            return f"fp8a{self.activation_bits}_row"
+            group = "row" if self.group_size is None else f"g{self.group_size}"
+            return f"fp8a{self.activation_bits}_{group}"
         if self.kind != "int":
             return f"{self.kind}_b{self.group_size}" + ("_dq" if self.double_quant else "")
         group = "row" if self.group_size is None else f"g{self.group_size}"
@@ -102,7 +101,10 @@ class Scheme:
             )
         if match := _FLOAT8.fullmatch(name):
             return cls(
-                kind="fp8", bits=8, group_size=None, activation_bits=8 if match[1] == "8" else 16
+                kind="fp8",
+                bits=8,
+                group_size=int(match[2]) if match[2] else None,
+                activation_bits=8 if match[1] == "8" else 16,
             )
         raise SchemeError(f"scheme {name!r} is unknown; allowed: {NAMES}")
 

@@ -15,7 +15,7 @@ from quantkit.rows import Corpus, Origin, dataset_corpus, first_line, no_such_fi
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def table_file(path: Path, column: str | None, seed: int, prefer_messages: bool) -> Corpus:
+def table_file(path: Path, column: str | None, seed: int | None, prefer_messages: bool) -> Corpus:
     """The rows of a .jsonl or .parquet file."""
     if not path.is_file():
         raise no_such_file(path)
@@ -34,7 +34,7 @@ def table_file(path: Path, column: str | None, seed: int, prefer_messages: bool)
 
 
 def saved_dataset(
-    path: Path, split: str | None, column: str | None, seed: int, prefer_messages: bool
+    path: Path, split: str | None, column: str | None, seed: int | None, prefer_messages: bool
 ) -> Corpus:
     """The rows of a directory that `save_to_disk` wrote."""
     datasets = _datasets(str(path))
@@ -47,7 +47,9 @@ def saved_dataset(
     return dataset_corpus(rows, origin, column, seed, prefer_messages)
 
 
-def named_dataset(source: str, column: str | None, seed: int, prefer_messages: bool) -> Corpus:
+def named_dataset(
+    source: str, column: str | None, seed: int | None, prefer_messages: bool
+) -> Corpus:
     """The rows of NAME[@revision][:config[:split]], on the Hub or a folder of data files."""
     name, config, split = _parse_name(source)
     local = Path(name).expanduser()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Unpacked(Reader):
         self._last: tuple[str, QuantizedTensor] | None = None
 
     @classmethod
-    def open(cls, source: Source, *, trust_remote_code: bool = False) -> Unpacked:
+    def open(cls, source: Source, *, trust_remote_code: bool = False) -> Self:
         """The view of a quantized checkpoint.  FormatError if its format is not known."""
         fmt = format_of(source)
         view = cls(source, fmt, fmt.weights(source))

@@ -22,6 +22,7 @@ from quantkit.folds import FOLDS_FILE
 from quantkit.format import Format, StoredWeight, format_of
 from quantkit.grid import IntegerGrid, grid_of
 from quantkit.manifest import verify_manifest
+from quantkit.runtimes import compare_runtime
 from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import read_header, read_into
@@ -89,13 +90,15 @@ def verify(
     out: str | Path,
     *,
     against: object = None,
+    runtime: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyResult:
     """All checks of the checkpoint at `out`; `against` is its source: path, Hub name or live model.
 
-    What is wrong with `out` is in the result.  Raises CheckpointError if `out` is no directory or
-    `against` cannot be opened.
+    `runtime` names a program (transformers, vllm) that is asked to load and run it too.  What is
+    wrong with `out` is in the result.  Raises CheckpointError if `out` is no directory, `against`
+    cannot be opened, or the runtime is not installed or cannot load `out`.
     """
     path = Path(out)
     if not path.is_dir():
@@ -108,7 +111,19 @@ def verify(
     opened = _open(path, checks)
     if opened is not None:
         checks += [_coverage(opened), *_numbers(opened, reference)]
+        if runtime is not None and all(check.ok for check in checks):
+            checks.append(_runtime(path, runtime))
     return VerifyResult(path=path, checks=tuple(checks))
+
+
+def _runtime(path: Path, runtime: str) -> Check:
+    found = compare_runtime(path, runtime)
+    return Check(
+        name="runtime",
+        detail=f"{found.runtime} {found.version}: {found.agreed} of {found.tokens} greedy tokens "
+        f"are quantkit's own, worst gap {found.worst_gap:.3f}",
+        problems=found.problems,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown scheme": (("--method", "rtn", "--scheme", "w4g128"), ("w4g128", "w{2-8}a{16|8}")),
     "fp8 in groups": (
         ("--method", "rtn", "--scheme", "fp8a8_g32"),
-        ("fp8a8_g32", "fp8a{16|8}_row"),
+        ("fp8", "per row", "fp8a8_row"),
     ),
     "unknown method": (("--method", "magic"), ("magic", "awq", "gptq", "nf4")),
     "no method": ((), ("--method",)),

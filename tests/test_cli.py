@@ -219,7 +219,19 @@ def test_a_recipe_file_replaces_the_method(llama: Path, tmp_path: Path, capsys: 
 def test_help_names_every_command_and_option(capsys: Capture) -> None:
     assert jobs.command("--help") == 0
     text = capsys.readouterr().out
-    commands = ("quantize", "plan", "inspect", "verify", "generate", "methods", "formats", "demo")
+    commands = (
+        "quantize",
+        "plan",
+        "inspect",
+        "verify",
+        "generate",
+        "methods",
+        "formats",
+        "demo",
+        "eval",
+        "compare",
+        "bench",
+    )
     assert all(name in text for name in commands)
     assert jobs.command("quantize", "--help") == 0
     text = capsys.readouterr().out

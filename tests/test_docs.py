@@ -188,15 +188,14 @@ def options(command: Any) -> set[str]:
     return {name for name in found if name.startswith("--")} - {"--help"}
 
 
-@pytest.mark.parametrize("name", ["quantize", "plan", "inspect", "verify", "generate", "demo"])
+COMMANDS = ["quantize", "plan", "inspect", "export", "verify", "generate", "demo", "eval", "bench"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_command_page_names_exactly_the_options_there_are(name: str) -> None:
     text = section(DOCS / "cli.md", f"## quantkit {name}")
-    if name == "plan":
-        text = text.replace("but `--fresh`", "")
     tables = {code(row[0]) for row in rows(text)}
     listed = set(re.findall(r"`(--[\w-]+)`", text)) if name in ("plan", "inspect") else tables
-    if name == "plan":
-        listed -= {"--fresh"}
     assert {option for option in listed if option.startswith("--")} == options(commands()[name])
 
 

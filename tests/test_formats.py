@@ -43,7 +43,7 @@ def test_unknown_formats_list_the_known() -> None:
             {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
             "'gptq' as 'marlin' is not read",
         ),
-        ({"quantization_config": {"quant_method": "fp8"}}, "'fp8' is not read"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "'aqlm' is not read"),
     ],
 )
 def test_checkpoints_of_no_known_format_are_refused(config: dict[str, Any], message: str) -> None:

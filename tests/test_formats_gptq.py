@@ -111,7 +111,7 @@ def test_version_1_cannot_hold_the_zero_0() -> None:
 def test_zeros_of_the_other_version_are_refused(scheme: str, written: str, labelled: str) -> None:
     generator = torch.Generator().manual_seed(0)
     parsed = Scheme.parse(scheme)
-    weight = torch.randn(256, 64, generator=generator)
+    weight = torch.randn(2048, 64, generator=generator)
     found = Minmax()("a.0.weight", weight, parsed, None)
     zero = found.zero
     codes = grid_of(parsed).encode(
@@ -119,8 +119,8 @@ def test_zeros_of_the_other_version_are_refused(scheme: str, written: str, label
         found.coding.view(-1, 1),
         None if zero is None else zero.view(-1, 1),
     )
-    tensor = integers(scheme, codes.view(256, 64), zero)
-    planned_weight = planned("a.0.weight", (256, 64), scheme)
+    tensor = integers(scheme, codes.view(2048, 64), zero)
+    planned_weight = planned("a.0.weight", (2048, 64), scheme)
     packed = make_format(written).pack(planned_weight, tensor)
     right, wrong = source_of(written, scheme, packed), source_of(labelled, scheme, packed)
     name = "a.0.weight"

@@ -80,7 +80,7 @@ def foreign(path: Path, config: dict[str, object], tensors: dict[str, torch.Tens
 def test_other_tools_checkpoints_are_summarised(tmp_path: Path) -> None:
     awq = foreign(
         tmp_path / "awq",
-        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"},
         {
             "model.layers.0.mlp.up_proj.qweight": torch.zeros(64, 12, dtype=torch.int32),
             "model.layers.0.mlp.up_proj.qzeros": torch.zeros(2, 12, dtype=torch.int32),
@@ -88,9 +88,9 @@ def test_other_tools_checkpoints_are_summarised(tmp_path: Path) -> None:
         },
     )
     found = inspect(awq)
-    assert found.format == "awq (bits 4, group_size 32, version gemm)"
+    assert found.format == "awq (bits 4, group_size 32, version gemv)"
     assert found.parameters == 64 * 96
-    assert found.notes and "awq" in found.notes[0]
+    assert found.notes and "AWQ" in found.notes[0]
 
 
 def test_a_foreign_compressed_tensors_layout_is_noted(tmp_path: Path) -> None:

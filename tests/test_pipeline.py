@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import quantkit
-from quantkit import blocks
-from quantkit.blocks import HiddenStore
+from quantkit import calibrated
 from quantkit.calibration import Calibration
 from quantkit.gather import split_passes
+from quantkit.hidden import HiddenStore
 from quantkit.pipeline import Job
 from quantkit.recipe import builtin_recipes
 from quantkit.verify import verify
@@ -240,14 +240,14 @@ def test_a_budget_and_the_number_of_passes_change_no_bit(
 ) -> None:
     job = jobs.make_job(llama, "best", "w4a16_g32_asym")
     seen: list[int] = []
-    gather = blocks.gather
+    gather = calibrated.gather
 
     def spy(needs: Any, features: Any, *rest: Any, **options: Any) -> Any:
         sizes = {key: 4 * features[key] ** 2 for key in needs}
         seen.append(len(split_passes(sizes, options["budget"])))
         return gather(needs, features, *rest, **options)
 
-    monkeypatch.setattr(blocks, "gather", spy)
+    monkeypatch.setattr(calibrated, "gather", spy)
     found = []
     for budget in (None, 10**12, job.prediction.smallest, job.prediction.smallest + 30_000):
         limited = dataclasses.replace(job, max_ram=budget)

@@ -70,9 +70,10 @@ def test_fp8_has_one_scale_per_row(name: str, activation_bits: int) -> None:
     assert scheme.activation_bits == activation_bits and scheme.name == name
     assert scheme.symmetric and not scheme.flat
     with pytest.raises(SchemeError, match="fp8a8_row or fp8a16_row"):
-        Scheme(kind="fp8", bits=8, group_size=128)
-    with pytest.raises(SchemeError, match="unknown; allowed"):
+        Scheme(kind="fp8", bits=4, group_size=None)
+    with pytest.raises(SchemeError, match="per row: fp8a8_row"):
         Scheme.parse("fp8a8_g128")
+    assert Scheme.parse("fp8a16_g128").group_size == 128
 
 
 def test_groups_of_less_than_two_are_refused() -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 
 import common
 import torch
-from judging import Judge, Quality, quality
-from quantkit_eval.evaluation import evaluate
-from quantkit_eval.loading import load_original
+from judging import Judge, Quality
+from quantkit_eval import measure_divergence
 from quantkit_eval.windows import text_windows
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quantkit.demo.outliers import write_planted
 
@@ -109,7 +108,7 @@ def main() -> None:
 
 def _naive(model: Path, options: argparse.Namespace) -> Quality:
     torch.set_num_threads(options.threads)
-    damaged = load_original(str(model))
+    damaged = _load(str(model))
     layers = damaged.get_decoder().layers
     for path, module in list(layers.named_modules()):
         if isinstance(module, nn.Linear):
@@ -125,8 +124,21 @@ def _naive(model: Path, options: argparse.Namespace) -> Quality:
     windows = text_windows(
         text, tokenizer, seq_len=options.eval_seq_len, max_tokens=options.eval_tokens
     )
-    measured = evaluate(load_original(options.model), damaged, tokenizer, windows)
-    return quality(measured.to_dict())
+    measured = measure_divergence(_load(options.model), damaged, windows)
+    return Quality(
+        kl_mean=measured.mean,
+        kl_low=measured.mean_interval.low,
+        kl_high=measured.mean_interval.high,
+        kl_p99=measured.quantile(0.99),
+        kl_maximum=measured.maximum,
+        top1_agreement=measured.top1_agreement,
+        perplexity_ratio=measured.perplexity_ratio,
+        weight_bytes=None,
+    )
+
+
+def _load(path: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def _options() -> argparse.Namespace:

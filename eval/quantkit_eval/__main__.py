@@ -1,20 +1,28 @@
-"""`python -m quantkit_eval MODEL QUANTIZED`: a quantized model measured against its original."""
+"""`python -m quantkit_eval MODEL QUANTIZED`: two live models compared, in any interpreter.
+
+For checkpoints of other tools, read by the transformers that they pin.  `quantkit eval` does more.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.evaluation import evaluate
-from quantkit_eval.loading import load_original, load_quantized, weight_bytes
-from quantkit_eval.table import render
+from quantkit_eval.live import compare_tasks, measure_divergence
+from quantkit_eval.tasks import TaskComparison
 from quantkit_eval.windows import text_windows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCHEMA = "quantkit.pair/1"
 _TASK_SEED = 0
 
 
@@ -33,7 +41,8 @@ def _run(options: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    original = load_original(options.model, device=options.device)
+    original = _load(options.model, "transformers", options.device)
+    quantized = _load(options.quantized, options.reader, options.device)
     positions = getattr(original.config, "max_position_embeddings", None) or options.seq_len
     windows = text_windows(
         _text(options.text),
@@ -42,28 +51,58 @@ def _run(options: argparse.Namespace) -> None:
         max_tokens=options.tokens,
         source=options.text if options.text == "demo" else Path(options.text).name,
     )
-    examples = []
+    measured = measure_divergence(original, quantized, windows)
+    tasks: tuple[TaskComparison, ...] = ()
     if options.tasks:
         from quantkit.demo.tasks import TASKS
         from quantkit.demo.tasks import examples as draw
 
         examples = [e for task in TASKS for e in draw(task, "heldout", options.tasks, _TASK_SEED)]
-    evaluation = evaluate(
-        original,
-        load_quantized(options.quantized, reader=options.reader, device=options.device),
-        tokenizer,
-        windows,
-        examples=examples,
-        original_name=options.model,
-        quantized_name=options.quantized,
-        bytes_original=weight_bytes(options.model),
-        bytes_quantized=weight_bytes(options.quantized),
-        batch_size=options.batch_size,
+        tasks = compare_tasks(original, quantized, tokenizer, examples)
+    print(
+        f"KL {measured.mean:.5f} [{measured.mean_interval.low:.5f}, "
+        f"{measured.mean_interval.high:.5f}], perplexity x {measured.perplexity_ratio:.4f}, "
+        f"same top token {100 * measured.top1_agreement:.2f} %"
     )
-    print(render(evaluation))
+    for task in tasks:
+        print(f"{task.task}: {task.accuracy_original:.4f} to {task.accuracy_quantized:.4f}")
     if options.json is not None:
-        text = json.dumps(evaluation.to_dict(), indent=2) + "\n"
-        Path(options.json).write_text(text, encoding="utf-8")
+        found = {
+            "schema": SCHEMA,
+            "divergence": {
+                **dataclasses.asdict(measured),
+                "median": measured.quantile(0.5),
+                "p99": measured.quantile(0.99),
+            },
+            "protocol": windows.protocol.to_dict(),
+            "tasks": [dataclasses.asdict(task) for task in tasks],
+            "bytes_original": _weight_bytes(options.model),
+            "bytes_quantized": _weight_bytes(options.quantized),
+        }
+        Path(options.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(path: str, reader: str, device: str) -> PreTrainedModel:
+    """A model in float32: a quantized one through quantkit's layers or through transformers."""
+    import torch
+
+    if reader == "quantkit":
+        from quantkit.loading import load
+
+        return load(path, dtype=torch.float32, device=device)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be loaded by transformers: {error}") from error
+    return model.to(device).eval()
+
+
+def _weight_bytes(path: str) -> int | None:
+    """Bytes of a local checkpoint's safetensors files, None for a Hub name."""
+    files = list(Path(path).glob("*.safetensors"))
+    return sum(file.stat().st_size for file in files) if files else None
 
 
 def _text(source: str) -> str | list[str]:
@@ -93,7 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, default=40_960, help="at most so many tokens")
     parser.add_argument("--seq-len", type=int, default=512, help="cut to the model's positions")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
     parser.add_argument("--reader", choices=["quantkit", "transformers"], default="quantkit")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="FILE", help="write the result here")

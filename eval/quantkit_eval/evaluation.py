@@ -1,103 +1,256 @@
-"""A quantized model measured against its original: one result, JSON-able, versioned."""
+"""Quantized models measured against their original: from what a user asks for to a report."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
-from quantkit_eval.divergence import Divergence, measure_divergence
-from quantkit_eval.tasks import Example, TaskComparison, compare_tasks
-from quantkit_eval.windows import Windows
+import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from quantkit.budget import peak_rss
+from quantkit_eval.budget import check_budget
+from quantkit_eval.completions import Continued, complete
+from quantkit_eval.divergence import Divergence, divergence_of
+from quantkit_eval.gate import judge, worst
+from quantkit_eval.machine import machine_facts, version_facts
+from quantkit_eval.measure import Measured, measure
+from quantkit_eval.perplexity import perplexity_of, window_sequences
+from quantkit_eval.records import SCHEMA, Answer, Candidate, NoiseFloor, Report, TokenShown
+from quantkit_eval.sensitivity import (
+    BlockSensitivity,
+    cost,
+    few_windows,
+    measure_sensitivity,
+)
+from quantkit_eval.setting import EvaluationRequest, Setting, prepare
+from quantkit_eval.stream import ModelStream
+from quantkit_eval.subjects import Subject
+from quantkit_eval.tasks import TaskComparison, answers, compare_answers
 
-SCHEMA = "quantkit.evaluation/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the numbers depend on besides the text."""
-
-    original: str
-    quantized: str
-    dtype_original: str
-    dtype_quantized: str
-    device: str
-    torch_version: str
-    transformers_version: str
-    python_version: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Divergence on text, and accuracy on tasks if there were examples."""
-
-    setting: Setting
-    divergence: Divergence
-    tasks: tuple[TaskComparison, ...] = ()
-    bytes_original: int | None = None
-    bytes_quantized: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON types, `schema` first."""
-        return {
-            "schema": SCHEMA,
-            "setting": vars(self.setting),
-            "divergence": self.divergence.to_dict(),
-            "tasks": [comparison.to_dict() for comparison in self.tasks],
-            "bytes_original": self.bytes_original,
-            "bytes_quantized": self.bytes_quantized,
-        }
+_CONTEXT_TOKENS = 24
+_NOISE_DTYPE = torch.bfloat16
 
 
 def evaluate(
-    original: PreTrainedModel,
-    quantized: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    windows: Windows,
+    request: EvaluationRequest,
+    scratch: Path,
     *,
-    examples: Sequence[Example] = (),
-    original_name: str = "original",
-    quantized_name: str = "quantized",
-    bytes_original: int | None = None,
-    bytes_quantized: int | None = None,
-    batch_size: int = 8,
-) -> Evaluation:
-    """Both models on the same windows and the same examples.  Raises EvaluationError."""
-    import torch
-    import transformers
+    names: Sequence[str] | None = None,
+    progress: bool = True,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Report:
+    """The report on every quantized model; hidden states go below `scratch`.
 
-    was_training = [model for model in (original, quantized) if model.training]
-    for model in was_training:
-        model.eval()
-    try:
-        measured = measure_divergence(original, quantized, windows, batch_size=batch_size)
-        tasks = (
-            compare_tasks(original, quantized, tokenizer, examples, batch_size=8 * batch_size)
-            if examples
-            else ()
+    names: what to call the quantized models (default: their directories' names).  `tell` hears what
+    an expensive part will cost before it starts.  Raises the QuantkitError of whatever does not
+    work out; what can be checked is checked before models run.
+    """
+    began = time.monotonic()
+    setting = prepare(request, names)
+    measured = _measure(request, setting, scratch, progress)
+    sensitivity = _sensitivity(request, setting, scratch, progress, tell)
+    completions = complete(request, setting)
+    windows = range(len(setting.windows.ids))
+    candidates = []
+    for number, subject in enumerate(setting.quantized):
+        divergence = divergence_of(measured.base, measured.pairs[number], setting.workload, windows)
+        candidates.append(
+            _candidate(
+                setting,
+                subject,
+                measured,
+                number,
+                divergence,
+                sensitivity[number],
+                completions[number],
+            )
         )
-    finally:
-        for model in was_training:
-            model.train()
-    first = next(original.parameters())
-    setting = Setting(
-        original=original_name,
-        quantized=quantized_name,
-        dtype_original=str(first.dtype).removeprefix("torch."),
-        dtype_quantized=str(next(quantized.parameters()).dtype).removeprefix("torch."),
-        device=str(first.device),
-        torch_version=torch.__version__,
-        transformers_version=transformers.__version__,
-        python_version=platform.python_version(),
+    noise = None
+    if request.noise_floor:
+        pair = measured.pairs[len(setting.quantized)]
+        noise = NoiseFloor(
+            dtype=str(_NOISE_DTYPE).removeprefix("torch."),
+            divergence=divergence_of(measured.base, pair, setting.workload, windows),
+        )
+    return Report(
+        schema=SCHEMA,
+        title=request.title or f"What quantization cost {setting.original.name}",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        original=setting.original.identity,
+        perplexity=perplexity_of(measured.base, setting.workload, windows),
+        text=setting.text,
+        noise=noise,
+        candidates=tuple(candidates),
+        seed=request.seed,
+        limits_given=bool(request.limits),
+        machine=machine_facts(request.device),
+        versions=version_facts(),
+        seconds=round(time.monotonic() - began, 1),
+        peak_rss_bytes=peak_rss(),
+        max_ram_bytes=request.max_ram,
     )
-    return Evaluation(
-        setting=setting,
-        divergence=measured,
+
+
+def _measure(
+    request: EvaluationRequest, setting: Setting, scratch: Path, progress: bool
+) -> Measured:
+    with contextlib.ExitStack() as stack:
+
+        def stream(subject: Subject, place: str, dtype: torch.dtype) -> ModelStream:
+            return stack.enter_context(
+                ModelStream(
+                    subject.name,
+                    subject.source,
+                    setting.workload,
+                    scratch / place,
+                    dtype=dtype,
+                    device=request.device,
+                    trust_remote_code=request.trust_remote_code,
+                )
+            )
+
+        base = stream(setting.original, "original", torch.float32)
+        others = [
+            stream(subject, f"quantized-{number}", torch.float32)
+            for number, subject in enumerate(setting.quantized)
+        ]
+        subjects: list[Subject | None] = [*setting.quantized]
+        if request.noise_floor:
+            others.append(stream(setting.original, "noise", _NOISE_DTYPE))
+            subjects.append(None)
+        head_bytes = check_budget([base, *others], request.max_ram)
+        return measure(base, others, subjects, head_bytes=head_bytes, progress=progress)
+
+
+def _sensitivity(
+    request: EvaluationRequest,
+    setting: Setting,
+    scratch: Path,
+    progress: bool,
+    tell: Callable[[str], object],
+) -> list[tuple[BlockSensitivity, ...]]:
+    """The blocks' sensitivities of every quantized model; empty ones if nobody asked."""
+    if not request.sensitivity:
+        return [()] * len(setting.quantized)
+    workload = few_windows(window_sequences(setting.windows), setting.positions)
+    found = []
+    for number, subject in enumerate(setting.quantized):
+        with contextlib.ExitStack() as stack:
+            base, other = (
+                stack.enter_context(
+                    ModelStream(
+                        one.name,
+                        one.source,
+                        workload,
+                        scratch / f"sensitivity-{number}-{place}",
+                        device=request.device,
+                        trust_remote_code=request.trust_remote_code,
+                    )
+                )
+                for place, one in (("original", setting.original), ("quantized", subject))
+            )
+            head_bytes = check_budget([base, other], request.max_ram)
+            tell(cost(base.num_blocks, workload))
+            directory = scratch / f"sensitivity-{number}-branches"
+            found.append(
+                measure_sensitivity(
+                    base, other, directory, head_bytes=head_bytes, progress=progress
+                )
+            )
+    return found
+
+
+def _candidate(
+    setting: Setting,
+    subject: Subject,
+    measured: Measured,
+    number: int,
+    divergence: Divergence,
+    sensitivity: tuple[BlockSensitivity, ...],
+    continued: Continued,
+) -> Candidate:
+    seen = measured.looked[number]
+    found = _answers(setting, measured, number)
+    tasks: tuple[TaskComparison, ...] = ()
+    if found:
+        tasks = compare_answers(
+            [answer.task for answer in found],
+            [answer.original for answer in found],
+            [answer.quantized for answer in found],
+        )
+    defects = None
+    if subject.comparable is None:
+        defects = sum(weight.defect is not None for weight in seen.weights)
+    tokens = setting.windows.protocol.scored_tokens
+    judgements = tuple(judge(limit, divergence, tasks, defects, tokens) for limit in setting.limits)
+    return Candidate(
+        identity=subject.identity,
+        divergence=divergence,
         tasks=tasks,
-        bytes_original=bytes_original,
-        bytes_quantized=bytes_quantized,
+        answers=found,
+        blocks=tuple(seen.blocks),
+        sensitivity=sensitivity,
+        weights=tuple(seen.weights),
+        weights_note=subject.comparable,
+        judgements=judgements,
+        outcome=worst(judgement.outcome for judgement in judgements),
+        completions=continued.completions,
+        completions_note=continued.note,
+        worst_tokens=_worst_tokens(setting, divergence),
+        notes=_notes(setting, subject),
     )
+
+
+def _answers(setting: Setting, measured: Measured, number: int) -> tuple[Answer, ...]:
+    """Who answered each question of the tasks that are part of the workload."""
+    start = len(setting.windows.ids)
+    before, after = (
+        answers(setting.items, scores, setting.workload, start)
+        for scores in (measured.base, measured.pairs[number].scores)
+    )
+    return tuple(
+        Answer(task=item.task, label=item.label, original=one, quantized=other)
+        for item, one, other in zip(setting.items, before, after, strict=True)
+    )
+
+
+def _worst_tokens(setting: Setting, divergence: Divergence) -> tuple[TokenShown, ...]:
+    decode = setting.tokenizer.decode
+    found = []
+    for worst_token in divergence.worst:
+        ids = setting.windows.ids[worst_token.window].tolist()
+        start = max(0, worst_token.position - _CONTEXT_TOKENS)
+        found.append(
+            TokenShown(
+                before=decode(ids[start : worst_token.position]),
+                token=decode([worst_token.token]),
+                best_original=decode([worst_token.best_original]),
+                best_quantized=decode([worst_token.best_quantized]),
+                kl=worst_token.kl,
+            )
+        )
+    return tuple(found)
+
+
+def _notes(setting: Setting, subject: Subject) -> tuple[str, ...]:
+    """What a reader should know before trusting the numbers."""
+    notes = []
+    calibration = None if subject.recorded is None else subject.recorded.get("calibration")
+    if calibration is not None:
+        used = {calibration.get("file_sha256"), calibration.get("revision")} - {None}
+        here = {fact.value for fact in setting.text.facts}
+        same_split = calibration.get("split") in (None, setting.text.split)
+        if used & here and same_split:
+            notes.append(
+                "It was calibrated on this very text: the numbers look better than they are. "
+                "Evaluate on other text."
+            )
+    if len(setting.windows.ids) < 20:
+        notes.append(
+            f"The text gives {len(setting.windows.ids)} windows only: intervals are wide, and "
+            "rare large errors may not have shown."
+        )
+    return tuple(notes)

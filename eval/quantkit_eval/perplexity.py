@@ -1,78 +1,49 @@
-"""Perplexity by the usual protocol: non-overlapping windows, all tokens after the first scored.
-
-Shapes: N windows, T tokens in each, V vocabulary.
-"""
+"""Perplexity: exp of the mean negative log-likelihood of the tokens a protocol scores."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from quantkit_eval.errors import EvaluationError
-from quantkit_eval.windows import Protocol, Windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-# Float32 logits are made and softmaxed this many elements at a time.
-_CHUNK_ELEMENTS = 1 << 24
+from quantkit_eval.scoring import Scores
+from quantkit_eval.sequences import Scored, Workload
+from quantkit_eval.statistics import Interval, clustered_mean
+from quantkit_eval.windows import Windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood in nats; `window_nll` is each window's mean."""
+    """exp of the mean over all scored tokens, its interval from the windows.
+
+    window_nll   each window's mean in nats, so that others can pair or resample them
+    """
 
     value: float
+    interval: Interval
     window_nll: tuple[float, ...]
-    protocol: Protocol
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as JSON types."""
-        return dataclasses.asdict(self)
 
 
-def measure_perplexity(
-    model: PreTrainedModel, windows: Windows, *, batch_size: int = 8
-) -> Perplexity:
-    """A causal model's perplexity, from float32 log-softmax of logits in the model's dtype."""
-    window_nll: list[float] = []
-    for ids_BT in windows.ids.split(batch_size):
-        logits_BTV = batch_logits(model, ids_BT)
-        for ids_T, logits_TV in zip(ids_BT, logits_BTV, strict=True):
-            nll = [
-                token_nll(torch.log_softmax(chunk.float(), dim=-1), targets)
-                for chunk, targets in scored_chunks(logits_TV, ids_T)
-            ]
-            window_nll.append(torch.cat(nll).double().mean().item())
-    mean = sum(window_nll) / len(window_nll)
-    if not math.isfinite(mean):
-        raise EvaluationError(
-            "the model's logits hold NaN or infinity; its perplexity is undefined"
-        )
-    return Perplexity(value=math.exp(mean), window_nll=tuple(window_nll), protocol=windows.protocol)
+def perplexity_of(scores: Scores, workload: Workload, windows: Sequence[int]) -> Perplexity:
+    """A model's perplexity over the sequences `windows` of the workload."""
+    counts = torch.tensor([workload.sequences[k].count for k in windows])
+    sums = torch.stack([scores.nll[workload.slice(k)].double().sum() for k in windows])
+    mean, interval = clustered_mean(sums, counts)
+    return Perplexity(
+        value=math.exp(mean),
+        interval=Interval(
+            low=math.exp(interval.low) if interval.low > -math.inf else 0.0,
+            high=math.exp(interval.high) if interval.high < 700 else math.inf,
+        ),
+        window_nll=tuple((sums / counts).tolist()),
+    )
 
 
-def batch_logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """A model's logits [B, T, V] in its own dtype, on its own device, without gradients."""
-    device = next(model.parameters()).device
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits
-    return logits
-
-
-def scored_chunks(logits_TV: Tensor, ids_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of logits [C, V] and the tokens [C] that followed, over all but the last position."""
-    rows = max(1, _CHUNK_ELEMENTS // logits_TV.shape[-1])
-    targets_T = ids_T[1:].to(logits_TV.device)
-    yield from zip(logits_TV[:-1].split(rows), targets_T.split(rows), strict=True)
-
-
-def token_nll(log_probs_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """Negative log-likelihoods [C] of the tokens that followed."""
-    return -log_probs_CV.gather(1, targets_C[:, None]).squeeze(1)
+def window_sequences(windows: Windows) -> list[Scored]:
+    """The windows as sequences to score."""
+    return [
+        Scored(ids=tuple(ids), first=first, label=f"window {number}")
+        for number, (ids, first) in enumerate(zip(windows.ids.tolist(), windows.first, strict=True))
+    ]

@@ -1,20 +1,28 @@
-"""Accuracy before and after on examples with one right answer, paired example by example."""
+"""Accuracy before and after on questions with one right answer, paired question by question."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.perplexity import batch_logits
-from quantkit_eval.statistics import Interval, bootstrap_mean, mcnemar
+from quantkit_eval.scoring import Scores
+from quantkit_eval.sequences import Scored, Workload
+from quantkit_eval.statistics import (
+    Interval,
+    detectable_drop,
+    holm,
+    mcnemar,
+    paired_drop,
+    wilson,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+ALL = "all"
 
 
 class Example(Protocol):
@@ -29,12 +37,39 @@ class Example(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Item:
+    """A question as tokens: one sequence per choice, or one that greedy decoding has to produce.
+
+    gold     index of the right choice; None for exact match
+    """
+
+    task: str
+    label: str
+    sequences: tuple[Scored, ...]
+    gold: int | None
+
+    def right(self, scores: Scores, workload: Workload, start: int) -> bool:
+        """Whether the model answers it; `start` is where the item's sequences are."""
+        if self.gold is None:
+            found = workload.slice(start)
+            return bool((scores.best[found] == workload.targets[found]).all())
+        totals = [
+            scores.nll[workload.slice(start + k)].double().sum().item()
+            for k in range(len(self.sequences))
+        ]
+        return min(range(len(totals)), key=totals.__getitem__) == self.gold
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskComparison:
     """Accuracy of one task (or "all") with flips each way.
 
-    lost            right before, wrong after; gained: the other way
-    mcnemar_p       exact p that both kinds of flips are equally likely
-    drop_interval   95 % interval of accuracy before minus after, paired
+    lost              right before, wrong after; gained: the other way
+    accuracy_*        shares of right answers, each with its Wilson interval
+    drop              accuracy before minus after; its interval is paired
+    mcnemar_p         exact p that both kinds of flips are equally likely; holm_p is corrected for
+                      the number of tasks ("all" is not one of them)
+    detectable        smallest drop that this many questions show with a probability of 80 %
     """
 
     task: str
@@ -43,91 +78,115 @@ class TaskComparison:
     right_quantized: int
     lost: int
     gained: int
-    mcnemar_p: float
+    accuracy_original: float
+    accuracy_original_interval: Interval
+    accuracy_quantized: float
+    accuracy_quantized_interval: Interval
+    drop: float
     drop_interval: Interval
-
-    @property
-    def accuracy_original(self) -> float:
-        """Share of right answers of the original model."""
-        return self.right_original / self.count
-
-    @property
-    def accuracy_quantized(self) -> float:
-        """Share of right answers of the quantized model."""
-        return self.right_quantized / self.count
-
-    def to_dict(self) -> dict[str, Any]:
-        """The comparison as JSON types, accuracies included."""
-        return {
-            **dataclasses.asdict(self),
-            "accuracy_original": self.accuracy_original,
-            "accuracy_quantized": self.accuracy_quantized,
-        }
+    mcnemar_p: float
+    holm_p: float
+    detectable: float
 
 
-def compare_tasks(
-    original: PreTrainedModel,
-    quantized: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    batch_size: int = 64,
-) -> tuple[TaskComparison, ...]:
-    """One comparison per task, in order of appearance, and "all" at the end."""
-    before = answered(original, tokenizer, examples, batch_size=batch_size)
-    after = answered(quantized, tokenizer, examples, batch_size=batch_size)
-    tasks = list(dict.fromkeys(example.task for example in examples))
-    pairs = list(zip((example.task for example in examples), before, after, strict=True))
-    by_task = [_compare(task, [(b, a) for name, b, a in pairs if name == task]) for task in tasks]
-    return (*by_task, _compare("all", [(b, a) for _, b, a in pairs]))
-
-
-def answered(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    batch_size: int = 64,
-) -> list[bool]:
-    """Whether greedy decoding gives each answer exactly, newline included.
+def exact_item(
+    tokenizer: PreTrainedTokenizerBase, *, task: str, label: str, prompt: str, answer: str
+) -> Item:
+    """An item that is right when greedy decoding gives the answer exactly.
 
     Teacher forced: that is so when every answer token is the argmax given the ones before it.
     """
-    if not examples:
-        raise EvaluationError("no task examples; give at least one")
-    right: list[bool] = []
-    for start in range(0, len(examples), batch_size):
-        rows = [_encode(tokenizer, example) for example in examples[start : start + batch_size]]
-        longest = max(len(tokens) for tokens, _ in rows)
-        # Padding on the right is never seen by the tokens before it under a causal mask.
-        ids_NT = torch.zeros(len(rows), longest, dtype=torch.int64)
-        scored_NT = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for index, (tokens, answer_start) in enumerate(rows):
-            ids_NT[index, : len(tokens)] = torch.tensor(tokens)
-            scored_NT[index, answer_start : len(tokens)] = True
-        best_NT = batch_logits(model, ids_NT).argmax(-1).cpu()
-        wrong_NT = (best_NT[:, :-1] != ids_NT[:, 1:]) & scored_NT[:, 1:]
-        right += (~wrong_NT.any(dim=1)).tolist()
+    before: list[int] = tokenizer(prompt, verbose=False)["input_ids"]
+    after: list[int] = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+    if not before or not after:
+        raise EvaluationError(f"{label}: its {'prompt' if not before else 'answer'} has no tokens")
+    sequence = Scored(ids=(*before, *after), first=len(before), label=label)
+    return Item(task=task, label=label, sequences=(sequence,), gold=None)
+
+
+def choice_item(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: str,
+    label: str,
+    prompt: str,
+    choices: Sequence[str],
+    gold: int,
+) -> Item:
+    """An item that is right when the gold choice is the most likely continuation of the prompt."""
+    items = [
+        exact_item(tokenizer, task=task, label=label, prompt=prompt, answer=choice)
+        for choice in choices
+    ]
+    sequences = tuple(item.sequences[0] for item in items)
+    return Item(task=task, label=label, sequences=sequences, gold=gold)
+
+
+def example_items(
+    tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]
+) -> tuple[Item, ...]:
+    """Exact-match items of examples such as the demo's; the answer ends with a newline."""
+    return tuple(
+        exact_item(
+            tokenizer,
+            task=example.task,
+            label=f"{example.task} item {number}",
+            prompt=example.prompt,
+            answer=f"{example.answer}\n",
+        )
+        for number, example in enumerate(examples)
+    )
+
+
+def answers(items: Sequence[Item], scores: Scores, workload: Workload, start: int) -> list[bool]:
+    """Whether each item was answered; their sequences are in the workload from `start` on."""
+    right = []
+    for item in items:
+        right.append(item.right(scores, workload, start))
+        start += len(item.sequences)
     return right
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
-    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
-    answer: list[int] = tokenizer(f"{example.answer}\n", add_special_tokens=False)["input_ids"]
-    return prompt + answer, len(prompt)
+def compare_answers(
+    tasks: Sequence[str], before: Sequence[bool], after: Sequence[bool]
+) -> tuple[TaskComparison, ...]:
+    """One comparison per task, in order of appearance, and "all" at the end if there are several.
+
+    tasks: each question's; before and after: whether the two models answered it.
+    """
+    if not tasks:
+        raise EvaluationError("no task questions; give at least one")
+    names = list(dict.fromkeys(tasks))
+    pairs = list(zip(tasks, before, after, strict=True))
+    found = [_compare(name, [(b, a) for task, b, a in pairs if task == name]) for name in names]
+    adjusted = holm([comparison.mcnemar_p for comparison in found])
+    found = [dataclasses.replace(c, holm_p=p) for c, p in zip(found, adjusted, strict=True)]
+    if len(found) > 1:
+        found.append(_compare(ALL, [(b, a) for _, b, a in pairs]))
+    return tuple(found)
 
 
 def _compare(task: str, pairs: Sequence[tuple[bool, bool]]) -> TaskComparison:
+    count = len(pairs)
     lost = sum(before and not after for before, after in pairs)
     gained = sum(after and not before for before, after in pairs)
-    drops = torch.tensor([int(before) - int(after) for before, after in pairs]).double()
+    right_original = sum(before for before, _ in pairs)
+    right_quantized = sum(after for _, after in pairs)
+    p = mcnemar(lost, gained)
     return TaskComparison(
         task=task,
-        count=len(pairs),
-        right_original=sum(before for before, _ in pairs),
-        right_quantized=sum(after for _, after in pairs),
+        count=count,
+        right_original=right_original,
+        right_quantized=right_quantized,
         lost=lost,
         gained=gained,
-        mcnemar_p=mcnemar(lost, gained),
-        drop_interval=bootstrap_mean(drops),
+        accuracy_original=right_original / count,
+        accuracy_original_interval=wilson(right_original, count),
+        accuracy_quantized=right_quantized / count,
+        accuracy_quantized_interval=wilson(right_quantized, count),
+        drop=(lost - gained) / count,
+        drop_interval=paired_drop(lost, gained, count),
+        mcnemar_p=p,
+        holm_p=p,
+        detectable=detectable_drop(lost + gained, count),
     )

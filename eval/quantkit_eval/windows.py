@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,22 +20,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENT_SEPARATOR = "\n\n"
+ProtocolKind = Literal["standard", "strided", "llama.cpp"]
+KINDS: tuple[str, ...] = get_args(ProtocolKind)
+LLAMA_CPP_CONTEXT = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How windows were made; two results compare only if these are equal.
 
-    documents are joined by `separator` and tokenised at once with the tokenizer's own special
-    tokens; windows do not overlap, the tail is dropped, every token but a window's first is scored.
+    The documents are joined by `separator` and tokenised at once with the tokenizer's own special
+    tokens; the tail that fills no window is dropped.
+
+    kind             standard: windows do not overlap, every token but a window's first is scored;
+                     strided: windows start `stride` tokens apart, each scores only the tokens that
+                     no earlier one has scored; llama.cpp: windows of 512 tokens do not overlap,
+                     each starts with the tokenizer's BOS token if it has one that it adds, and
+                     only the second half is scored
+    dropped_tokens   tokens of the text beyond the last window, or beyond the number asked for
+    tokenizer        class, and how many tokens it knows
+    adds_bos         whether the tokenizer puts a BOS token before the text
     """
 
+    kind: ProtocolKind
     source: str
     tokenizer: str
+    adds_bos: bool
     separator: str | None
     seq_len: int
+    stride: int
     windows: int
     scored_tokens: int
+    dropped_tokens: int
     ids_sha256: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -45,9 +61,10 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """ids int64 [N, T] on the CPU, and their protocol."""
+    """ids int64 [N, T] on the CPU; `first` is each window's first scored token; the protocol."""
 
     ids: Tensor
+    first: tuple[int, ...]
     protocol: Protocol
 
 
@@ -57,21 +74,39 @@ def text_windows(
     *,
     seq_len: int,
     max_tokens: int | None = None,
+    max_windows: int | None = None,
     source: str = "text",
+    kind: ProtocolKind = "standard",
+    stride: int | None = None,
+    separator: str = DOCUMENT_SEPARATOR,
 ) -> Windows:
-    """Non-overlapping windows of a text or of documents, the first max_tokens tokens at most.
+    """Windows of a text or of documents: the first `max_windows`, of the first `max_tokens` tokens.
 
+    `stride` belongs to the strided protocol (default: half a window); llama.cpp fixes `seq_len`.
     Raises EvaluationError if the text does not fill one window.
     """
-    joined = text if isinstance(text, str) else DOCUMENT_SEPARATOR.join(text)
+    joined = text if isinstance(text, str) else separator.join(text)
     ids: list[int] = tokenizer(joined, verbose=False)["input_ids"]
-    return _cut(
-        ids if max_tokens is None else ids[:max_tokens],
-        seq_len,
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos]
+    kept = ids if max_tokens is None else ids[:max_tokens]
+    found = _cut(
+        kept,
+        LLAMA_CPP_CONTEXT if kind == "llama.cpp" else seq_len,
         source=source,
-        tokenizer=type(tokenizer).__name__,
-        separator=None if isinstance(text, str) else DOCUMENT_SEPARATOR,
+        tokenizer=f"{type(tokenizer).__name__}, {len(tokenizer)} tokens",
+        adds_bos=adds_bos,
+        separator=None if isinstance(text, str) else separator,
+        kind=kind,
+        stride=stride,
+        max_windows=max_windows,
+        total=len(ids),
     )
+    if kind == "llama.cpp" and adds_bos:
+        found.ids[:, 0] = bos
+        protocol = dataclasses.replace(found.protocol, ids_sha256=_sha256(found.ids))
+        return dataclasses.replace(found, protocol=protocol)
+    return found
 
 
 def token_windows(ids_NT: Tensor, *, source: str = "token ids") -> Windows:
@@ -82,28 +117,73 @@ def token_windows(ids_NT: Tensor, *, source: str = "token ids") -> Windows:
             "[windows, tokens] with at least 2 tokens is needed"
         )
     flat: list[int] = ids_NT.flatten().tolist()
-    return _cut(flat, ids_NT.shape[1], source=source, tokenizer="none", separator=None)
+    return _cut(
+        flat,
+        ids_NT.shape[1],
+        source=source,
+        tokenizer="none",
+        adds_bos=False,
+        separator=None,
+        kind="standard",
+        stride=None,
+        max_windows=None,
+        total=len(flat),
+    )
 
 
 def _cut(
-    ids: Sequence[int], seq_len: int, *, source: str, tokenizer: str, separator: str | None
+    ids: Sequence[int],
+    seq_len: int,
+    *,
+    source: str,
+    tokenizer: str,
+    adds_bos: bool,
+    separator: str | None,
+    kind: ProtocolKind,
+    stride: int | None,
+    max_windows: int | None,
+    total: int,
 ) -> Windows:
+    if kind not in KINDS:
+        raise EvaluationError(f"protocol {kind!r} is unknown; use one of {', '.join(KINDS)}")
     if seq_len < 2:
         raise EvaluationError(f"seq_len {seq_len}: a window needs at least 2 tokens")
-    num_windows = len(ids) // seq_len
-    if num_windows == 0:
+    if max_windows is not None and max_windows < 1:
+        raise EvaluationError(f"--windows {max_windows}: at least 1 window is needed")
+    if stride is not None and kind != "strided":
+        raise EvaluationError(f"--stride belongs to --protocol strided, not to {kind}")
+    step = seq_len if kind != "strided" else stride or max(seq_len // 2, 1)
+    if not 1 <= step <= seq_len:
+        raise EvaluationError(f"--stride {step}: from 1 to the window's {seq_len} tokens")
+    count = 0 if len(ids) < seq_len else (len(ids) - seq_len) // step + 1
+    if count == 0:
         raise EvaluationError(
             f"{source} has {len(ids)} tokens, one window needs {seq_len}; "
             "give more text or a shorter --seq-len"
         )
-    ids_NT = torch.tensor(ids[: num_windows * seq_len], dtype=torch.int64).view(-1, seq_len)
+    count = count if max_windows is None else min(count, max_windows)
+    rows = [ids[start : start + seq_len] for start in range(0, count * step, step)]
+    ids_NT = torch.tensor(rows, dtype=torch.int64)
+    first = [1] * count
+    if kind == "strided":
+        first = [1, *[max(seq_len - step, 1)] * (count - 1)]
+    elif kind == "llama.cpp":
+        first = [seq_len // 2 + 1] * count
     protocol = Protocol(
+        kind=kind,
         source=source,
         tokenizer=tokenizer,
+        adds_bos=adds_bos,
         separator=separator,
         seq_len=seq_len,
-        windows=num_windows,
-        scored_tokens=num_windows * (seq_len - 1),
-        ids_sha256=hashlib.sha256(ids_NT.numpy().astype("<i8").tobytes()).hexdigest(),
+        stride=step,
+        windows=count,
+        scored_tokens=sum(seq_len - start for start in first),
+        dropped_tokens=total - ((count - 1) * step + seq_len),
+        ids_sha256=_sha256(ids_NT),
     )
-    return Windows(ids=ids_NT, protocol=protocol)
+    return Windows(ids=ids_NT, first=tuple(first), protocol=protocol)
+
+
+def _sha256(ids_NT: Tensor) -> str:
+    return hashlib.sha256(ids_NT.numpy().astype("<i8").tobytes()).hexdigest()

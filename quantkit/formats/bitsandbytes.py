@@ -1,6 +1,6 @@
-"""bitsandbytes 4-bit: the bytes of bitsandbytes 0.50, which transformers reads.
+"""bitsandbytes: the bytes of bitsandbytes 0.50, which transformers reads.
 
-Blocks run along the flattened weight (n = O*I elements, N = ceil(n/block) blocks).  For NAME:
+4 bit: blocks run along the flattened weight (n = O*I elements, N = ceil(n/block)).  For NAME:
 
     NAME                    uint8 [ceil(n/2), 1]   two codes a byte, the first in the high nibble
     NAME.absmax             float32 [N]; with double quantization uint8 [N]
@@ -8,10 +8,17 @@ Blocks run along the flattened weight (n = O*I elements, N = ceil(n/block) block
     NAME.nested_absmax      float32 [ceil(N/256)]  double quantization only
     NAME.nested_quant_map   float32 [256]          double quantization only
     NAME.quant_state.bitsandbytes__nf4 (or __fp4)  JSON as uint8: block sizes, dtype, shape, offset
+
+8 bit (w8a8_row); here the names are those of the module, MODULE = NAME less ".weight":
+
+    MODULE.weight           int8 [O, I] = code - 128
+    MODULE.SCB              float32 [O]            127 times the scale: the row's largest magnitude
+    MODULE.weight_format    uint8 scalar           0: rows
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -19,12 +26,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.errors import CheckpointError, FormatError
+from quantkit.errors import CheckpointError, FormatError, NumericsError
 from quantkit.format import PlannedWeight, StoredWeight, check_stored, named_as_weight, skipped_too
 from quantkit.grid import FP4_VALUES, NF4_VALUES, grid_of
 from quantkit.readers import bitsandbytes_readers
 from quantkit.scheme import Scheme
 from quantkit.source import Source
+from quantkit.stored import model_dtype
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -32,20 +40,23 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
 # Longest repr of a float: sign, 17 digits, point, exponent "e-308".
 _OFFSET_WIDTH = 24
+_SCB, _WEIGHT_FORMAT = "SCB", "weight_format"
 _STATE = ".quant_state.bitsandbytes__"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
 
 
 class Bitsandbytes:
-    """NF4 and FP4, with and without double quantization."""
+    """NF4 and FP4, with and without double quantization; int8 rows (LLM.int8())."""
 
     name: ClassVar[str] = "bitsandbytes"
     holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
-        """None if the scheme is nf4 or fp4 in blocks that bitsandbytes allows."""
-        if scheme.kind == "int":
-            return "it holds nf4 and fp4, not integers"
+        """None if the scheme is w8a8_row, or nf4 or fp4 in blocks that bitsandbytes allows."""
+        if scheme.kind == "int" and scheme.activation_bits == 8:
+            return None
+        if not scheme.flat:
+            return f"it holds nf4, fp4 and w8a8_row, not {scheme.name}"
         if scheme.group_size not in BLOCK_SIZES:
             allowed = ", ".join(str(size) for size in BLOCK_SIZES)
             return f"blocks of {scheme.group_size} are not allowed, only of {allowed}"
@@ -56,7 +67,14 @@ class Bitsandbytes:
         return named_as_weight(weight)
 
     def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
-        """None unless transformers, asked to skip a kept module, would skip a quantized one too."""
+        """None if all have 4 bits or all have 8, and transformers, asked to skip a kept module,
+        would not skip a quantized one too."""
+        widths = {w.scheme.bits: w for w in weights if w.scheme is not None}
+        if len(widths) > 1:
+            return (
+                f"{widths[8].name} has 8 bits and {widths[4].name} has 4; a checkpoint has one "
+                "width"
+            )
         kept = [w.module for w in weights if w.scheme is None and not w.expert]
         return skipped_too(kept, [w for w in weights if w.scheme is not None])
 
@@ -70,6 +88,13 @@ class Bitsandbytes:
         """Exactly the tensors `pack` returns, for a weight of this dtype in the source."""
         scheme, shape = weight.scheme, weight.shape
         assert scheme is not None, weight.name
+        if not scheme.flat:
+            stem = weight.name.removesuffix("weight")
+            return (
+                TensorInfo(name=weight.name, dtype=torch.int8, shape=shape),
+                TensorInfo(name=stem + _SCB, dtype=torch.float32, shape=shape[:1]),
+                TensorInfo(name=stem + _WEIGHT_FORMAT, dtype=torch.uint8, shape=()),
+            )
         blocks = scheme.num_groups(shape)
         name, nested = weight.name, scheme.double_quant
         state = len(_state(scheme, dtype, shape, 0.0 if nested else None))
@@ -86,13 +111,25 @@ class Bitsandbytes:
         return tuple(TensorInfo(name=n, dtype=d, shape=s) for n, d, s in planned)
 
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
-        """The tensor itself and None: block scales are stored as they are."""
-        return tensor, None
+        """The tensor itself and None, as block scales are stored as they are; of int8 rows one
+        whose scales are 1/127 of a float32 number."""
+        if tensor.scheme.flat:
+            return tensor, None
+        assert isinstance(tensor.scale, PlainScale)
+        scale = tensor.scale.values()
+        held = scale.mul(127).div_(127)
+        changed = int((held != scale).sum())
+        if not changed:
+            return tensor, None
+        told = f"{changed} of {scale.numel()} scales rounded to a 127th"
+        return dataclasses.replace(tensor, scale=PlainScale(tensor=held)), told
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor."""
         scheme, scale, name = tensor.scheme, tensor.scale, weight.name
         assert scheme == weight.scheme and scheme.double_quant == isinstance(scale, NestedScale)
+        if not scheme.flat:
+            return _pack_rows(weight, tensor)
         tensors = {name: _pack_codes(tensor.codes.cpu(), scheme)}
         quant_map = _quant_map(scheme)
         offset: float | None = None
@@ -134,6 +171,18 @@ class Bitsandbytes:
             raise FormatError(reason)
         scheme = quantized[0].scheme
         assert scheme is not None
+        if not scheme.flat:
+            return {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": False,
+                "load_in_8bit": True,
+                "_load_in_4bit": False,
+                "_load_in_8bit": True,
+                "llm_int8_enable_fp32_cpu_offload": False,
+                "llm_int8_has_fp16_weight": False,
+                "llm_int8_skip_modules": skipped,
+                "llm_int8_threshold": 6.0,
+            }
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -152,9 +201,13 @@ class Bitsandbytes:
 
     def weights(self, source: Source) -> dict[str, StoredWeight]:
         """Weight name -> how it is stored, for every quantized weight of a checkpoint."""
-        names = set(source.names())
         found: dict[str, StoredWeight] = {}
-        for key in sorted(names):
+        dtype = model_dtype(source.config)
+        for key in source.names():
+            if key.endswith("." + _SCB):
+                name = key.removesuffix(_SCB) + "weight"
+                found[name] = _stored_rows(self, name, dtype, source)
+                continue
             name, separator, _ = key.partition(_STATE)
             if not separator:
                 continue
@@ -170,6 +223,8 @@ class Bitsandbytes:
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
         """The inverse of `pack`.  CheckpointError if the stored code values are not the kind's."""
         scheme, name, shape = weight.scheme, weight.name, weight.shape
+        if not scheme.flat:
+            return _unpack_rows(weight, source)
         if not torch.equal(source.read(f"{name}.quant_map"), _quant_map(scheme)):
             raise CheckpointError(f"{name}.quant_map: these are not the values of {scheme.kind}")
         packed = source.read(name).reshape(-1)
@@ -199,6 +254,51 @@ class Bitsandbytes:
             scheme=scheme,
             dtype=weight.dtype,
         )
+
+
+def _pack_rows(weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors of int8 rows.  NumericsError if a scale is not 1/127 of a float32 number."""
+    scale = tensor.scale.values().cpu().reshape(-1)
+    absmax = scale * 127
+    if not torch.equal(absmax / 127, scale):
+        raise NumericsError(
+            f"{weight.name}: a scale is not exact as SCB / 127; scales are rounded with "
+            "store_scale first"
+        )
+    stem = weight.name.removesuffix("weight")
+    return {
+        weight.name: (tensor.codes.cpu() ^ 128).view(torch.int8).contiguous(),
+        stem + _SCB: absmax,
+        stem + _WEIGHT_FORMAT: torch.tensor(0, dtype=torch.uint8),
+    }
+
+
+def _stored_rows(fmt: Bitsandbytes, name: str, dtype: torch.dtype, source: Source) -> StoredWeight:
+    """How a weight of int8 rows is stored.  CheckpointError for another layout than rows."""
+    shape = source.info(name).shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{name}: shape {list(shape)} is not that of a matrix")
+    scheme = Scheme(kind="int", bits=8, group_size=None, activation_bits=8)
+    planned = PlannedWeight(name=name, module="", shape=(shape[0], shape[1]), scheme=scheme)
+    infos = fmt.layout(planned, dtype)
+    key = name.removesuffix("weight") + _WEIGHT_FORMAT
+    # Older versions did not write it; rows were the default then.
+    infos = infos if key in source.names() else infos[:-1]
+    check_stored(infos, source, "quantization_config")
+    if len(infos) == 3 and int(source.read(key)) != 0:
+        raise CheckpointError(f"{key}: {int(source.read(key))} is not read; 0 (rows) is")
+    return StoredWeight.of(planned, dtype, infos)
+
+
+def _unpack_rows(weight: StoredWeight, source: Source) -> QuantizedTensor:
+    absmax = source.read(weight.name.removesuffix("weight") + _SCB)
+    return QuantizedTensor(
+        codes=source.read(weight.name).view(torch.uint8) ^ 128,
+        scale=PlainScale(tensor=absmax.div(127).view(-1, 1)),
+        zero=None,
+        scheme=weight.scheme,
+        dtype=weight.dtype,
+    )
 
 
 def _quant_map(scheme: Scheme) -> Tensor:

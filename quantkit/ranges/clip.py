@@ -27,8 +27,8 @@ class Clip:
 
     steps, shrink   weights are clipped to 1, 1 - shrink/steps, .. times the group's largest
                     magnitude: 1.0 .. 0.55 by default
-    skip            globs of weight names that keep their full range: clipping queries and keys
-                    moves attention scores
+    skip            globs of weight names that keep their full range: clipping queries and keys,
+                    fused with values or not, moves attention scores
 
     Deviation: the group's output error is d·H·dᵀ with its block H of XᵀX over all calibration
     tokens, where the authors multiply 512 sampled tokens.
@@ -36,7 +36,7 @@ class Clip:
 
     steps: int = 10
     shrink: float = 0.5
-    skip: tuple[str, ...] = ("*q_proj*", "*k_proj*")
+    skip: tuple[str, ...] = ("*q_proj*", "*k_proj*", "*qkv*", "*query*", "*c_attn*")
 
     def __post_init__(self) -> None:
         shrink_factors(self.steps, self.shrink)

@@ -1,4 +1,4 @@
-"""The checkpoints that the interop suite reads, as command lines of `quantkit quantize`."""
+"""The checkpoints that the interop suite reads, as command lines of quantkit."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ class Case:
     options: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A checkpoint that `quantkit export` makes of another one."""
+
+    name: str
+    source: str
+    format: str
+
+
 # 16 x 128 tokens: the suite reads what was written; how good it is, is measured elsewhere.
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
 
@@ -34,6 +43,19 @@ CASES = (
     Case(name="smoothquant", source="demo", options=("--method", "smoothquant", *_CALIBRATION)),
     Case(name="nf4_dq", source="demo", options=("--method", "nf4")),
     Case(name="nf4", source="demo", options=("--method", "nf4", "--scheme", "nf4_b64")),
+    Case(name="fp8", source="demo", options=("--method", "fp8")),
+    Case(name="fp8_weights", source="demo", options=("--method", "fp8", "--scheme", "fp8a16_row")),
+    Case(name="w3", source="demo", options=("--method", "rtn", "--scheme", "w3a16_g64_asym")),
+    Case(name="w2", source="demo", options=("--method", "rtn", "--scheme", "w2a16_g32")),
     Case(name="mixtral", source="mixtral", options=("--method", "rtn")),
     Case(name="qwen3_moe", source="qwen3_moe", options=("--method", "rtn")),
+)
+
+EXPORTS = (
+    Export(name="gptq_v1", source="gptq", format="gptq"),
+    Export(name="gptq_v2", source="gptq", format="gptq_v2"),
+    Export(name="gptq_v1_asym", source="awq", format="gptq"),
+    Export(name="awq_gemm", source="awq", format="awq"),
+    Export(name="awq_gemm_sym", source="gptq", format="awq"),
+    Export(name="int8_rows", source="w8a8", format="bitsandbytes"),
 )

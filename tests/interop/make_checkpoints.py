@@ -3,10 +3,10 @@
     make_checkpoints.py ROOT [SOURCE]
 
 runs in quantkit's own environment; the suite then runs in those of the readers.  SOURCE replaces
-the embedded demo model.  For each case of cases.py:
+the embedded demo model.  For each case and export of cases.py:
 
     ROOT/source/MODEL            the full-precision model
-    ROOT/NAME                    what `quantkit quantize` writes
+    ROOT/NAME                    what `quantkit quantize` or `quantkit export` writes
     ROOT/NAME-dense              the same weights dequantized to float32, a plain checkpoint
     ROOT/NAME-dense/names.json   which of them are quantized in ROOT/NAME
     ROOT/NAME-logits.safetensors input_ids and float32 logits of `quantkit.load(ROOT/NAME)`
@@ -18,6 +18,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from quantkit.demo import demo_path
 from quantkit.format import format_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, PROMPTS
+from cases import CASES, EXPORTS, PROMPTS
 
 _MOE_SIZES = {
     "hidden_size": 128,
@@ -55,13 +56,19 @@ def main() -> None:
     demo = Path(sys.argv[2]) if len(sys.argv) > 2 else demo_path()
     write_sources(root / "source", demo)
     for case in CASES:
-        out = root / case.name
-        source = root / "source" / case.source
-        command = [sys.executable, "-m", "quantkit", "quantize", str(source), "--out", str(out)]
-        subprocess.run([*command, *case.options], check=True)
-        write_dense(out, root / f"{case.name}-dense")
-        save_file(logits(out), root / f"{case.name}-logits.safetensors")
-        print(f"{case.name}: written", flush=True)
+        write(root, case.name, "quantize", root / "source" / case.source, case.options)
+    for export in EXPORTS:
+        write(root, export.name, "export", root / export.source, ("--format", export.format))
+
+
+def write(root: Path, name: str, command: str, source: Path, options: Sequence[str]) -> None:
+    """Runs a command of quantkit and writes what quantkit itself makes of the result."""
+    out = root / name
+    line = [sys.executable, "-m", "quantkit", command, str(source), "--out", str(out), *options]
+    subprocess.run(line, check=True)
+    write_dense(out, root / f"{name}-dense")
+    save_file(logits(out), root / f"{name}-logits.safetensors")
+    print(f"{name}: written", flush=True)
 
 
 def write_sources(root: Path, demo: Path) -> None:

@@ -68,6 +68,30 @@ def test_model_computes_with_those_values(root: Path, name: str) -> None:
     assert (actual - expected).abs().max().item() < TOLERANCE
 
 
+def test_int8_rows_are_taken_as_they_are(root: Path) -> None:
+    model = loaded(root, "int8_rows")
+    for weight, expected in quantized_weights(root, "int8_rows").items():
+        layer = model.get_submodule(weight.removesuffix(".weight"))
+        assert isinstance(layer, bnb.nn.Linear8bitLt), weight
+        scale = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+        # bitsandbytes' own dequantization multiplies by 1/127 rounded to float32.
+        actual = layer.weight.data.float() * (scale.view(-1, 1) / 127)
+        assert torch.equal(actual, expected), weight
+
+
+def test_int8_rows_give_the_logits_of_quantkit(root: Path) -> None:
+    found = load_file(root / "int8_rows-logits.safetensors")
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(root / "int8_rows", dtype=torch.float32)
+        actual = model(input_ids=found["input_ids"], use_cache=False).logits.float()
+    # bitsandbytes rounds activations to float16 and keeps those above 6 in 16 bits.
+    difference = (actual - found["logits"]).abs()
+    print(f"logits differ by {difference.mean():.4f} on average, {difference.max():.4f} at most")
+    assert difference.mean().item() < 0.05
+    agreed = (actual.argmax(-1) == found["logits"].argmax(-1)).float().mean().item()
+    assert agreed > 0.95
+
+
 def loaded(root: Path, name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.bfloat16).eval()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # Float32 sums in another order differ by less; one wrong code or scale differs by far more.
 TOLERANCE = 1e-3
-SYMMETRIC = ["rtn", "gptq", "w8a16"]
+SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights"]
 ASYMMETRIC = ["awq"]
 INT8_ACTIVATIONS = ["w8a8", "smoothquant"]
+EIGHT_BIT_ACTIVATIONS = [*INT8_ACTIVATIONS, "fp8"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 
 
@@ -45,8 +49,8 @@ def test_asymmetric_checkpoint_gives_the_logits_of_quantkit(root: Path, name: st
     assert (actual - expected).abs().max().item() < TOLERANCE
 
 
-@pytest.mark.parametrize("name", INT8_ACTIVATIONS)
-def test_int8_weights_give_the_logits_of_quantkits_dequantization(root: Path, name: str) -> None:
+@pytest.mark.parametrize("name", EIGHT_BIT_ACTIVATIONS)
+def test_eight_bit_weights_give_the_logits_of_quantkit(root: Path, name: str) -> None:
     model = loaded(root, name)
     logits(model, root, name)
     model.apply(disable_quantization)
@@ -67,7 +71,7 @@ def test_dense_reference_is_what_quantkit_computes(root: Path, name: str) -> Non
     assert max_difference(dense_model(root, name), root, name) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC, *INT8_ACTIVATIONS])
+@pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC, *EIGHT_BIT_ACTIVATIONS])
 def test_decoded_weights_are_quantkits_bit_for_bit(root: Path, name: str) -> None:
     model = loaded(root, name)
     logits(model, root, name)
@@ -101,3 +105,15 @@ def max_difference(model: PreTrainedModel, root: Path, name: str) -> float:
     """Largest absolute difference from the logits of `quantkit.load`."""
     expected = load_file(root / f"{name}-logits.safetensors")["logits"]
     return (logits(model, root, name) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("name", ["rtn", "awq", "w8a8", "nf4_dq", "fp8"])
+def test_verify_finds_that_transformers_reads_it_right(root: Path, name: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "quantkit", "verify", str(root / name)]
+    done = subprocess.run(
+        [*command, "--runtime", "transformers"], capture_output=True, text=True, env=environment
+    )
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0
+    assert "greedy tokens are quantkit's own" in done.stdout

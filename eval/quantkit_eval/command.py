@@ -1,0 +1,89 @@
+"""What the command line does once its options are read: measure, write the report, tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantkit.disk import write_file
+from quantkit_eval.evaluation import evaluate
+from quantkit_eval.gate import Outcome, worst
+from quantkit_eval.pages import report_files, summary_table
+from quantkit_eval.records import Report
+from quantkit_eval.setting import EvaluationRequest
+from quantkit_eval.words import sentence
+from quantkit_eval.writing import publish, report_directory, scratch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """A report and where it lies."""
+
+    report: Report
+    out: Path
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst verdict of all quantized models."""
+        return worst(candidate.outcome for candidate in self.report.candidates)
+
+    @property
+    def violated(self) -> bool:
+        """Whether a limit that the user gave is shown to be broken."""
+        return self.report.limits_given and self.outcome == "drop"
+
+    def summary(self) -> dict[str, object]:
+        """What a program needs at once; the rest is in report.json."""
+        return {
+            "report": str(self.out),
+            "outcome": self.outcome,
+            "violated": self.violated,
+            "models": [
+                {
+                    "name": candidate.identity.name,
+                    "kl": candidate.divergence.mean,
+                    "perplexity_ratio": candidate.divergence.perplexity_ratio,
+                    "top1_agreement": candidate.divergence.top1_agreement,
+                    "defects": [weight.name for weight in candidate.defects],
+                }
+                for candidate in self.report.candidates
+            ],
+        }
+
+    def text(self) -> str:
+        """For people: the table, each limit's outcome, damaged weights, where the pages are."""
+        lines = [summary_table(self.report), ""]
+        several = len(self.report.candidates) > 1
+        for candidate in self.report.candidates:
+            start = f"{candidate.identity.name}: " if several else ""
+            lines += [f"{start}{sentence(judgement)}" for judgement in candidate.judgements]
+            lines += [f"{start}damaged: {w.name}: {w.defect}" for w in candidate.defects]
+            lines += [f"{start}note: {note}" for note in candidate.notes]
+        return "\n".join([*lines, "", f"report     {self.out / 'report.html'}"])
+
+
+def run_evaluation(
+    request: EvaluationRequest,
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    progress: bool = True,
+    tell: Callable[[str], object] = lambda _: None,
+) -> Evaluated:
+    """Evaluates and writes report.json, report.md and report.html to `out`, all or nothing."""
+    with report_directory(out) as work:
+        report = evaluate(request, scratch(work), names=names, progress=progress, tell=tell)
+        publish(work, out, report_files(report))
+    return Evaluated(report=report, out=out)
+
+
+def run_comparison(
+    request: EvaluationRequest, out: Path, *, names: Sequence[str], progress: bool = True
+) -> Evaluated:
+    """Evaluates checkpoints that lie in `out` and writes the report's files beside them."""
+    with report_directory(out / "report") as work:
+        report = evaluate(request, scratch(work), names=names, progress=progress)
+        for name, content in report_files(report).items():
+            write_file(out / name, content)
+    return Evaluated(report=report, out=out)

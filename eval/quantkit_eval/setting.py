@@ -1,0 +1,157 @@
+"""What an evaluation is asked for, and everything that is decided and checked before models run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantkit.tokenizer import load_tokenizer
+from quantkit_eval.errors import EvaluationError
+from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
+from quantkit_eval.perplexity import window_sequences
+from quantkit_eval.records import Fact, TextUsed
+from quantkit_eval.sequences import Workload, make_workload
+from quantkit_eval.subjects import Subject, check_source, open_original, open_subject
+from quantkit_eval.tasklist import parse_tasks
+from quantkit_eval.tasks import ALL, Item
+from quantkit_eval.texts import read_text
+from quantkit_eval.windows import ProtocolKind, Windows, text_windows
+
+# Of a text that is longer, the beginning is used; the protocol says so.
+MAX_TOKENS = 524_288
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What the command line asks for; paths are directories or Hub names, sizes in bytes.
+
+    task_questions   of each demo task
+    sensitivity      also measure what each block costs when it alone is quantized
+    prompts          how many beginnings of the text both models continue; 0 for none
+    original_name    what to call the original (default: its directory's name)
+    any_base         accept a quantized model that was made from another original
+    """
+
+    model: str
+    quantized: tuple[str, ...]
+    text: str = "demo"
+    tasks: tuple[str, ...] = ()
+    task_questions: int = 200
+    seq_len: int = 2048
+    windows: int | None = None
+    protocol: ProtocolKind = "standard"
+    stride: int | None = None
+    sensitivity: bool = False
+    limits: tuple[str, ...] = ()
+    max_ram: int | None = None
+    device: str = "cpu"
+    seed: int = 0
+    prompts: int = 3
+    noise_floor: bool = True
+    any_base: bool = False
+    trust_remote_code: bool = False
+    title: str | None = None
+    original_name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The models, the text as windows, the questions, and all of them as one workload.
+
+    The workload's first sequences are the windows, the rest are those of `items`, in order.
+    """
+
+    original: Subject
+    quantized: tuple[Subject, ...]
+    tokenizer: Any
+    text: TextUsed
+    windows: Windows
+    items: tuple[Item, ...]
+    workload: Workload
+    positions: int | None
+    limits: tuple[Limit, ...]
+
+
+def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> Setting:
+    """The setting of a request; reads text, headers and hashes, no weights.
+
+    Raises the QuantkitError of whatever does not work out.
+    """
+    limits = tuple(parse_limit(text) for text in request.limits)
+    if not request.quantized:
+        raise EvaluationError("give at least one quantized model beside the original")
+    trust = request.trust_remote_code
+    original = open_original(request.model, name=request.original_name, trust_remote_code=trust)
+    tokenizer = load_tokenizer(original.source, trust_remote_code=trust)
+    quantized = tuple(
+        open_subject(path, name=name, trust_remote_code=trust)
+        for path, name in zip(request.quantized, _names(request, names), strict=True)
+    )
+    for subject in quantized:
+        check_source(original, subject, tokenizer, any_base=request.any_base)
+    positions = _positions(original)
+    windows, text = _windows(request, tokenizer, positions)
+    listed = parse_tasks(request.tasks, tokenizer, limit=request.task_questions, seed=request.seed)
+    sequences = [*window_sequences(windows), *(s for item in listed for s in item.sequences)]
+    tasks = list(dict.fromkeys(item.task for item in listed))
+    for limit in limits:
+        if limit.metric == "task" and limit.task not in [*tasks, ALL]:
+            raise EvaluationError(
+                f"--fail-if {limit.text!r}: there is no task {limit.task!r}; asked for with "
+                f"--tasks: {', '.join(tasks) or 'none'}"
+            )
+    return Setting(
+        original=original,
+        quantized=quantized,
+        tokenizer=tokenizer,
+        text=text,
+        windows=windows,
+        items=listed,
+        workload=make_workload(sequences, max_length=positions),
+        positions=positions,
+        limits=limits or _default_limits(tasks),
+    )
+
+
+def _default_limits(tasks: Sequence[str]) -> tuple[Limit, ...]:
+    found = [parse_limit(text) for text in DEFAULT_LIMITS]
+    if tasks:
+        asked = ALL if len(tasks) > 1 else tasks[0]
+        found.append(parse_limit(DEFAULT_TASK_LIMIT.format(asked)))
+    return tuple(found)
+
+
+def _names(request: EvaluationRequest, names: Sequence[str] | None) -> Sequence[str | None]:
+    if names is not None:
+        return names
+    return [None] * len(request.quantized)
+
+
+def _positions(original: Subject) -> int | None:
+    config = original.source.config
+    text_config = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(found := text_config.get(key), int):
+            return found
+    return None
+
+
+def _windows(
+    request: EvaluationRequest, tokenizer: Any, positions: int | None
+) -> tuple[Windows, TextUsed]:
+    text = read_text(request.text)
+    seq_len = request.seq_len if positions is None else min(request.seq_len, positions)
+    windows = text_windows(
+        text.content,
+        tokenizer,
+        seq_len=seq_len,
+        max_windows=request.windows,
+        max_tokens=None if request.windows is not None else MAX_TOKENS,
+        source=text.source,
+        kind=request.protocol,
+        stride=request.stride,
+    )
+    facts = tuple(Fact(name=name, value=value) for name, value in text.details.items())
+    used = TextUsed(source=text.source, sha256=text.sha256, facts=facts, protocol=windows.protocol)
+    return windows, used

@@ -1,0 +1,211 @@
+"""The checkpoints an evaluation is about: opened, identified, and checked to belong together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.checkpoint import FileSource, open_source
+from quantkit.compare import Vectors
+from quantkit.decoded import Decoded, open_decoded
+from quantkit.errors import CheckpointError
+from quantkit.finish import REPORT
+from quantkit.finished import refuse_unfinished
+from quantkit.folds import FOLDS_FILE
+from quantkit.inspection import inspect
+from quantkit.source import Source
+from quantkit.tokenizer import load_tokenizer
+from quantkit_eval.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """A weight file and its hash."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What exactly was measured.
+
+    fingerprint   of config, tensors and side files, however they are split into shards
+    """
+
+    name: str
+    dtype: str
+    weight_bytes: int
+    bits_per_weight: float
+    method: str | None
+    scheme: str | None
+    format: str | None
+    fingerprint: str
+    files: tuple[ShardFile, ...]
+    recipe: dict[str, Any] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A checkpoint: `source` as it is read, `recorded` its quantization report if it has one."""
+
+    name: str
+    source: Source
+    recorded: dict[str, Any] | None
+    vectors: Vectors
+    identity: Identity
+
+    @property
+    def comparable(self) -> str | None:
+        """None if its weights can be held against the original's one by one, else why not."""
+        if not isinstance(self.source, Decoded):
+            return "the checkpoint is not quantized"
+        if self.recorded is None:
+            return (
+                "no quantization report lies beside the weights, so it is unknown what scales were "
+                "folded into them"
+            )
+        return None
+
+
+def open_original(
+    path: str, *, name: str | None = None, trust_remote_code: bool = False
+) -> Subject:
+    """The original model.  Raises EvaluationError if it is a quantized one."""
+    subject = open_subject(path, name=name, trust_remote_code=trust_remote_code)
+    if isinstance(subject.source, Decoded):
+        raise EvaluationError(
+            f"{path}: is quantized itself; give the original model first, then what was made of it"
+        )
+    return subject
+
+
+def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool = False) -> Subject:
+    """A checkpoint, quantized or not; reads its headers and hashes its shards."""
+    refuse_unfinished(Path(path))
+    source = open_source(path, trust_remote_code=trust_remote_code)
+    if not isinstance(source, FileSource):
+        raise CheckpointError(f"{path}: give a directory or a name on the Hub")
+    recorded = _recorded(source.path)
+    view = open_decoded(source, trust_remote_code=trust_remote_code)
+    return Subject(
+        name=name or Path(path).name or path,
+        source=view,
+        recorded=recorded,
+        vectors=Vectors(_fold_vectors(source.path)),
+        identity=_identity(name or Path(path).name or path, source, view, recorded),
+    )
+
+
+def check_source(
+    original: Subject,
+    quantized: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    any_base: bool = False,
+) -> None:
+    """Raises EvaluationError unless `quantized` was made from `original`, tokenizer included.
+
+    any_base: do not ask what it was made from.
+    """
+    if quantized.recorded is not None and not any_base:
+        made_from = quantized.recorded.get("fingerprint", {}).get("model")
+        if made_from is not None and made_from != original.identity.fingerprint:
+            raise EvaluationError(
+                f"{quantized.name}: was made from another model than {original.name}: its report "
+                f"says {made_from[:12]}..., the original's fingerprint is "
+                f"{original.identity.fingerprint[:12]}...; give the model it was made from, or "
+                "--any-base if you know better (a model that was quantized in memory)"
+            )
+    theirs = load_tokenizer(quantized.source)
+    if difference := tokenizer_difference(tokenizer, theirs):
+        raise EvaluationError(
+            f"{quantized.name}: its tokenizer differs from that of {original.name}: {difference}; "
+            "numbers of two tokenizers cannot be compared: put the original's tokenizer files in "
+            "its directory"
+        )
+
+
+def tokenizer_difference(first: Any, second: Any) -> str | None:
+    """How two tokenizers differ, None if they give the same tokens."""
+    mine, its = first.get_vocab(), second.get_vocab()
+    if mine != its:
+        changed = sorted(set(mine.items()) ^ set(its.items()), key=lambda pair: (pair[1], pair[0]))
+        return f"{len(mine)} and {len(its)} tokens, the first that differs is {changed[0][0]!r}"
+    for text in _PROBES:
+        if first(text)["input_ids"] != second(text)["input_ids"]:
+            return (
+                f"they split {text!r} into {first(text)['input_ids']} and "
+                f"{second(text)['input_ids']}"
+            )
+    return None
+
+
+_PROBES = ("The quick brown fox.", " two  spaces\n\nand 1234567 digits", "naïve café, 漢字 🙂")
+
+
+def shard_files(path: Path) -> tuple[ShardFile, ...]:
+    """Every weight file of a checkpoint with its sha256."""
+    found = []
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found.append(ShardFile(name=file.name, bytes=file.stat().st_size, sha256=digest))
+    return tuple(found)
+
+
+def _identity(
+    name: str, source: FileSource, view: Source, recorded: dict[str, Any] | None
+) -> Identity:
+    files = shard_files(source.path)
+    found = inspect(source.path)
+    schemes: Sequence[str] = (
+        sorted({s.name for s in view.schemes.values()}) if isinstance(view, Decoded) else ()
+    )
+    return Identity(
+        name=name,
+        dtype=_main_dtype(view),
+        weight_bytes=sum(file.bytes for file in files),
+        bits_per_weight=found.bits_per_weight,
+        method=None if recorded is None else recorded.get("method"),
+        scheme=" + ".join(schemes) or None,
+        format=found.format if isinstance(view, Decoded) else None,
+        fingerprint=source.fingerprint(),
+        files=files,
+        recipe=None if recorded is None else recorded.get("recipe"),
+    )
+
+
+def _main_dtype(source: Source) -> str:
+    sizes: dict[torch.dtype, int] = {}
+    for name in source.names():
+        info = source.info(name)
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
+
+
+def _recorded(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((path / REPORT).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path / REPORT}: cannot be read: {error}") from error
+    return found if isinstance(found, dict) else None
+
+
+def _fold_vectors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    file = path / FOLDS_FILE
+    return load_file(file) if file.is_file() else {}

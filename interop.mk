@@ -41,7 +41,6 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 
 # llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
 interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q -c constraints.txt gguf
 	$(VENV)/bin/python tests/interop/make_gguf.py $(INTEROP)/checkpoints
 	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
 

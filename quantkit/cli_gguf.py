@@ -25,6 +25,8 @@ def quantize_to_gguf(model: str, out: Path, options: Mapping[str, Any]) -> None:
             f"--{given[0].replace('_', '-')} is not taken with --format gguf; its recipes are "
             "fixed, and it quantizes embeddings and head too"
         )
+    if options["device"] not in ("auto", "cpu"):
+        raise RecipeError(f"--device {options['device']}: gguf files are quantized on the CPU")
     if options["scheme"] is None:
         raise RecipeError("--format gguf needs a --scheme such as q4_k_m or q8_0")
     done = quantize_gguf(

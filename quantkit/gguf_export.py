@@ -84,8 +84,9 @@ def export_gguf(
     """Writes `out_dir` with model.gguf and a Modelfile from a checkpoint of quantkit's or plain.
 
     Symmetric codes are kept exactly; asymmetric ones keep their codes and scales, and their minima
-    are rounded to float16, which needs `allow_rounding`.  Holds one weight at a time.  Raises
-    FormatError before anything is written if ggml or llama.cpp cannot hold the model as it is.
+    are rounded to float16, which needs `allow_rounding`.  Holds one weight at a time; the same call
+    on a complete output leaves it as it is, unless `fresh`.  Raises FormatError before anything is
+    written if ggml or llama.cpp cannot hold the model as it is.
     """
     refuse_unfinished(Path(source_dir))
     import_gguf()
@@ -114,16 +115,24 @@ def export_gguf(
         *described.entries,
         *describe_tokenizer(source, config.vocab_size),
     )
+    counts = {label: types.count(label) for label in sorted(set(types))}
+    fingerprint = {
+        "source": source.fingerprint(),
+        "format": "gguf",
+        "allow rounding": str(allow_rounding),
+        "quantkit version": __version__,
+    }
     with OutputDirectory(Path(out_dir)) as output:
+        result = GgufExport(out=output.out, types=counts, rounded=rounded, notes=described.notes)
         if output.state is OutputState.COMPLETE and not fresh:
-            raise FormatError(f"{output.out}: exists already; choose another --out or use --fresh")
-        output.begin(_fingerprint(source), fresh=True)
+            output.check_complete(fingerprint)
+            return result
+        output.begin(fingerprint, fresh=True)
         write_gguf(output.partial / MODEL_FILE, family.architecture, entries, tensors)
         with disk_errors(output.partial):
             write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
         output.finish()
-        counts = {label: types.count(label) for label in sorted(set(types))}
-        return GgufExport(out=output.out, types=counts, rounded=rounded, notes=described.notes)
+        return result
 
 
 def _check_schemes(stored: Mapping[str, StoredWeight], allow_rounding: bool) -> tuple[str, ...]:
@@ -296,7 +305,3 @@ def modelfile(source: Source, entries: Sequence[Entry]) -> str:
     if licence:
         lines.append(f"# the model's licence: see {licence[0]} of the source")
     return "\n".join(lines) + "\n"
-
-
-def _fingerprint(source: Source) -> dict[str, str]:
-    return {"source": source.fingerprint(), "format": "gguf", "quantkit version": __version__}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,7 +278,7 @@ class _Work:
                 name = next(
                     n for n, (_, place) in self.chosen.items() if place.stem == "token_embd"
                 )
-                return [self._solve(name, self.model.source.read(name).float(), None)[0]]
+                return [self._solve(name, self._shapes[name], self._read(name), None)]
             return self._block(int(step.removeprefix("block ")))
 
     def stored(self, target: str, kind: str, members: list[tuple[str, Place]]) -> PlannedTensor:
@@ -318,10 +318,9 @@ class _Work:
         for key, refs in groups.items():
             stats = book.get(key) if book is not None and key in book else None
             for ref in refs:
-                weight = self.model.weight(block, ref).float()
-                entry, value = self._solve(ref.name, weight, stats)
-                self.model.set_weight_(block, ref, value)
-                told.append(entry)
+                weight = self.model.weight(block, ref)
+                read = weight.__getitem__
+                told.append(self._solve(ref.name, ref.shape, read, stats, keep=weight))
         if self.hidden is not None:
             self._forward(index, block, None)
             self.hidden.sync(index + 1)
@@ -376,42 +375,55 @@ class _Work:
                     x[batch.mask] if batch.mask is not None else x.flatten(0, 1), name="head"
                 )
             stats.finish_()
-        return self._solve(head.name, self.model.source.read(head.name).float(), stats)[0]
+        return self._solve(head.name, head.shape, self._read(head.name), stats)
+
+    def _read(self, name: str) -> Callable[[slice], Tensor]:
+        """Rows of a matrix outside the blocks, read as they are needed."""
+        return lambda part: self.model.source.read_rows(name, part.start, part.stop)
 
     def _solve(
-        self, name: str, weight_OI: Tensor, stats: Stats | None
-    ) -> tuple[dict[str, Any], Tensor]:
-        """Writes the packed rows; (what to tell of the weight, its decoded values [O, I])."""
+        self,
+        name: str,
+        shape: tuple[int, int],
+        read: Callable[[slice], Tensor],
+        stats: Stats | None,
+        keep: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """Solves a weight, rows in chunks, and writes it packed; what to tell of it.
+
+        `keep` [O, I] receives the decoded values.
+        """
         label, place = self.chosen[name]
-        order = row_order(self.family, place, self.config)
         if label not in BLOCK_TYPES:
-            return {"name": name, "type": label, "error": 0.0, "degraded": None}, weight_OI
-        kind = BLOCK_TYPES[label]
-        rows, columns = weight_OI.shape
-        value = torch.empty_like(weight_OI)
+            return {"name": name, "type": label, "error": 0.0, "degraded": None}
+        kind, (rows, columns) = BLOCK_TYPES[label], shape
         packed = torch.empty(rows, columns // kind.size * kind.num_bytes, dtype=torch.uint8)
-        degraded = None
+        degraded, error, size = None, 0.0, 0.0
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            solved = solve_blocks(weight_OI[part].contiguous(), kind, stats)
+            part = slice(start, min(start + step, rows))
+            weight = read(part).to(torch.float32).contiguous()
+            solved = solve_blocks(weight, kind, stats)
             packed[part] = pack(solved.blocks).view(-1, packed.shape[1])
-            value[part] = solved.dequantize()
-            degraded = solved.degraded
-        if order is not None:
-            packed = packed[order]
+            value, degraded = solved.dequantize(), solved.degraded
+            if keep is not None:
+                keep[part] = value
+            error += _cost(weight - value, stats)
+            size += _cost(weight, stats)
+        order = row_order(self.family, place, self.config)
         path = self.packed / f"{name}.bin"
         with disk_errors(path, packed.nbytes):
             with path.open("wb") as file:
-                file.write(tensor_bytes(packed.contiguous()))
+                file.write(tensor_bytes(packed if order is None else packed[order]))
                 file.flush()
                 os.fsync(file.fileno())
             sync_directory(self.packed)
-        delta = weight_OI - value
-        if stats is not None and stats.count and stats.gram is not None:
-            error, size = ((d @ stats.gram * d).sum() for d in (delta, weight_OI))
-        else:
-            error, size = delta.square().sum(), weight_OI.square().sum()
-        relative = float(error / size) if float(size) > 0 else 0.0
-        told = {"name": name, "type": label, "error": float(f"{relative:.6g}")}
-        return told | {"degraded": degraded}, value
+        relative = float(f"{error / size if size > 0 else 0.0:.6g}")
+        return {"name": name, "type": label, "error": relative, "degraded": degraded}
+
+
+def _cost(delta_OI: Tensor, stats: Stats | None) -> float:
+    """What a difference of weights costs at the output; of the weights alone without statistics."""
+    if stats is None or not stats.count or stats.gram is None:
+        return float(delta_OI.square().sum())
+    return float((delta_OI @ stats.gram).mul_(delta_OI).sum())

@@ -14,8 +14,14 @@ EXPORTED: dict[str, tuple[str, ...]] = {
     "q8_0-exported": ("--method", "rtn", "--scheme", "w8a16_g32"),
     "q4_1-exported": ("--method", "rtn", "--scheme", "w4a16_g128_asym"),
 }
-# Name -> options of `quantkit quantize --format gguf`.
-QUANTIZED: dict[str, tuple[str, ...]] = {}
+# Name -> options of `quantkit quantize`, written without a checkpoint between.
+_CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
+QUANTIZED: dict[str, tuple[str, ...]] = {
+    name: ("--format", "gguf", "--scheme", name, *_CALIBRATION)
+    for name in ("q3_k_m", "q4_k_m", "q6_k")
+}
+# The owner's numbers of the same recipes (llama_ftype).
+FILE_TYPES = {"q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
 
 _BASE: dict[str, Any] = {
     "hidden_size": 128,

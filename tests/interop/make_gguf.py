@@ -9,7 +9,11 @@ runs in quantkit's own environment with the `gguf` package.  SOURCE replaces the
                                          `quantkit.load` of the checkpoint the file is made of
     ROOT/gguf/NAME/prompts.json          prompts and their tokens
 
-Quantized cases are of the demo model; one random model for each other family.
+    ROOT/gguf/judge.safetensors          windows [N, T] of text and their original logits [N, T, V]
+    ROOT/gguf/importance.json            GGUF name -> mean square of each input channel
+
+Quantized cases are of the demo model; one random model for each other family.  The importance is
+what llama.cpp's imatrix tool gathers, from the text that the quantized cases are calibrated on.
 """
 
 from __future__ import annotations
@@ -26,8 +30,11 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantkit
+from quantkit.calibration import load_calibration
 from quantkit.demo import demo_path
 from quantkit.gguf_export import export_gguf
+from quantkit.gguf_families import family_of
+from quantkit.gguf_names import place_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import MAX_NEW_TOKENS, PROMPTS
@@ -46,6 +53,7 @@ def main() -> None:
         _export(checkpoint, root / name, demo)
     for name, options in QUANTIZED.items():
         _quantize(demo, root / name, options)
+    _judge(demo, root)
     for name, sizes in FAMILIES.items():
         # llama.cpp guesses tokens from names that contain "phi3".
         short = name.replace("phi3", "phi")
@@ -90,6 +98,44 @@ def _expect(model: PreTrainedModel, tokenizer_dir: Path, out: Path) -> None:
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits.float()
     save_file({"input_ids": ids, "logits": logits.contiguous()}, out / "expected.safetensors")
+
+
+def _judge(demo: Path, root: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    model = quantkit.load(demo, dtype=torch.float32)
+    # The calibration is the first 16 windows; the last 40 judge.
+    windows = load_calibration(
+        "demo", tokenizer=tokenizer, samples=64, seq_len=128, seed=0, max_length=512,
+        vocab_size=len(tokenizer),
+    ).ids  # fmt: skip
+    sums: dict[str, torch.Tensor] = {}
+    family = family_of("llama")
+
+    def observe(name: str) -> Any:
+        def hook(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            x = arguments[0].flatten(0, -2)
+            sums[name] = sums.get(name, torch.zeros(x.shape[1])) + x.square().sum(0)
+
+        return hook
+
+    handles = []
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            place = place_of(family, f"{path}.weight")
+            assert place is not None
+            # The demo's head is its embedding, and llama.cpp knows it by that name.
+            target = "token_embd.weight" if place.stem == "output" else place.name
+            handles.append(module.register_forward_pre_hook(observe(target)))
+    with torch.no_grad():
+        model(input_ids=windows[:16], use_cache=False)
+        for handle in handles:
+            handle.remove()
+        judged = windows[-40:].contiguous()
+        logits = model(input_ids=judged, use_cache=False).logits.float().contiguous()
+    tokens = 16 * windows.shape[1]
+    importance = {name: (total / tokens).tolist() for name, total in sums.items()}
+    (root / "importance.json").write_text(json.dumps(importance), encoding="utf-8")
+    save_file({"input_ids": judged, "logits": logits}, root / "judge.safetensors")
 
 
 def _random_model(directory: Path, model_type: str, sizes: dict[str, Any], demo: Path) -> None:

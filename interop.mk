@@ -5,9 +5,10 @@
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-.PHONY: interop interop-checkpoints interop-transformers interop-gptqmodel interop-vllm
+READERS := transformers gptqmodel vllm llama onnx
+.PHONY: interop interop-checkpoints $(READERS:%=interop-%)
 
-interop: interop-transformers interop-gptqmodel interop-vllm
+interop: $(READERS:%=interop-%)
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
@@ -24,6 +25,11 @@ interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
 
+# The export itself needs the model builder, so quantkit's sources are on the path here.
+interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
+		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
+
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.
 $(INTEROP)/%/.installed: constraints-interop-%.txt
@@ -31,4 +37,18 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -c $< torch
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps -r $<
+	touch $@
+
+# llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
+interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -c constraints.txt gguf
+	$(VENV)/bin/python tests/interop/make_gguf.py $(INTEROP)/checkpoints
+	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
+
+# Without the parts that nobody here uses; -O1 for C++ halves the time (the kernels are C, -O3).
+$(INTEROP)/llama/.installed: constraints-interop-llama.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DCMAKE_CXX_FLAGS_RELEASE=-O1" \
+		$(@D)/bin/python -m pip install -q -r $<
 	touch $@

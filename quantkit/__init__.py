@@ -9,9 +9,10 @@ from quantkit.version import __version__
 
 if TYPE_CHECKING:
     from quantkit.api import quantize
+    from quantkit.hf import hf_config
     from quantkit.loading import load
 
-__all__ = ["QuantkitError", "__version__", "load", "quantize"]
+__all__ = ["QuantkitError", "__version__", "hf_config", "load", "quantize"]
 
 
 def __getattr__(name: str) -> object:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> object:
         from quantkit.loading import load
 
         return load
+    if name == "hf_config":
+        from quantkit.hf import hf_config
+
+        return hf_config
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from quantkit.errors import CheckpointError
+from quantkit.gguf_file import is_gguf
+from quantkit.gguf_source import GgufSource
 from quantkit.hub import SIDE_FILES, download
 from quantkit.source import Reader, Source
 from quantkit.tensorfile import (
@@ -145,8 +147,12 @@ def open_source(
     path = Path(model_or_path).expanduser()
     if path.is_dir():
         return FileSource(path, trust_remote_code=trust_remote_code)
+    if is_gguf(path):
+        return GgufSource(path)
     if path.exists():
-        raise CheckpointError(f"{path}: this is a file; give the directory of the model")
+        raise CheckpointError(
+            f"{path}: this is a file, and no GGUF; give the directory of the model"
+        )
     name = os.fspath(model_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
         raise CheckpointError(

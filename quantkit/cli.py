@@ -16,6 +16,7 @@ import typer
 
 from quantkit import cli_compare, cli_eval
 from quantkit.cli_export import export
+from quantkit.cli_gguf import quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -119,6 +120,9 @@ def quantize(
     if evaluate or fail_if:
         cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
+        if format_name == "gguf":
+            quantize_to_gguf(model, out, context.params)
+            return
         job = _job(model, context.params)
         outcome = run(job, out, fresh=fresh)
     except KeyboardInterrupt:
@@ -211,11 +215,26 @@ def generate(
     path: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, triton, cpu or reference.")
+    ] = "auto",
+    device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.generation import generate_text
 
-    typer.echo(generate_text(path, prompt, max_new_tokens))
+    typer.echo(generate_text(path, prompt, max_new_tokens, backend=backend, device=device))
+
+
+@app.command()
+def tune(
+    path: Checkpoint,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Time the kernels on this GPU for the shapes of a checkpoint, and keep the best settings."""
+    from quantkit.cli_tune import tune as tune_checkpoint
+
+    tune_checkpoint(path, dtype, typer.echo)
 
 
 app.command()(export)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from quantkit.errors import OutputError
+
+if TYPE_CHECKING:
+    from quantkit.export import Exported
+    from quantkit.gguf_export import GgufExport
 
 
 def export(
     path: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
-    format_name: Annotated[str, typer.Option("--format", help="See `quantkit formats`.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="See `quantkit formats`; or gguf, onnx.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", help="Directory to write.")] = None,
     allow_rounding: Annotated[
         bool, typer.Option("--allow-rounding", help="Round what the format cannot hold exactly.")
     ] = False,
@@ -22,6 +30,17 @@ def export(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", help="Largest weight file.")
     ] = "5GB",
+    accuracy_level: Annotated[
+        int, typer.Option("--accuracy-level", help="onnx: 4 = int8 activations, 1 = float32.")
+    ] = 4,
+    triton_repository: Annotated[
+        Path | None,
+        typer.Option(
+            "--triton-repository",
+            help="onnx, instead of --out: write a model into this Triton Inference Server "
+            "repository, under the checkpoint's name.",
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
@@ -30,16 +49,43 @@ def export(
     ] = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without quantizing anew."""
-    from quantkit.budget import parse_size
-    from quantkit.export import export as export_checkpoint
+    target = _target(path, format_name, out, triton_repository)
+    if format_name == "onnx":
+        from quantkit.onnx_export import export_onnx
 
-    done = export_checkpoint(
-        path,
-        out,
-        format_name=format_name,
-        allow_rounding=allow_rounding,
-        allow_unreadable=allow_unreadable,
-        max_shard_bytes=parse_size(max_shard_size),
-        trust_remote_code=trust_remote_code,
-    )
+        done: Exported | GgufExport = export_onnx(
+            path,
+            target,
+            accuracy_level=accuracy_level,
+            triton=triton_repository is not None,
+            trust_remote_code=trust_remote_code,
+        )
+    elif format_name == "gguf":
+        from quantkit.gguf_export import export_gguf
+
+        done = export_gguf(path, target, allow_rounding=allow_rounding)
+    else:
+        from quantkit.budget import parse_size
+        from quantkit.export import export as export_checkpoint
+
+        done = export_checkpoint(
+            path,
+            target,
+            format_name=format_name,
+            allow_rounding=allow_rounding,
+            allow_unreadable=allow_unreadable,
+            max_shard_bytes=parse_size(max_shard_size),
+            trust_remote_code=trust_remote_code,
+        )
     typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else done.text())
+
+
+def _target(path: Path, format_name: str, out: Path | None, repository: Path | None) -> Path:
+    """The directory to write.  OutputError unless exactly one place is given."""
+    if repository is not None and format_name != "onnx":
+        raise OutputError(f"--triton-repository goes with --format onnx, not {format_name}")
+    if out is not None and repository is None:
+        return out
+    if repository is not None and out is None:
+        return repository / path.resolve().name
+    raise OutputError("give either --out or, with --format onnx, --triton-repository")

@@ -12,6 +12,7 @@ QuantkitError
 ├── ResumeError        an unfinished output that belongs to another run
 ├── OutputError        an output directory that holds something else, or cannot be written
 ├── NumericsError      NaN or infinity in a weight or an activation
+├── BackendError       a kernel backend that is unknown or cannot run here
 └── VerifyError        a finished checkpoint that fails a check
 """
 
@@ -66,6 +67,10 @@ class OutputError(QuantkitError):
 
 class NumericsError(QuantkitError):
     """NaN or infinity in a weight or an activation."""
+
+
+class BackendError(QuantkitError):
+    """A kernel backend that is unknown or cannot run here."""
 
 
 class VerifyError(QuantkitError):

@@ -11,9 +11,13 @@ from quantkit.loading import load
 from quantkit.tokenizer import load_tokenizer
 
 
-def generate_text(path: Path, prompt: str, max_new_tokens: int) -> str:
-    """The prompt and its greedy continuation."""
-    model = load(path)
+def generate_text(
+    path: Path, prompt: str, max_new_tokens: int, *, backend: str = "auto", device: str = "auto"
+) -> str:
+    """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(path, backend=backend, device=device)
     tokenizer = load_tokenizer(FileSource(path))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():

@@ -16,6 +16,8 @@ from quantkit.checkpoint import FileSource, open_source
 from quantkit.errors import QuantkitError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import StoredWeight, format_of
+from quantkit.gguf_blocks import BLOCK_TYPES
+from quantkit.gguf_file import is_gguf, read_gguf
 from quantkit.source import Source
 
 _REPORT = "quantkit/report.json"
@@ -164,6 +166,8 @@ def inspect(path: str | Path) -> Inspection:
     CheckpointError if this is no checkpoint, or an unfinished one.
     """
     refuse_unfinished(Path(path))
+    if is_gguf(Path(path)):
+        return _inspect_gguf(Path(path))
     source = open_source(path)
     directory = source.path if isinstance(source, FileSource) else Path(path)
     config = source.config
@@ -185,6 +189,42 @@ def inspect(path: str | Path) -> Inspection:
         format=name,
         groups=_groups(source, stored, quantization or {}),
         provenance=_provenance(directory, notes),
+        notes=tuple(notes),
+    )
+
+
+def _inspect_gguf(path: Path) -> Inspection:
+    """What a GGUF file holds, under its own names, of whatever architecture."""
+    header = read_gguf(path)
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for tensor in header.tensors.values():
+        sizes = found.setdefault((_pattern(tensor.name), tensor.type), [])
+        sizes.append((tensor.numel, tensor.num_bytes))
+    notes: list[str] = []
+    made_by = header.metadata.get("quantkit.version")
+    if made_by is not None:
+        notes.append(f"written by quantkit {made_by}")
+    undecoded = {label for _, label in found} - {"F32", "F16", "BF16", *BLOCK_TYPES}
+    if undecoded:
+        notes.append(f"not decoded by quantkit: {', '.join(sorted(undecoded))}")
+    return Inspection(
+        path=path,
+        model_type=str(header.metadata.get("general.architecture", "unknown")),
+        format=f"gguf version {header.version}",
+        groups=tuple(
+            Group(
+                pattern=pattern,
+                scheme=None if label in ("F32", "F16", "BF16") else label,
+                dtype=label,
+                count=len(sizes),
+                parameters=sum(parameters for parameters, _ in sizes),
+                num_bytes=sum(size for _, size in sizes),
+            )
+            for (pattern, label), sizes in sorted(
+                found.items(), key=lambda item: (_natural(item[0][0]), item[0][1])
+            )
+        ),
+        provenance=_provenance(path.parent, notes),
         notes=tuple(notes),
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantkit import skeleton
+from quantkit.backend import Backend, check_backend, moved
 from quantkit.checkpoint import open_source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.finished import refuse_unfinished
@@ -28,6 +31,9 @@ from quantkit.unpacked import Unpacked
 
 _GENERATION = "generation_config.json"
 Quantized = Callable[[str], QuantizedTensor]
+# (checkpoint name, bias, dtype of the activations) -> the layer
+_Layer = Callable[[str, Tensor | None, torch.dtype], QuantLinear]
+_LOG = logging.getLogger(__name__)
 
 
 def load(
@@ -35,15 +41,19 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint, ready for `generate`; quantized layers stay so in memory.
 
-    `dtype` is what it computes in (default: the config's).  An unquantized checkpoint gives the
-    plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError for a
-    quantized one in an unknown format.
+    `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
+    triton (CUDA), cpu or reference (plain PyTorch); weights that have no kernel run on the
+    reference, with a warning that says why.  An unquantized checkpoint gives the plain model.
+    Raises CheckpointError for an unfinished or damaged output, FormatError for a quantized one in
+    an unknown format, BackendError for a backend that cannot run on the device.
     """
+    chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
     source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
     quantized = "quantization_config" in source.config
@@ -53,22 +63,27 @@ def load(
     model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=dtype)
     view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
-    _check_all_used(stored, names)
+    check_all_used(stored, names)
     check_complete(names, [path for path, _ in model.named_parameters()])
 
     def unpack(name: str) -> QuantizedTensor:
         assert fmt is not None
-        return fmt.unpack(stored[name], source)
+        return moved(fmt.unpack(stored[name], source), lambda part: part.to(device))
 
     replace_modules_(
-        model, names, frozenset(stored), unpack, lambda path, old: _read(names, path, view, old)
+        model,
+        names,
+        frozenset(stored),
+        unpack,
+        lambda path, old: _read(names, path, view, old),
+        chosen,
     )
     _fill_(model, names, view)
     _tie_(model, names)
     if fmt is not None:
         extra = tuple(name for name in names.unmapped if name not in stored)
         saved = SavedTensors(
-            pieces=_pieces(names), transposed=view.transposed, extra=extra, source=source
+            pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
         attach_quantizer_(model, fmt, source.config["quantization_config"], saved)
     _attach_generation_config_(model, source)
@@ -95,7 +110,7 @@ def install_(
     unties.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
-    pieces = _pieces(names)
+    pieces = pieces_of(names)
     by_name = {piece.name: piece for piece in pieces}
     for name in (*tensors, *rescaled):
         if name not in by_name:
@@ -107,8 +122,9 @@ def install_(
         model,
         names,
         frozenset(tensors),
-        lambda name: tensors[name],
+        lambda name: moved(tensors[name], lambda part: part.to(model.device)),
         lambda path, old: old.detach(),
+        "auto",
     )
     saved = SavedTensors(pieces=pieces, transposed=transposed, extra=(), source=None)
     attach_quantizer_(model, fmt, quantization_config, saved)
@@ -116,7 +132,7 @@ def install_(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Target:
+class Target:
     """A module to replace and the parameters of it that are quantized, with their pieces."""
 
     path: str
@@ -130,59 +146,71 @@ def replace_modules_(
     quantized: frozenset[str],
     tensor: Quantized,
     keep: Callable[[str, Tensor], Tensor],
+    backend: Backend,
 ) -> None:
     """Puts QuantLinear and QuantExperts where `quantized` checkpoint names are held.
 
     `tensor(name)` gives a quantized weight; `keep(path, old)` the value of a parameter that stays
-    beside it (a bias, a fused projection with some experts kept).
+    beside it (a bias, a fused projection with some experts kept).  Logs what has no kernel.
     """
-    for target in _targets(model, names, quantized):
+    fallbacks: Counter[str] = Counter()
+
+    def layer(name: str, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
+        linear = QuantLinear(tensor(name), bias, backend=backend, dtype=dtype)
+        if linear.fallback is not None:
+            fallbacks[f"{linear.scheme.name}: {linear.fallback}"] += 1
+        return linear
+
+    for target in targets_of(model, names, quantized):
         if _is_fused(target):
-            new: nn.Module = _experts(target, quantized, tensor, keep)
+            new: nn.Module = _experts(target, quantized, layer, keep)
         else:
-            new = _linear(target, tensor, keep)
+            new = _linear(target, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
         setattr(find_module(model, parent), leaf, new)
+    for reason, count in sorted(fallbacks.items()):
+        _LOG.warning("%d weights run on the plain reference path, %s", count, reason)
 
 
-def _targets(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[_Target]:
+def targets_of(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[Target]:
+    """The modules that hold a quantized weight."""
     found: dict[str, dict[str, tuple[Piece, ...]]] = {}
     for parameter, pieces in names.pieces.items():
         if any(piece.name in quantized for piece in pieces):
             path, _, leaf = parameter.rpartition(".")
             found.setdefault(path, {})[leaf] = pieces
     for path, parameters in found.items():
-        yield _Target(path=path, module=find_module(model, path), parameters=parameters)
+        yield Target(path=path, module=find_module(model, path), parameters=parameters)
 
 
-def _is_fused(target: _Target) -> bool:
+def _is_fused(target: Target) -> bool:
     return any(
         piece.expert is not None for pieces in target.parameters.values() for piece in pieces
     )
 
 
-def _linear(
-    target: _Target, tensor: Quantized, keep: Callable[[str, Tensor], Tensor]
-) -> QuantLinear:
+def _linear(target: Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]) -> QuantLinear:
     module = target.module
     if not isinstance(module, (nn.Linear, Conv1D)) or set(target.parameters) != {"weight"}:
         raise ModelError(
             f"{target.path}: a {type(module).__name__} cannot be replaced by a quantized layer"
         )
     name = target.parameters["weight"][0].name
-    weight = tensor(name)
+    bias = module.bias
+    kept = None if bias is None else keep(f"{target.path}.bias", bias)
+    linear = layer(name, kept, module.weight.dtype)
     shape = tuple(module.weight.shape)
     expected = shape[::-1] if isinstance(module, Conv1D) else shape
-    if weight.shape != expected:
-        raise ShapeError(f"{name}: quantized as {weight.shape}, the model holds {expected}")
-    bias = module.bias
-    return QuantLinear(weight, None if bias is None else keep(f"{target.path}.bias", bias))
+    found = (linear.out_features, linear.in_features)
+    if found != expected:
+        raise ShapeError(f"{name}: quantized as {found}, the model holds {expected}")
+    return linear
 
 
 def _experts(
-    target: _Target,
+    target: Target,
     quantized: frozenset[str],
-    tensor: Quantized,
+    layer: _Layer,
     keep: Callable[[str, Tensor], Tensor],
 ) -> QuantExperts:
     projections: dict[str, list[list[nn.Module]]] = {}
@@ -195,7 +223,7 @@ def _experts(
         for piece in sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0))):
             assert piece.expert is not None
             if piece.name in quantized:
-                experts[piece.expert].append(QuantLinear(tensor(piece.name)))
+                experts[piece.expert].append(layer(piece.name, None, old.dtype))
             else:
                 assert kept is not None
                 part = kept[piece.expert]
@@ -218,6 +246,11 @@ def _fill_(model: PreTrainedModel, names: NameMap, source: Source) -> None:
     """Computes buffers that are not stored, then reads all that is still on the meta device."""
     # First: initialising a module for its buffers would overwrite its weight (Gemma's embedding).
     skeleton.fill_buffers(model, model, "")
+    read_missing_(model, names, source)
+
+
+def read_missing_(model: PreTrainedModel, names: NameMap, source: Source) -> None:
+    """Reads every parameter and buffer that is still on the meta device."""
     for path in names.pieces:
         parent, _, leaf = path.rpartition(".")
         module = find_module(model, parent)
@@ -274,11 +307,13 @@ def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:
         part.copy_(value)
 
 
-def _pieces(names: NameMap) -> tuple[Piece, ...]:
+def pieces_of(names: NameMap) -> tuple[Piece, ...]:
+    """The pieces of all parameters."""
     return tuple(piece for pieces in names.pieces.values() for piece in pieces)
 
 
-def _check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:
+def check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:
+    """Raises CheckpointError if a quantized weight has no place in the model."""
     lost = sorted(set(stored).intersection(names.unmapped))
     if lost:
         raise CheckpointError(f"{lost[0]}: quantized, but the model has no parameter for it")

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from format_samples import MemorySource, hexes, integers, planned
+from format_samples import MemorySource, hexes, integers, planned, quantized, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.format import PlannedWeight, format_of, make_format
+from quantkit.scheme import Scheme
 from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
@@ -310,3 +311,13 @@ def test_a_damaged_config_group_is_refused(change: dict[str, Any]) -> None:
     source = MemorySource(config={"quantization_config": config}, tensors=tensors)
     with pytest.raises(CheckpointError):
         chosen.weights(source)
+
+
+@pytest.mark.parametrize("value", [torch.tensor([float("inf"), 64.0]), torch.tensor([32, 64, 1])])
+def test_a_weight_shape_that_is_none_is_refused(value: Tensor) -> None:
+    chosen = make_format("compressed-tensors")
+    weight = planned("m.0.a.weight", (32, 64), "w4a16_g32")
+    packed = chosen.pack(weight, quantized(Scheme.parse("w4a16_g32"), (32, 64), torch.float16))
+    packed["m.0.a.weight_shape"] = value
+    with pytest.raises(CheckpointError, match=r"m\.0\.a\.weight_shape: .*two int64 numbers"):
+        chosen.weights(stored(chosen, [weight], packed, torch.float16))

@@ -243,26 +243,29 @@ def test_every_model_type_loads_and_saves_what_the_pipeline_wrote(
 IDS_BT = torch.arange(3, 3 + 20).view(2, 10)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize(("kind", "scheme", "fmt"), CASES, ids=IDS)
 def test_load_runs_and_saves_the_checkpoint_again_bit_for_bit(
-    kind: str, scheme: str, fmt: str, tmp_path: Path
+    kind: str, scheme: str, fmt: str, backend: str, tmp_path: Path
 ) -> None:
     model = make_model(kind)
     tensors, config, _ = write_quantized(model, tmp_path / "out", scheme, fmt)
-    loaded = load(tmp_path / "out")
+    loaded = load(tmp_path / "out", backend=backend)
     assert not loaded.training
     with torch.no_grad():
         logits = loaded(IDS_BT).logits
         expected = reference(model, tensors, tmp_path / "reference")(IDS_BT).logits
-    # Experts summed in another order, integer instead of bf16 products: a few bf16 steps.
-    tolerance = 0.1 if scheme == "w8a8_row" else 0.02 if "experts" in str(loaded) else 0.0
+    # Experts summed in another order, other roundings to bf16 in kernels: a few bf16 steps.
+    inexact = "experts" in str(loaded) or backend == "auto"
+    tolerance = 0.1 if scheme == "w8a8_row" else 0.03 if inexact else 0.0
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
     loaded.save_pretrained(tmp_path / "again", max_shard_size="80KB")
     assert_same_tensors(tensors_of(tmp_path / "again"), tensors_of(tmp_path / "out"))
     saved = FileSource(tmp_path / "again").config
     assert saved["quantization_config"] == config
     assert saved["dtype"] == "bfloat16"
-    assert_same_tensors(load(tmp_path / "again").state_dict(), loaded.state_dict())
+    again = load(tmp_path / "again", backend=backend)
+    assert_same_tensors(again.state_dict(), loaded.state_dict())
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:

@@ -105,7 +105,7 @@ def test_odd_columns_are_kept_unpacked() -> None:
 )
 def test_codes_take_the_memory_of_their_bits(name: str, bytes_per_weight: float) -> None:
     layer = QuantLinear(make_tensor(name, (16, 256)))
-    assert layer.codes.nbytes == 16 * 256 * bytes_per_weight
+    assert layer.kernel.codes.nbytes == 16 * 256 * bytes_per_weight
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if "a8_" not in n])
@@ -122,7 +122,7 @@ def test_a_large_weight_is_decoded_in_row_chunks(monkeypatch: pytest.MonkeyPatch
     tensor = make_tensor("w4a16_g32_asym", (24, 64))
     x, bias = torch.randn(3, 64), torch.randn(24)
     whole = QuantLinear(tensor, bias)(x)
-    monkeypatch.setattr("quantkit.nn._ROWS_ELEMENTS", 5 * 64)
+    monkeypatch.setattr("quantkit.reference._ROWS_ELEMENTS", 5 * 64)
     # Chunks of rows may be blocked differently by the matmul: the last bits of float32.
     torch.testing.assert_close(QuantLinear(tensor, bias)(x), whole, atol=1e-5, rtol=0)
 

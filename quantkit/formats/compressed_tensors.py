@@ -372,9 +372,13 @@ def _packed_weight(
     for suffix in (_SCALE, _SHAPE):
         if name + suffix not in names:
             raise CheckpointError(f"{name}: {name + suffix} is missing")
+    described = source.info(name + _SHAPE)
+    if described.dtype != torch.int64 or described.shape != (2,):
+        raise CheckpointError(
+            f"{name + _SHAPE}: {described.dtype} {list(described.shape)} is no shape of a matrix; "
+            "two int64 numbers are"
+        )
     shape = source.read(name + _SHAPE).tolist()
-    if len(shape) != 2:
-        raise CheckpointError(f"{name}: weight_shape {shape} is not that of a matrix")
     rows, columns = int(shape[0]), int(shape[1])
     planned = PlannedWeight(name=name, module="", shape=(rows, columns), scheme=scheme)
     check_divides(name, (rows, columns), scheme)

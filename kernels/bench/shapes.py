@@ -1,0 +1,164 @@
+"""Random weights for each scheme: what an op multiplies by, and the same numbers in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from quantkit_kernels import nf4, tuning, w4a16, w8a8, w8a16
+from quantkit_kernels.codebook import NF4
+from torch import Tensor
+
+SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g64", "w4a16_g32", "w4a16_row")
+SCHEMES += ("w8a16_row", "w8a16_g128", "w8a8_row", "nf4_b64", "nf4_b64_dq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A weight [N, K] under one scheme.
+
+    multiply  x [M, K] -> [M, N], by the op
+    exact     the same in float64 from the definition; with w8a8, of quantized activations
+    nbytes    what the op reads of the weight
+    """
+
+    multiply: Callable[[Tensor], Tensor]
+    exact: Callable[[Tensor], Tensor]
+    nbytes: int
+
+
+def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -> Sample:
+    """A random weight of shape (N, K) on a device."""
+    draw = torch.Generator(device=device).manual_seed(seed)
+    if scheme.startswith("nf4"):
+        return _nf4(scheme.endswith("dq"), shape, device, draw)
+    bits = int(scheme[1])
+    size = scheme.split("_")[1]
+    group = None if size == "row" else int(size[1:])
+    codes = torch.randint(0, 2**bits, shape, generator=draw, device=device, dtype=torch.uint8)
+    groups = 1 if group is None else shape[1] // group
+    scale = torch.rand(shape[0], groups, generator=draw, device=device) * 0.01 + 0.005
+    scale = scale.bfloat16().float()
+    zero = None
+    if scheme.endswith("asym"):
+        zero = torch.randint(1, 16, scale.shape, generator=draw, device=device, dtype=torch.uint8)
+    offset = torch.full_like(scale, 2 ** (bits - 1)) if zero is None else zero.float()
+
+    def weight() -> Tensor:
+        wide = [part.double().repeat_interleave(shape[1] // groups, 1) for part in (scale, offset)]
+        return (codes.double() - wide[1]) * wide[0]
+
+    if scheme.startswith("w8a8"):
+        packed8, padded = w8a8.pack(codes, scale.view(-1))
+
+        def exact(x: Tensor) -> Tensor:
+            x_codes, x_scale = w8a8.quantize_rows(x)
+            return (x_codes.double() * x_scale.double()) @ weight().t()
+
+        def multiply8(x: Tensor) -> Tensor:
+            if device.type == "cuda":
+                found: Tensor = torch.ops.quantkit.w8a8(x, packed8, padded, None, shape[0])
+                return found
+            from quantkit_kernels import w8a8_triton
+
+            return w8a8_triton.matmul(x, packed8, padded, None, shape[0], _tile(x, shape, 0))
+
+        return Sample(
+            multiply=multiply8,
+            exact=exact,
+            nbytes=packed8.nbytes + padded.nbytes,
+        )
+    if bits == 8:
+        eight = w8a16.pack(codes, scale, group, "triton")
+        size8, words8, scale8 = eight.group_size, eight.packed, eight.scale
+        return Sample(
+            multiply=_multiply(
+                lambda x: torch.ops.quantkit.w8a16(x, words8, scale8, None, size8, shape[0]),
+                {"kind": "int8", "packed": words8, "scale": scale8, "zero": None, "group": size8},
+                shape,
+            ),
+            exact=lambda x: x.double() @ weight().t(),
+            nbytes=words8.nbytes + scale8.nbytes,
+        )
+    four = w4a16.pack(codes, scale, zero, group, "triton")
+    size4, words4, scale4, zero4 = four.group_size, four.packed, four.scale, four.zero
+    return Sample(
+        multiply=_multiply(
+            lambda x: torch.ops.quantkit.w4a16(x, words4, scale4, zero4, None, size4, shape[0]),
+            {"kind": "int4", "packed": words4, "scale": scale4, "zero": zero4, "group": size4},
+            shape,
+        ),
+        exact=lambda x: x.double() @ weight().t(),
+        nbytes=sum(part.nbytes for part in (words4, scale4, zero4) if part is not None),
+    )
+
+
+def _multiply(
+    call: Callable[[Tensor], Tensor], parts: dict[str, Any], shape: tuple[int, int]
+) -> Callable[[Tensor], Tensor]:
+    """The op on a GPU; on a CPU its kernels in the interpreter, dispatched by the same rule."""
+    if parts["packed"].device.type == "cuda":
+        return call
+
+    def interpreted(x: Tensor) -> Tensor:
+        from quantkit_kernels import fused_triton
+
+        weight = fused_triton.Weight(**parts)
+        if x.shape[0] > tuning.DECODE_ROWS:
+            decoded = fused_triton.dequantize(weight, shape, x.dtype, use_asm=False)
+            return torch.nn.functional.linear(x, decoded)
+        tile = _tile(x, shape, parts["group"])
+        return fused_triton.matmul(x, weight, None, shape[0], tile, use_asm=False)
+
+    return interpreted
+
+
+def _tile(x: Tensor, shape: tuple[int, int], group: int) -> tuning.Tile:
+    problem = tuning.Problem(
+        op="w4a16",
+        dtype=str(x.dtype),
+        group=group,
+        rows=shape[0],
+        columns=shape[1],
+        tokens=x.shape[0],
+    )
+    return tuning.heuristic(problem, 132, 90)
+
+
+def _nf4(
+    nested: bool, shape: tuple[int, int], device: torch.device, draw: torch.Generator
+) -> Sample:
+    codes = torch.randint(0, 16, shape, generator=draw, device=device, dtype=torch.uint8)
+    groups = shape[1] // nf4.BLOCK
+    stored = torch.rand(shape[0], groups, generator=draw, device=device) * 0.1 + 0.01
+    nest: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if nested:
+        stored = torch.randint(
+            0, 256, (shape[0], groups), generator=draw, device=device, dtype=torch.uint8
+        )
+        table = torch.linspace(-1, 1, 256, device=device)
+        outer = torch.rand(-(-stored.numel() // 256), generator=draw, device=device) * 0.05
+        nest = (table, outer, torch.tensor(0.06, device=device))
+    packed = nf4.pack(codes, stored, "triton")
+    values = nf4.scales(stored, 0, *nest).double().repeat_interleave(nf4.BLOCK, 1)
+    book = torch.tensor(NF4, device=device, dtype=torch.float64)
+    return Sample(
+        multiply=_multiply(
+            lambda x: torch.ops.quantkit.nf4(x, packed.packed, packed.scale, *nest, None, shape[0]),
+            {
+                "kind": "nf4",
+                "packed": packed.packed,
+                "scale": packed.scale,
+                "zero": None,
+                "group": nf4.BLOCK,
+                "table": nest[0],
+                "absmax": nest[1],
+                "offset": nest[2],
+            },
+            shape,
+        ),
+        exact=lambda x: x.double() @ (book[codes.long()] * values).t(),
+        nbytes=packed.packed.nbytes + packed.scale.nbytes,
+    )

@@ -1,0 +1,228 @@
+"""Quantized weights in the layouts of `quantkit_kernels`, and back again bit for bit.
+
+Scales and zero points are kept as stored beside what the kernels read: they are a few per cent of
+the weight.  Shapes: O out features, I in features, G groups per row.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from quantkit_kernels import nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.device import Device
+from torch import Tensor
+
+from quantkit.reference import StoredModule, StoredScale
+from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
+
+
+class PackedKernel(StoredModule):
+    """What all repacked weights share: the stored numbers without the codes, and the inverse."""
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__()
+        self.shape = tensor.shape
+        self.scheme = tensor.scheme
+        self.weight_dtype = tensor.dtype
+        self.device_kind: Device = device
+        self.name = f"{device} {type(self).__name__}"
+        self.scale = StoredScale(tensor.scale)
+        self.register_buffer("zero", tensor.zero)
+        self.register_buffer("columns", tensor.columns)
+
+    @property
+    def quantized_tensor(self) -> QuantizedTensor:
+        """The tensor this was made of, bit for bit; unpacks the codes into fresh memory."""
+        return QuantizedTensor(
+            codes=self.codes(),
+            scale=self.scale.get(),
+            zero=self._buffers["zero"],
+            scheme=self.scheme,
+            dtype=self.weight_dtype,
+            columns=self._buffers["columns"],
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I] -> [..., O] in the dtype of x."""
+        columns = self._buffers["columns"]
+        if columns is not None:
+            # The weight stays in the order of its groups: the input follows it.
+            x = x.index_select(-1, columns)
+        return self.multiply(x, bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        raise NotImplementedError
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        raise NotImplementedError
+
+
+class Int4Kernel(PackedKernel):
+    """4-bit integer weights on `quantkit::w4a16`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+    kernel_zero: Tensor | None
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = w4a16.pack(
+            tensor.codes, tensor.scale.values(), tensor.zero, tensor.scheme.group_size, device
+        )
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+        self.register_buffer("kernel_zero", weight.zero)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w4a16.supported(
+            bits=tensor.scheme.bits,
+            group_size=tensor.scheme.group_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w4a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w4a16(
+            x,
+            self.packed,
+            self.kernel_scale,
+            self.kernel_zero,
+            bias,
+            self.group_size,
+            self.shape[0],
+        )
+        return out
+
+
+class Int8Kernel(PackedKernel):
+    """8-bit integer weights on `quantkit::w8a16`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = w8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w8a16.supported(
+            symmetric=tensor.scheme.symmetric,
+            group_size=tensor.scheme.group_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w8a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w8a16(
+            x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
+        )
+        return out
+
+
+class Int8ActivationKernel(PackedKernel):
+    """8-bit integer weights and activations on `quantkit::w8a8`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        packed, scale = w8a8.pack(tensor.codes, tensor.scale.values().view(-1))
+        self.register_buffer("packed", packed)
+        self.register_buffer("kernel_scale", scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w8a8.supported(dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w8a8.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
+        return out
+
+
+class Nf4Kernel(PackedKernel):
+    """NF4 weights on `quantkit::nf4`; nested scales are decoded by the kernel."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
+        stored = scale.codes if isinstance(scale, NestedScale) else scale.tensor.float()
+        weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        if isinstance(tensor.scale, NestedScale) and tensor.scale.block != nf4.OUTER:
+            return f"nested blocks of {tensor.scale.block}: the kernel takes {nf4.OUTER}"
+        return nf4.supported(
+            block=tensor.scheme.group_size, shape=tensor.shape, dtype=dtype, device=device
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return nf4.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        scale = self.scale.get()
+        nest: tuple[Tensor | None, ...] = (None, None, None)
+        if isinstance(scale, NestedScale):
+            nest = (scale.table, scale.absmax, scale.offset)
+        out: Any = torch.ops.quantkit.nf4(
+            x,
+            self.packed,
+            self.kernel_scale,
+            *nest,
+            bias,
+            self.shape[0],
+        )
+        return out
+
+
+def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
+    """The kernel for a scheme, if there is one."""
+    scheme = tensor.scheme
+    if scheme.kind == "nf4":
+        return Nf4Kernel
+    if scheme.kind != "int" or not isinstance(tensor.scale, PlainScale):
+        return None
+    if scheme.activation_bits == 8:
+        return Int8ActivationKernel
+    return {4: Int4Kernel, 8: Int8Kernel}.get(scheme.bits)

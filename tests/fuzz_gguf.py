@@ -1,0 +1,138 @@
+"""Mutated GGUF files: each is read, or refused with CheckpointError, in bounded time and memory.
+
+    python tests/fuzz_gguf.py [COUNT] [SEED]
+
+The tests run 2,000 mutations; the script's default is 100,000.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from quantkit.errors import CheckpointError, NumericsError
+from quantkit.gguf_blocks import BLOCK_TYPES
+from quantkit.gguf_container import PlannedTensor, write_gguf
+from quantkit.gguf_metadata import Entry
+from quantkit.gguf_source import GgufSource
+
+_SIZES = {
+    "context_length": 64,
+    "embedding_length": 256,
+    "block_count": 1,
+    "feed_forward_length": 256,
+    "attention.head_count": 4,
+    "attention.head_count_kv": 2,
+    "vocab_size": 8,
+    "rope.dimension_count": 64,
+}
+_NUMBERS = (0, 1, 7, 31, 2**16, 2**31 - 1, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1)
+
+
+def write_sample(path: Path) -> bytes:
+    """A small llama file with every block type; its bytes."""
+    shapes = {
+        "token_embd.weight": (8, 256),
+        "output_norm.weight": (256,),
+        "blk.0.attn_norm.weight": (256,),
+        "blk.0.ffn_norm.weight": (256,),
+        "blk.0.attn_q.weight": (8, 256),
+        "blk.0.attn_k.weight": (4, 256),
+        "blk.0.attn_v.weight": (4, 256),
+        "blk.0.attn_output.weight": (8, 256),
+        "blk.0.ffn_gate.weight": (8, 256),
+        "blk.0.ffn_up.weight": (8, 256),
+        "blk.0.ffn_down.weight": (8, 256),
+    }
+    kinds = iter(BLOCK_TYPES)
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for name, shape in shapes.items():
+        kind = "F32" if len(shape) == 1 else next(kinds, "F16")
+        planned = PlannedTensor(name=name, type=kind, shape=shape, pieces=lambda: iter(()))
+        data = torch.randint(0, 60, (planned.num_bytes,), dtype=torch.uint8, generator=generator)
+        tensors.append(
+            PlannedTensor(name=name, type=kind, shape=shape, pieces=_once(data)),
+        )
+    entries = [Entry(key=f"llama.{key}", kind="u32", value=n) for key, n in _SIZES.items()]
+    entries.append(
+        Entry(key="llama.attention.layer_norm_rms_epsilon", kind="f32", value=1e-5),
+    )
+    words = tuple(f"t{i}" for i in range(8))
+    entries.append(Entry(key="tokenizer.ggml.tokens", kind="strings", value=words))
+    entries.append(Entry(key="tokenizer.ggml.token_type", kind="i32s", value=(1,) * 8))
+    write_gguf(path, "llama", entries, tensors)
+    return path.read_bytes()
+
+
+def _once(data: torch.Tensor):  # type: ignore[no-untyped-def]
+    return lambda: iter((data,))
+
+
+def header_end(data: bytes) -> int:
+    """Where the first tensor's bytes start, about: all that matters to a parser lies before."""
+    return data.index(b"blk.0.ffn_down.weight") + 64
+
+
+def mutations(data: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """`count` damaged copies of a file: flipped bits, changed numbers, cuts, swaps, insertions."""
+    rng = random.Random(seed)
+    end = header_end(data)
+    for _ in range(count):
+        mutated = bytearray(data)
+        for _ in range(rng.choice((1, 1, 1, 2, 5))):
+            place = rng.randrange(end)
+            kind = rng.randrange(6)
+            if kind == 0:
+                mutated[place] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                mutated[place] = rng.randrange(256)
+            elif kind == 2:
+                mutated[place : place + 8] = struct.pack("<Q", rng.choice(_NUMBERS))
+            elif kind == 3:
+                mutated[place : place + 4] = struct.pack("<I", rng.choice(_NUMBERS) % 2**32)
+            elif kind == 4:
+                del mutated[place : place + rng.randrange(1, 40)]
+            else:
+                del mutated[rng.randrange(len(mutated)) :]
+                break
+            if len(mutated) < 2:
+                break
+        yield bytes(mutated)
+
+
+def attempt(path: Path) -> bool:
+    """True if the file is read whole, false if it is refused as it should be."""
+    try:
+        source = GgufSource(path)
+        for name in source.names():
+            source.read(name)
+    except (CheckpointError, NumericsError):
+        return False
+    return True
+
+
+def main() -> None:
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
+    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fuzzed.gguf"
+        data = write_sample(path)
+        slowest, read = 0.0, 0
+        for mutated in mutations(data, count, seed):
+            path.write_bytes(mutated)
+            began = time.perf_counter()
+            read += attempt(path)
+            slowest = max(slowest, time.perf_counter() - began)
+    print(f"{count} mutations: {read} read, {count - read} refused, slowest {slowest:.3f} s")
+
+
+if __name__ == "__main__":
+    main()

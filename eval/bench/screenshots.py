@@ -27,6 +27,10 @@ _ARGUMENTS = (
     "--disable-sync",
     "--hide-scrollbars",
 )
+_ONLY_TRADE_OFF = (
+    "<script>document.querySelector('main').replaceChildren("
+    "document.querySelector('figure.panel'));</script>"
+)
 # The figure of the model with the largest loss alone, on the page's own background.
 _ONLY_HEAT_MAP = (
     "<script>const maps = document.querySelectorAll('.heatmap');"
@@ -46,7 +50,8 @@ class Shot:
 
 
 SHOTS = (
-    Shot(name="report-overview", width=1000, height=1240),
+    Shot(name="report-overview", width=1120, height=890),
+    Shot(name="report-trade-off", width=720, height=560, script=_ONLY_TRADE_OFF),
     Shot(name="report-layers", width=620, height=370, script=_ONLY_HEAT_MAP),
     Shot(name="report-phone", width=500, height=1250, dark=True),
 )

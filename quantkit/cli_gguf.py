@@ -12,7 +12,17 @@ import typer
 from quantkit.errors import RecipeError
 
 # Options of `quantize` that belong to recipes of safetensors formats.
-_OTHERS = ("recipe", "overrides", "skip", "lm_head", "max_ram", "max_vram", "trust_remote_code")
+_OTHERS = (
+    "recipe",
+    "overrides",
+    "skip",
+    "lm_head",
+    "max_ram",
+    "max_vram",
+    "trust_remote_code",
+    "allow_unreadable",
+    "requantize",
+)
 
 
 def quantize_to_gguf(model: str, out: Path, options: Mapping[str, Any]) -> None:
@@ -20,6 +30,8 @@ def quantize_to_gguf(model: str, out: Path, options: Mapping[str, Any]) -> None:
     from quantkit.gguf_quantize import quantize_gguf
 
     given = [name for name in _OTHERS if options.get(name)]
+    if options["max_shard_size"] != "5GB":
+        given.append("max_shard_size")
     if given:
         raise RecipeError(
             f"--{given[0].replace('_', '-')} is not taken with --format gguf; its recipes are "

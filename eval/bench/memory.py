@@ -30,7 +30,7 @@ class Measured:
 
 def main() -> None:
     options = _options()
-    measured = []
+    measured: list[Measured] = []
     for method in options.methods:
         measured.append(_measure(method, options))
         print(
@@ -38,17 +38,18 @@ def main() -> None:
             f"{measured[-1].seconds:.0f} s",
             file=sys.stderr,
         )
-    figures = {
-        "model": Path(options.model).name,
-        "model_bytes": _weights(Path(options.model)),
-        "max_ram_bytes": measured[0].max_ram_bytes,
-        "samples": options.samples,
-        "seq_len": options.seq_len,
-        "threads": options.threads,
-        "all_within": all(one.within for one in measured),
-        "methods": measured,
-    }
-    common.write_result(options.name, figures)
+        # After each method: a run of hours that is cut short has measured something.
+        figures = {
+            "model": Path(options.model).name,
+            "model_bytes": _weights(Path(options.model)),
+            "max_ram_bytes": measured[0].max_ram_bytes,
+            "samples": options.samples,
+            "seq_len": options.seq_len,
+            "threads": options.threads,
+            "all_within": all(one.within for one in measured),
+            "methods": measured,
+        }
+        common.write_result(options.name, figures)
 
 
 def _measure(method: str, options: argparse.Namespace) -> Measured:

@@ -61,6 +61,6 @@ def build_graph(
         said = said.replace(f"The {checkpoint} model", "this type of model")
         raise FormatError(
             f"format onnx: the model builder of onnxruntime-genai {version('onnxruntime-genai')} "
-            f"cannot build this model: {said}; it builds dense models of the llama, mistral, qwen2, "
-            "qwen3 and phi3 types, among others; use another --format"
+            f"cannot build this model: {said}; it builds dense models of the llama, qwen3 and phi3 "
+            "types, among others; use another --format"
         )

@@ -57,8 +57,10 @@ def build_graph(
     if done.returncode or not (out / MODEL).is_file():
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         said = lines[-1].strip()[-_SHOWN:] if lines else f"exit code {done.returncode}"
+        # It names models by their path, which is a temporary one here.
+        said = said.replace(f"The {checkpoint} model", "this type of model")
         raise FormatError(
             f"format onnx: the model builder of onnxruntime-genai {version('onnxruntime-genai')} "
-            f"cannot build this model: {said}; it knows the dense llama, mistral, qwen2, qwen3, "
-            "gemma, phi3 and related types; use another --format"
+            f"cannot build this model: {said}; it builds dense models of the llama, qwen3 and phi3 "
+            "types, among others; use another --format"
         )

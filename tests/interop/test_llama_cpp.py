@@ -99,7 +99,7 @@ def test_model_description_is_the_quantized_type(root: Path) -> None:
 def test_a_file_of_ours_is_no_farther_from_the_original_than_llama_quantizes(
     root: Path, name: str, tmp_path: Path
 ) -> None:
-    """Same types, same size, importance from the same text; KL by llama.cpp, two standard errors."""
+    """Same types, size and importance text; KL by llama.cpp, within two standard errors."""
     theirs = tmp_path / "theirs.gguf"
     llama_quantize(root / "gguf" / "dense" / "model.gguf", theirs, FILE_TYPES[name], root / "gguf")
     ours = root / "gguf" / name / "model.gguf"

@@ -15,8 +15,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/quantkit demo --out demo-out
 
+# A process per core, each with one thread: tiny products are slower with more.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -150,7 +150,7 @@ def test_a_scheme_has_a_default_format(scheme: str, expected: str, llama: Causal
 def test_a_format_that_cannot_hold_the_scheme_is_refused(llama: CausalModel) -> None:
     with pytest.raises(FormatError, match=r"q_proj.weight: compressed-tensors cannot hold w3a16"):
         plan_of(llama, scheme="w3a16_g32", format_name="compressed-tensors")
-    with pytest.raises(FormatError, match="formats that can: compressed-tensors"):
+    with pytest.raises(FormatError, match="formats that can: bitsandbytes, compressed-tensors"):
         plan_of(llama, scheme="w8a8_row", format_name="gptq_v2")
 
 

@@ -109,7 +109,8 @@ def max_difference(model: PreTrainedModel, root: Path, name: str) -> float:
 
 @pytest.mark.parametrize("name", ["rtn", "awq", "w8a8", "nf4_dq", "fp8"])
 def test_verify_finds_that_transformers_reads_it_right(root: Path, name: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    sources = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{sources}{os.pathsep}{sources / 'kernels'}"}
     command = [sys.executable, "-m", "quantkit", "verify", str(root / name)]
     done = subprocess.run(
         [*command, "--runtime", "transformers"], capture_output=True, text=True, env=environment

@@ -84,14 +84,14 @@ def _speed() -> str:
         f"\nSeconds for the whole command, start-up included ({found['model']}, "
         f"{found['samples']} x {found['seq_len']} tokens, {found['threads']} threads, medians of "
         "alternating runs; [speed.json](eval/results/speed.json)):\n",
-        "| method | quantkit | llm-compressor | ratio |",
-        "|---|---|---|---|",
+        "| method | runs | quantkit | llm-compressor | ratio |",
+        "|---|---|---|---|---|",
     ]
     for row in found["methods"]:
         ours, theirs = row["quantkit"], row["llmcompressor"]
         if theirs is not None:
             lines.append(
-                f"| {row['method']} | {ours['median_seconds']:.0f} "
+                f"| {row['method']} | {len(ours['seconds'])} | {ours['median_seconds']:.0f} "
                 f"| {theirs['median_seconds']:.0f} | {row['ratio']:.2f}x |"
             )
     return "\n".join(lines)

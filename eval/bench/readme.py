@@ -112,15 +112,18 @@ def _memory() -> str:
 
 
 def _durability() -> str:
-    found = _figures("durability")
-    if found is None:
-        return ""
-    return (
-        f"\nKilled with `kill -9` at {found['kills']} random points and run again: "
-        f"{found['identical_outputs']} of {found['kills']} outputs equal to an uninterrupted run "
-        f"byte for byte, {found['loadable_before_resume']} loadable before they were complete "
-        "([durability.json](eval/results/durability.json))."
-    )
+    lines = []
+    for name in ("durability", "durability_awq"):
+        found = _figures(name)
+        if found is not None:
+            lines.append(
+                f"\n`{found['method']}` killed with `kill -9` at {found['kills']} random points, "
+                f"{found['interrupted_while_unfinished']} of them with the output unfinished, and "
+                f"run again: {found['identical_outputs']} of {found['kills']} outputs equal to an "
+                f"uninterrupted run byte for byte, {found['loadable_before_resume']} loadable "
+                f"before they were complete ([{name}.json](eval/results/{name}.json))."
+            )
+    return "\n".join(lines)
 
 
 def _outliers() -> str:

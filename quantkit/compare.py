@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit.scheme import Scheme
 from quantkit.source import Source
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.tensor import QuantizedTensor
 
 # Elements compared at a time.
 _ELEMENTS = 1 << 22
@@ -130,7 +130,7 @@ def _compare(
         rows = slice(start, min(start + chunk, num_rows))
         source = theirs.read_rows(original, rows.start, rows.stop) if whole is None else whole[rows]
         weight = vectors.folded(name, source, start)
-        difference = (_decode(tensor, values, rows) - weight).abs_()
+        difference = (tensor.decode(rows) - weight).abs_()
         squares += float(difference.square().sum(dtype=torch.float64))
         total += float(weight.square().sum(dtype=torch.float64))
         within = difference <= _MEDIAN_STEPS * _steps(tensor, values, rows)
@@ -149,19 +149,6 @@ def _compare(
             f"{name}: relative error {error:.3f}, more than {tensor.scheme.name} causes"
         )
     return error, problems
-
-
-def _decode(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
-    """Float32 rows of the weight."""
-    part = QuantizedTensor(
-        codes=tensor.codes[rows],
-        scale=PlainScale(tensor=values[rows] if values.ndim == 2 else values),
-        zero=None if tensor.zero is None else tensor.zero[rows],
-        scheme=tensor.scheme,
-        dtype=tensor.dtype,
-        columns=tensor.columns,
-    )
-    return part.dequantize(torch.float32)
 
 
 def _steps(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:

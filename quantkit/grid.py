@@ -10,29 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from quantkit_kernels.codebook import NF4
 from torch import Tensor
 
 from quantkit.scheme import Scheme
 
-# Dettmers et al. 2023 (arXiv 2305.14314), appendix E: quantiles of N(0, 1), normalised to [-1, 1].
-NF4_VALUES = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 # Sign, two exponent bits, one mantissa bit, as bitsandbytes orders them (code 8 is a second zero).
 FP4_VALUES = tuple(
     sign * value / 12.0
@@ -165,7 +147,7 @@ def grid_of(scheme: Scheme) -> Grid:
     8-bit weights that meet 8-bit activations use -127..127 around 128, all others the full range.
     """
     if scheme.kind == "nf4":
-        return CodebookGrid(values=NF4_VALUES)
+        return CodebookGrid(values=NF4)
     if scheme.kind == "fp4":
         return CodebookGrid(values=FP4_VALUES)
     if scheme.kind == "fp8":

@@ -6,6 +6,7 @@ the weight.  Shapes: O out features, I in features, G groups per row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from quantkit.reference import StoredModule, StoredScale
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
 
 
-class PackedKernel(StoredModule):
+class PackedKernel(StoredModule, ABC):
     """What all repacked weights share: the stored numbers without the codes, and the inverse."""
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
@@ -51,18 +52,18 @@ class PackedKernel(StoredModule):
             x = x.index_select(-1, columns)
         return self.multiply(x, bias)
 
+    @abstractmethod
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
         """Why the op cannot multiply x of `dtype` by this weight, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def codes(self) -> Tensor:
         """Codes uint8 [O, I] in fresh memory."""
-        raise NotImplementedError
 
 
 class Int4Kernel(PackedKernel):

@@ -95,8 +95,8 @@ class QuantizedTensor:
             out[rows] = self._decode(rows, scale)
         return out
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """Float32 values [R, I] of some rows; `rows` int64 [R]."""
+    def decode(self, rows: Tensor | slice) -> Tensor:
+        """Float32 values [R, I] of some rows; `rows` is a slice or int64 [R]."""
         scale = self.scale.values()
         if scale.ndim == 1:
             # Blocks that straddle rows cannot be decoded one by one.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -22,8 +23,11 @@ class Unpacked(Reader):
     """A checkpoint under the names, shapes and dtypes it had before it was quantized.
 
     `transposed` names the weights whose unquantized storage is [I, O].  Holds the codes of the
-    weight read last, so that a head read in ranges of rows is unpacked once.
+    weight read last in part, so that a head read in ranges of rows is unpacked once.
     """
+
+    # What quantized weights are read in; None: their dtype before quantization.
+    decoded_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(
         self, source: Source, fmt: Format | None, stored: Mapping[str, StoredWeight]
@@ -64,30 +68,38 @@ class Unpacked(Reader):
         shape = weight.shape[::-1] if name in self.transposed else weight.shape
         return TensorInfo(name=name, dtype=weight.dtype, shape=shape)
 
-    def tensor(self, name: str) -> QuantizedTensor:
-        """A quantized weight, not decoded."""
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The stored numbers of a quantized weight [O, I], fresh memory that is not kept."""
         assert self.format is not None
+        return self.format.unpack(self.stored[name], self.packed)
+
+    def tensor(self, name: str) -> QuantizedTensor:
+        """The same, kept until another weight is asked for."""
         if self._last is None or self._last[0] != name:
             self._last = None
-            self._last = name, self.format.unpack(self.stored[name], self.packed)
+            self._last = name, self.quantized(name)
         return self._last[1]
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements start..stop of the flattened tensor; a quantized one's rows are decoded."""
+        """Elements start..stop of the flattened tensor; of a quantized one, its rows decoded."""
         if name not in self.stored:
             return self.packed.read_flat(name, start, stop)
-        tensor = self.tensor(name)
-        if not 0 <= start <= stop <= tensor.codes.numel():
-            raise IndexError(f"{name}: elements {start}..{stop} of {tensor.codes.numel()}")
+        weight = self.stored[name]
+        numel, columns = math.prod(weight.shape), weight.shape[1]
+        if not 0 <= start <= stop <= numel:
+            raise IndexError(f"{name}: elements {start}..{stop} of {numel}")
+        dtype = self.decoded_dtype or weight.dtype
+        whole = start == 0 and stop == numel
+        # Only what is read in ranges, as the output head is, is worth keeping.
+        tensor = self.quantized(name) if whole else self.tensor(name)
         if name in self.transposed:
-            return tensor.dequantize().t().reshape(-1)[start:stop].clone()
-        columns = tensor.shape[1]
+            values = tensor.dequantize(dtype).t().reshape(-1)
+            return values if whole else values[start:stop].clone()
+        if whole:
+            return tensor.dequantize(dtype).reshape(-1)
         first, last = start // columns, -(-stop // columns)
-        if last - first == tensor.shape[0]:
-            values = tensor.dequantize()
-        else:
-            values = tensor.decode(torch.arange(first, last)).to(tensor.dtype)
-        return values.reshape(-1)[start - first * columns : stop - first * columns].clone()
+        values = tensor.decode(slice(first, last)).to(dtype).reshape(-1)
+        return values[start - first * columns : stop - first * columns]
 
     def side_files(self) -> dict[str, Path | bytes]:
         """The source's."""

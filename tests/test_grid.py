@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from quantkit_kernels.codebook import NF4
 from torch import Tensor
 
 from quantkit.extent import extent_of, scale_and_zero
 from quantkit.grid import (
     FP4_VALUES,
-    NF4_VALUES,
     SCALE_MAX,
     SCALE_MIN,
     CodebookGrid,
@@ -112,7 +112,7 @@ def test_stored_scales_are_exact_in_every_dtype() -> None:
     assert torch.equal(store_scale(scale), scale)
 
 
-@pytest.mark.parametrize(("name", "values"), [("nf4_b64", NF4_VALUES), ("fp4_b64", FP4_VALUES)])
+@pytest.mark.parametrize(("name", "values"), [("nf4_b64", NF4), ("fp4_b64", FP4_VALUES)])
 def test_codebooks_give_the_nearest_value(name: str, values: tuple[float, ...]) -> None:
     grid = grid_of(Scheme.parse(name))
     assert isinstance(grid, CodebookGrid) and len(values) == 16

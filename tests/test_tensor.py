@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from quantkit_kernels.codebook import NF4
 
 import quantkit.tensor
 from quantkit.errors import NumericsError
-from quantkit.grid import NF4_VALUES
 from quantkit.nested import nest
 from quantkit.scheme import Scheme
 from quantkit.tensor import PlainScale, QuantizedTensor, decode_rows
@@ -75,7 +75,7 @@ def test_flat_blocks_follow_the_row_major_order(columns: int) -> None:
     )
     flat = tensor.dequantize().view(-1)
     for index in range(5 * columns):
-        value = NF4_VALUES[int(codes.view(-1)[index])] * float(scale[index // 64])
+        value = NF4[int(codes.view(-1)[index])] * float(scale[index // 64])
         assert float(flat[index]) == pytest.approx(value, rel=1e-6, abs=1e-9)
 
 

@@ -1,4 +1,7 @@
-"""The sixteen values of NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E)."""
+"""The sixteen values of NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+
+Quantiles of N(0, 1), normalised to [-1, 1].
+"""
 
 from __future__ import annotations
 

@@ -24,11 +24,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from quantkit_kernels.codebook import NF4
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError, NumericsError
 from quantkit.format import PlannedWeight, StoredWeight, check_stored, named_as_weight, skipped_too
-from quantkit.grid import FP4_VALUES, NF4_VALUES, grid_of
+from quantkit.grid import FP4_VALUES, grid_of
 from quantkit.readers import bitsandbytes_readers
 from quantkit.scheme import Scheme
 from quantkit.source import Source
@@ -303,7 +304,7 @@ def _unpack_rows(weight: StoredWeight, source: Source) -> QuantizedTensor:
 
 def _quant_map(scheme: Scheme) -> Tensor:
     # Adding zero makes FP4's second zero positive, as bitsandbytes has it.
-    values = NF4_VALUES if scheme.kind == "nf4" else FP4_VALUES
+    values = NF4 if scheme.kind == "nf4" else FP4_VALUES
     return torch.tensor(values, dtype=torch.float32) + 0.0
 
 

@@ -53,6 +53,18 @@ def dense_model(
     return model.eval()
 
 
+def loaded(root: Path, name: str) -> PreTrainedModel:
+    """The checkpoint ROOT/NAME as transformers reads it, computing in float32."""
+    return AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
+
+
+def logits(model: PreTrainedModel, root: Path, name: str) -> torch.Tensor:
+    """Float32 logits [1, T, vocabulary] on the tokens that quantkit was given."""
+    input_ids = load_file(root / f"{name}-logits.safetensors")["input_ids"]
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False).logits.float()
+
+
 def int8_tokens(levels: float, lowest: int) -> Activation:
     """Fake quantization to int8 per token with the scale absmax / levels, codes in lowest..127."""
 

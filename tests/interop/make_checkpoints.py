@@ -34,8 +34,8 @@ from transformers import (
 
 import quantkit
 from quantkit.checkpoint import open_source
+from quantkit.decoded import Decoded
 from quantkit.demo import demo_path
-from quantkit.format import format_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, EXPORTS, PROMPTS
@@ -90,17 +90,8 @@ def write_sources(root: Path, demo: Path) -> None:
 
 def write_dense(out: Path, dense: Path) -> None:
     """Writes the checkpoint with every weight decoded by quantkit, in float32."""
-    source = open_source(out)
-    found = format_of(source)
-    stored = found.weights(source)
-    tensors = {
-        name: found.unpack(weight, source).dequantize(torch.float32)
-        for name, weight in stored.items()
-    }
-    packed = {name for weight in stored.values() for name in weight.tensors}
-    for name in source.names():
-        if name not in packed:
-            tensors[name] = source.read(name).float()
+    view = Decoded.open(open_source(out))
+    tensors = {name: view.read(name).float().contiguous() for name in view.names()}
     shutil.rmtree(dense, ignore_errors=True)
     dense.mkdir()
     for file in out.glob("*.json"):
@@ -110,7 +101,7 @@ def write_dense(out: Path, dense: Path) -> None:
     del config["quantization_config"]
     config["dtype"] = "float32"
     (dense / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    (dense / "names.json").write_text(json.dumps(sorted(stored)), encoding="utf-8")
+    (dense / "names.json").write_text(json.dumps(sorted(view.stored)), encoding="utf-8")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
 
 

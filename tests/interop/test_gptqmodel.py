@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense import dense_model, quantized_weights
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from dense import dense_model, loaded, logits, quantized_weights
 
 GPTQ = ["gptq_v1", "gptq_v2", "gptq_v1_asym", "w2", "w3"]
 AWQ = ["awq_gemm", "awq_gemm_sym"]
@@ -32,14 +30,3 @@ def test_layers_decode_to_quantkits_weights(root: Path, name: str) -> None:
         module = model.get_submodule(weight.removesuffix(".weight"))
         actual = module.dequantize_weight().T.float()
         assert torch.equal(actual, expected.half().float()), weight
-
-
-def loaded(root: Path, name: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
-
-
-def logits(model: PreTrainedModel, root: Path, name: str) -> torch.Tensor:
-    """Float32 logits [1, T, vocabulary] on the tokens that quantkit was given."""
-    input_ids = load_file(root / f"{name}-logits.safetensors")["input_ids"]
-    with torch.no_grad():
-        return model(input_ids=input_ids, use_cache=False).logits.float()

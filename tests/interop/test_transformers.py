@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compressed_tensors.quantization import disable_quantization
-from dense import dense_model, int8_tokens, quantized_weights
+from dense import dense_model, int8_tokens, loaded, logits, quantized_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -88,17 +88,6 @@ def test_generates_in_bfloat16(root: Path, name: str) -> None:
     batch = tokenizer("The function returns", return_tensors="pt")
     tokens = model.generate(**batch, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     assert tokens.shape[1] == batch["input_ids"].shape[1] + 8
-
-
-def loaded(root: Path, name: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
-
-
-def logits(model: PreTrainedModel, root: Path, name: str) -> torch.Tensor:
-    """Float32 logits [1, T, vocabulary] on the tokens that quantkit was given."""
-    input_ids = load_file(root / f"{name}-logits.safetensors")["input_ids"]
-    with torch.no_grad():
-        return model(input_ids=input_ids, use_cache=False).logits
 
 
 def max_difference(model: PreTrainedModel, root: Path, name: str) -> float:

@@ -14,19 +14,23 @@ from typing import Any
 import common
 
 _MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
-# Labels in accuracy.json that the README shows, in its order.
-_SHOWN = (
-    "rtn",
-    "awq",
-    "gptq",
-    "best",
-    "nf4",
-    "int8",
-    "llm-compressor rtn",
-    "llm-compressor awq",
-    "llm-compressor gptq",
-    "AutoRound 200",
-)
+# Labels in accuracy.json that the README shows, in its order, and what they are called there.
+_SHOWN = {
+    "rtn": "rtn",
+    "awq": "awq",
+    "gptq": "gptq",
+    "best symmetric": "best, symmetric",
+    "best": "best",
+    "nf4": "nf4",
+    "gptq_nf4": "gptq_nf4",
+    "int8": "int8",
+    "int8 w8a8": "int8, 8-bit activations",
+    "smoothquant": "smoothquant",
+    "llm-compressor rtn": "llm-compressor RTN, symmetric",
+    "llm-compressor awq": "llm-compressor AWQ, asymmetric",
+    "llm-compressor gptq": "llm-compressor GPTQ, symmetric",
+    "AutoRound 200": "AutoRound, 200 iterations, symmetric",
+}
 
 
 def main() -> None:
@@ -61,19 +65,25 @@ def _accuracy() -> str:
         f"{found['evaluation']['tokens']} unseen tokens, calibrated on "
         f"{found['calibration']['samples']} x {found['calibration']['seq_len']} tokens "
         "([accuracy.json](eval/results/accuracy.json)):\n",
-        "| | KL, 95 % interval | top token kept | bits per quantized weight |",
-        "|---|---|---|---|",
+        "| | KL, 95 % interval | top token kept | bits per quantized weight | seconds |",
+        "|---|---|---|---|---|",
     ]
-    for name in _SHOWN:
+    for name, shown in _SHOWN.items():
         if name in rows:
             quality, bits = rows[name]["quality"], rows[name]["bits_per_weight"]
+            seconds = rows[name]["seconds"]
             lines.append(
-                f"| {name} | {quality['kl_mean']:.5f} "
-                f"[{quality['kl_low']:.5f}, {quality['kl_high']:.5f}] "
+                f"| {shown} | {_kl(quality['kl_mean'])} "
+                f"[{_kl(quality['kl_low'])}, {_kl(quality['kl_high'])}] "
                 f"| {100 * quality['top1_agreement']:.1f} % "
-                f"| {'' if bits is None else f'{bits:.3f}'} |"
+                f"| {'' if bits is None else f'{bits:.3f}'} "
+                f"| {'' if seconds is None else f'{seconds:.0f}'} |"
             )
     return "\n".join(lines)
+
+
+def _kl(value: float) -> str:
+    return f"{value:.5f}" if value >= 1e-4 else f"{value:.1e}"
 
 
 def _speed() -> str:

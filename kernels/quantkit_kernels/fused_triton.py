@@ -187,7 +187,7 @@ def decode_kernel(
     # float16 holds integer codes exactly whatever the output's dtype.
     values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, tl.float16, ASM)
     values = values.to(tl.float32)
-    PER_BLOCK: tl.constexpr = 128 // GROUP if 0 < GROUP < 128 else 1
+    PER_BLOCK: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
     if GROUP == 0:
         group = tl.arange(0, 1)[None, :]
     else:

@@ -116,7 +116,7 @@ class Descent:
         if not self.scheme.flat:
             wanted = store_scale(wanted)
         step = wanted - scale
-        better = (step * (2 * slope - step * curvature) > 0) & (wanted > 0)
+        better = (step * (2 * slope - step * curvature) > 0) & (wanted * scale > 0)
         step = torch.where(better, step, 0.0)
         scale = torch.where(better, wanted, scale)
         self.scale[group] = scale

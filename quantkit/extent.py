@@ -24,20 +24,19 @@ _CHUNK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """The real interval each group has to cover, both float32 [..., 1]; low <= 0 <= high.
-
-    For symmetric schemes only `high` counts: it is the largest magnitude.
-    """
+    """The real interval each group has to cover, both float32 [..., 1]; low <= 0 <= high."""
 
     low: Tensor
     high: Tensor
 
+    @property
+    def magnitude(self) -> Tensor:
+        """The largest magnitude in the interval."""
+        return torch.maximum(-self.low, self.high)
 
-def extent_of(groups: Tensor, scheme: Scheme) -> Extent:
-    """Smallest and largest weight of each group [..., B] (largest magnitude if symmetric)."""
-    if scheme.symmetric:
-        high = groups.abs().amax(-1, keepdim=True)
-        return Extent(low=-high, high=high)
+
+def extent_of(groups: Tensor) -> Extent:
+    """Smallest and largest weight of each group [..., B], zero included."""
     return Extent(
         low=groups.amin(-1, keepdim=True).clamp_(max=0),
         high=groups.amax(-1, keepdim=True).clamp_(min=0),
@@ -48,19 +47,24 @@ def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | Non
     """Scale as stored (absmax not yet nested) and integer zero of each group, float32 [..., 1].
 
     Symmetric: 2·absmax / (2^b - 1), the same whatever the signs in the group; the reference GPTQ
-    code halves the range of a group without negative weights and clips it.  With 8-bit activations:
-    absmax / 127; fp8: absmax / 448.  Asymmetric: zeros in 1..2^b - 1, which every file format can
-    hold, so the extent is widened until at least one step lies below zero.
+    code halves the range of a group without negative weights and clips it.  Below 8 bits it is
+    negative where the largest magnitude is positive: the side that has a step more, -2^(b-1), goes
+    to the side that needs it, as in llama.cpp's Q4_0 and AutoRound's symmetric files.  With 8-bit
+    activations: absmax / 127; fp8: absmax / 448.  Asymmetric: zeros in 1..2^b - 1, which every file
+    format can hold, so the extent is widened until at least one step lies below zero.
     """
     if scheme.flat:
-        return extent.high, None
+        return extent.magnitude, None
     if scheme.kind == "fp8":
-        return store_scale(extent.high / Float8Grid().largest), None
+        return store_scale(extent.magnitude / Float8Grid().largest), None
     top = 2**scheme.bits - 1
     if scheme.activation_bits == 8:
-        return store_scale(extent.high / (top // 2)), None
+        return store_scale(extent.magnitude / (top // 2)), None
     if scheme.symmetric:
-        return store_scale(extent.high * (2 / top)), None
+        scale = store_scale(extent.magnitude * (2 / top))
+        if scheme.bits < 8:
+            scale = torch.where(extent.high > -extent.low, -scale, scale)
+        return scale, None
     low = torch.minimum(extent.low, extent.high / (1 - top))
     scale = store_scale((extent.high - low) / top)
     return scale, torch.round(-low / scale).clamp_(1, top)
@@ -118,5 +122,5 @@ def snap_rows(weight_OI: Tensor, scheme: Scheme) -> Tensor:
     columns = weight_OI.shape[1]
     size = scheme.group_size or columns
     groups = weight_OI.reshape(weight_OI.shape[0], -1, columns if columns % size else size)
-    scale, zero = scale_and_zero(extent_of(groups, scheme), scheme)
+    scale, zero = scale_and_zero(extent_of(groups), scheme)
     return grid_of(scheme).snap(groups, scale, zero).view(weight_OI.shape)

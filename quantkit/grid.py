@@ -43,8 +43,12 @@ def unblocks(blocks_NB: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def store_scale(scale: Tensor) -> Tensor:
-    """Integer scales as every format and runtime will hold them: bfloat16 values in float32."""
-    return scale.clamp(SCALE_MIN, SCALE_MAX).to(torch.bfloat16).float()
+    """Integer scales as every format and runtime will hold them: bfloat16 values in float32.
+
+    Magnitudes are kept in SCALE_MIN..SCALE_MAX; zero becomes SCALE_MIN.
+    """
+    stored = scale.abs().clamp_(SCALE_MIN, SCALE_MAX).to(torch.bfloat16).float()
+    return torch.where(scale < 0, -stored, stored)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def both_ends(extent: Extent, factor: float) -> Extent:
 
 def clip_magnitude(extent: Extent, factor: float) -> Extent:
     """The extent of weights clipped to ± factor times their largest magnitude."""
-    limit = torch.maximum(-extent.low, extent.high) * factor
+    limit = extent.magnitude * factor
     return Extent(low=torch.maximum(extent.low, -limit), high=torch.minimum(extent.high, limit))
 
 
@@ -53,7 +53,7 @@ def search_range(
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
     for rows, groups in chunks(weight_OI, scheme):
-        full = extent_of(groups, scheme)
+        full = extent_of(groups)
         least = scale = zero = None
         for factor in factors:
             new_scale, new_zero = scale_and_zero(shrink(full, factor), scheme)

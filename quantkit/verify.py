@@ -324,8 +324,8 @@ def _value_problems(name: str, tensor: QuantizedTensor) -> Iterator[str]:
         yield f"{name}: a code below {grid.low}, the lowest that {tensor.scheme.name} has"
     if tensor.zero is not None and int(tensor.zero.max()) > grid.high:
         yield f"{name}: a zero above {grid.high}"
-    if not bool((tensor.scale.values() > 0).all()):
-        yield f"{name}: a scale is zero or negative"
+    if not bool(tensor.scale.values().all()):
+        yield f"{name}: a scale is zero"
 
 
 def _finite_problems(name: str, source: Source) -> Iterator[str]:

@@ -38,7 +38,8 @@ def plain(group: Tensor, scheme: Scheme, low: float, high: float) -> tuple[float
         return max(-low, high), None
     top = 2**scheme.bits - 1
     if scheme.symmetric:
-        return stored(2 * max(-low, high) / top), None
+        sign = -1.0 if high > -low and scheme.bits < 8 else 1.0
+        return sign * stored(2 * max(-low, high) / top), None
     low = min(low, -high / (top - 1))
     scale = stored((high - low) / top)
     return scale, float(min(max(round(-low / scale), 1), top))
@@ -211,11 +212,27 @@ def test_symmetric_scale_uses_the_whole_grid() -> None:
     assert float(scale_and_zero(extent, Scheme.parse("w8a16_row"))[0]) == stored(6 / 255)
 
 
+@pytest.mark.parametrize("low, high, sign", [(-3.0, 2.0, 1), (-2.0, 3.0, -1), (0.0, 3.0, -1)])
+def test_the_longer_side_of_a_symmetric_grid_is_where_the_largest_weight_is(
+    low: float, high: float, sign: int
+) -> None:
+    extent, scheme = Extent(low=torch.tensor([low]), high=torch.tensor([high])), "w4a16_g32"
+    scale, _ = scale_and_zero(extent, Scheme.parse(scheme))
+    assert float(scale) == sign * stored(6 / 15)
+    largest = high if high > -low else low
+    # Shrunk by a sixteenth, the range still ends at the largest weight.
+    shrunk_scale = stored(float(scale) * 15 / 16)
+    assert snap_one(largest, Scheme.parse(scheme), shrunk_scale, None) == (0, largest)
+    # At 8 bits a step more is worth nothing, and some formats hold absmax.
+    for name in ("w8a16_row", "w8a8_row"):
+        assert float(scale_and_zero(extent, Scheme.parse(name))[0]) > 0
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_asymmetric_all_positive_group_keeps_its_top(bits: int) -> None:
     """Zero 1 leaves one step below zero, and the maximum is still the highest code."""
     scheme, weight = Scheme.parse(f"w{bits}a16_g16_asym"), torch.linspace(0.0, 1.0, 16)[None]
-    scale, zero = scale_and_zero(extent_of(weight, scheme), scheme)
+    scale, zero = scale_and_zero(extent_of(weight), scheme)
     assert zero is not None and float(zero) == 1
     code, value = snap_one(1.0, scheme, float(scale), 1.0)
     assert code == 2**bits - 1

@@ -157,7 +157,7 @@ def w8a8_error(given: list[Reader], x: Tensor, scale: Tensor) -> float:
         if reader.scheme is None:
             continue
         weight = reader.weight * scale
-        extent = extent_of(weight, reader.scheme)
+        extent = extent_of(weight)
         step, _ = scale_and_zero(extent, reader.scheme)
         integers = torch.round(weight / step).clamp(-127, 127)
         for token in x:

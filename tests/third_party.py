@@ -30,7 +30,7 @@ class Tighter:
     ) -> GroupRange:
         scales, zeros = [], []
         for _, groups in chunks(weight_OI, scheme):
-            extent = both_ends(extent_of(groups, scheme), self.factor)
+            extent = both_ends(extent_of(groups), self.factor)
             scale, zero = scale_and_zero(extent, scheme)
             scales.append(scale[..., 0])
             if zero is not None:

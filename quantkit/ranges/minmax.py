@@ -32,7 +32,7 @@ class Minmax:
         scales: list[Tensor] = []
         zeros: list[Tensor] = []
         for _, groups in chunks(weight_OI, scheme):
-            scale, zero = scale_and_zero(extent_of(groups, scheme), scheme)
+            scale, zero = scale_and_zero(extent_of(groups), scheme)
             scales.append(scale[..., 0])
             if zero is not None:
                 zeros.append(zero[..., 0])

@@ -221,7 +221,7 @@ class _Rows:
             unitriangular=True,
         )
         corrected = delta.add_(self.weight[part]).t()
-        scale, zero = scale_and_zero(extent_of(corrected, self.scheme), self.scheme)
+        scale, zero = scale_and_zero(extent_of(corrected), self.scheme)
         self.scale_RG[:, group : group + 1] = scale
         if zero is not None and self.zero_RG is not None:
             self.zero_RG[:, group : group + 1] = zero

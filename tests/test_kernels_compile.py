@@ -19,6 +19,7 @@ from quantkit.loading import load
 from quantkit.nn import QuantLinear
 
 SCHEMES = ["w4a16_g32", "w4a16_g32_asym", "w8a16_row", "w8a8_row", "nf4_b64", "nf4_b64_dq"]
+SCHEMES += ["fp8a16_row", "fp8a16_g32", "fp8a8_row"]
 PROMPT = torch.arange(3, 3 + 10).view(1, 10)
 
 

@@ -23,7 +23,7 @@ from quantkit_kernels.tuning import Tile
 class Weight:
     """What the kernels read of a weight.
 
-    kind    "int4", "int8" or "nf4"
+    kind    "int4", "int8", "fp8" or "nf4"
     packed  int32 [K'/128, N', 16 or 32]
     scale   [G', N'], or with `table` its uint8 codes
     zero    uint8 [G', N'] or None (8 for int4)

@@ -99,8 +99,8 @@ def choose(problem: Problem, device: int) -> Tile | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_int8(problem: Problem, device: int) -> Tile:
-    """The tile of a product of 8-bit integers, which never decodes."""
+def choose_eight(problem: Problem, device: int) -> Tile:
+    """The tile of a product of 8-bit numbers, which never decodes."""
     entry = tuned(device).find(problem)
     if entry is not None and entry.tile is not None:
         return entry.tile
@@ -113,7 +113,7 @@ def heuristic(problem: Problem, multiprocessors: int, capability: int) -> Tile:
     `capability` is that of the GPU, as in 90.  The limits are those up to which no kernel spills
     registers when compiled (tests/test_kernels_aot.py).
     """
-    widest = 128 if problem.op == "w8a8" and capability == 90 else 64
+    widest = 128 if problem.op in ("w8a8", "fp8a8") and capability == 90 else 64
     tokens = min(widest, max(16, 1 << max(problem.tokens - 1, 0).bit_length()))
     row_tiles = -(-problem.rows // 128)
     programs = row_tiles * -(-problem.tokens // tokens)
@@ -121,7 +121,7 @@ def heuristic(problem: Problem, multiprocessors: int, capability: int) -> Tile:
     wanted = max(1, 2 * multiprocessors // max(programs, 1))
     # At least four blocks a program, or the pipeline never fills.
     split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
-    few_warps = tokens == 16 and (capability < 100 or problem.op == "w8a16")
+    few_warps = tokens == 16 and (capability < 100 or problem.op in ("w8a16", "fp8a16"))
     return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
 
 
@@ -157,7 +157,7 @@ def write_table(path: Path, table: Table) -> None:
     os.replace(partial, path)
     tuned.cache_clear()
     choose.cache_clear()
-    choose_int8.cache_clear()
+    choose_eight.cache_clear()
 
 
 def cache_path(device: str) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from quantkit.finished import refuse_unfinished
 from quantkit.format import Format, StoredWeight, format_of
 from quantkit.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.nn import QuantExperts, QuantLinear
+from quantkit.packed_experts import PackedExperts
 from quantkit.refs import Piece
 from quantkit.saving import SavedTensors, attach_quantizer_, find_module
 from quantkit.source import Source
@@ -105,9 +107,9 @@ def install_(
 ) -> None:
     """Replaces modules of a live model by quantized ones and writes the tensors folds have changed.
 
-    Both mappings go by checkpoint names; each entry is read once, block by block, so they may be
-    lazy.  `names` is the map of the model before this call.  A quantized head that was tied gets
-    unties.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
+    Both mappings go by checkpoint names; entries are read block by block, so they may be lazy: once
+    each, twice those of experts that turn out not to fit one kernel.  `names` is the map of the
+    model before this call.  A quantized head that was tied gets untied.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
     pieces = pieces_of(names)
@@ -163,7 +165,7 @@ def replace_modules_(
 
     for target in targets_of(model, names, quantized):
         if _is_fused(target):
-            new: nn.Module = _experts(target, quantized, layer, keep)
+            new: nn.Module = _experts(target, quantized, tensor, layer, keep, backend)
         else:
             new = _linear(target, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
@@ -210,17 +212,24 @@ def _linear(target: Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]
 def _experts(
     target: Target,
     quantized: frozenset[str],
+    tensor: Quantized,
     layer: _Layer,
     keep: Callable[[str, Tensor], Tensor],
+    backend: Backend,
 ) -> QuantExperts:
-    projections: dict[str, list[list[nn.Module]]] = {}
+    projections: dict[str, list[list[nn.Module]] | PackedExperts] = {}
     for leaf, pieces in target.parameters.items():
         old = target.module.get_parameter(leaf)
+        if all(piece.name in quantized for piece in pieces):
+            packed = _packed_experts(pieces, tensor, old.dtype, backend)
+            if packed is not None:
+                projections[leaf] = packed
+                continue
         kept = None
         if any(piece.name not in quantized for piece in pieces):
             kept = keep(f"{target.path}.{leaf}", old)
         experts: list[list[nn.Module]] = [[] for _ in range(old.shape[0])]
-        for piece in sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0))):
+        for piece in _in_order(pieces):
             assert piece.expert is not None
             if piece.name in quantized:
                 experts[piece.expert].append(layer(piece.name, None, old.dtype))
@@ -230,6 +239,25 @@ def _experts(
                 experts[piece.expert].append(_plain(part[slice(*(piece.rows or (0, len(part))))]))
         projections[leaf] = experts
     return QuantExperts(target.module, projections)
+
+
+def _packed_experts(
+    pieces: Sequence[Piece], tensor: Quantized, dtype: torch.dtype, backend: Backend
+) -> PackedExperts | None:
+    """All experts of a projection in one product, or None if their weights differ in kind."""
+    names: dict[int, list[str]] = {}
+    for piece in _in_order(pieces):
+        names.setdefault(piece.expert or 0, []).append(piece.name)
+    experts = iter(names.values())
+    first = [tensor(name) for name in next(experts)]
+    if PackedExperts.supported(first[0], dtype, backend) is not None:
+        return None
+    rest = ([tensor(name) for name in found] for found in experts)
+    return PackedExperts.of(itertools.chain([first], rest))
+
+
+def _in_order(pieces: Iterable[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0)))
 
 
 def _plain(weight: Tensor) -> nn.Linear:

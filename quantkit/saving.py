@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantkit.errors import ModelError
 from quantkit.format import Format, PlannedWeight
 from quantkit.nn import QuantExperts, QuantLinear
+from quantkit.packed_experts import PackedExperts
 from quantkit.refs import Piece
 from quantkit.source import Source
 
@@ -95,7 +96,13 @@ def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dic
     ModelError if a quantized layer is no longer where it was.
     """
     tensors: dict[str, Tensor] = {}
-    covered: set[int] = set()
+    # What kernels read is no tensor of the checkpoint.
+    covered: set[int] = {
+        id(buffer)
+        for module in model.modules()
+        if isinstance(module, PackedExperts)
+        for buffer in module.buffers()
+    }
     slots = _slots(saved.pieces)
     for piece in saved.pieces:
         found = _find(model, piece, slots.get(piece.name, 0))

@@ -21,13 +21,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantkit_kernels import fp8_triton, fused_triton, reduce_triton, w8a8_triton
+from quantkit_kernels import experts_triton, fp8_triton, fused_triton, reduce_triton, w8a8_triton
 
 ARCHITECTURES = (80, 89, 90, 100)
 # Shared memory one program may use, in bytes: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SIXTEEN = [["tt.divisibility", 16]]
+# Integers that are multiples of 16 when kernels run.
+_ALIGNED = ("N_PAD", "K", "K_PAD", "stride_x", "stride_packed", "stride_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,9 @@ def builds(arch: int) -> list[Build]:
     found.append(_fused("fp8", 0, "bf16", warps=4))
     found.append(_fused("fp8", 0, "bf16", tokens=64, warps=8))
     found.append(_fused("fp8", 128, "fp16", warps=4))
+    for tokens, warps in ((16, few), (64, 8)):
+        found.append(_experts(128, "bf16", tokens=tokens, warps=warps))
+    found.append(_experts(32, "bf16", warps=few, zero=True))
     found += [_decoder("int4", 128), _decoder("int8", 0), _decoder("nf4", 64), _decoder("fp8", 0)]
     for tokens, warps in ((16, few), (64, 8), (128, 8)):
         if tokens < 128 or arch == 90:
@@ -104,7 +109,7 @@ def compile_build(build: Build, arch: int) -> Compiled:
     aligned = {
         (place,): _SIXTEEN
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("N_PAD", "K", "K_PAD", "stride_x")
+        if signature[name].startswith("*") or name in _ALIGNED
     }
     source = ASTSource(
         fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=aligned
@@ -195,6 +200,37 @@ def _fused(
             "HAS_BIAS": False,
             "EVEN_K": True,
             "SPLIT": 4,
+            "BN": 128,
+            "BM": tokens,
+            "STAGES": 3,
+            "ASM": True,
+        },
+        warps=warps,
+        stages=3,
+    )
+
+
+def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool = False) -> Build:
+    names = ("S", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
+    return Build(
+        name=f"experts int4 g{group}{' asym' if zero else ''} {dtype}, 128x{tokens}, {warps} warps",
+        kernel=experts_triton.experts_kernel,
+        types={
+            "x": f"*{dtype}",
+            "source": "*i64",
+            "offsets": "*i32",
+            "packed": "*i32",
+            "scale": "*bf16",
+            "zero": "*u8",
+            "out": "*fp32",
+            **dict.fromkeys(names, "i32"),
+        },
+        constants={
+            "GROUP": group,
+            "HAS_ZERO": zero,
+            "EVEN_K": True,
+            "SPLIT": 4,
+            "E_PAD": 128,
             "BN": 128,
             "BM": tokens,
             "STAGES": 3,

@@ -22,6 +22,7 @@ from quantkit.checkpoint import open_source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import Format, StoredWeight, format_of
+from quantkit.fused import fuse_
 from quantkit.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.nn import QuantExperts, QuantLinear
 from quantkit.packed_experts import PackedExperts
@@ -44,6 +45,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    fuse: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -51,9 +53,11 @@ def load(
 
     `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
     triton (CUDA), cpu or reference (plain PyTorch); weights that have no kernel run on the
-    reference, with a warning that says why.  An unquantized checkpoint gives the plain model.
-    Raises CheckpointError for an unfinished or damaged output, FormatError for a quantized one in
-    an unknown format, BackendError for a backend that cannot run on the device.
+    reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate with up, at once
+    where they have one scheme; results and what is saved stay the same.  An unquantized checkpoint
+    gives the plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError
+    for a quantized one in an unknown format, BackendError for a backend that cannot run on the
+    device.
     """
     chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
@@ -80,6 +84,8 @@ def load(
         lambda path, old: _read(names, path, view, old),
         chosen,
     )
+    if fuse:
+        _LOG.info("%d products of projections that share an input", fuse_(model))
     _fill_(model, names, view)
     _tie_(model, names)
     if fmt is not None:
@@ -109,7 +115,8 @@ def install_(
 
     Both mappings go by checkpoint names; entries are read block by block, so they may be lazy: once
     each, twice those of experts that turn out not to fit one kernel.  `names` is the map of the
-    model before this call.  A quantized head that was tied gets untied.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
+    model before this call.  A quantized head that was tied gets untied.  Afterwards
+    `save_pretrained` writes the canonical quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
     pieces = pieces_of(names)

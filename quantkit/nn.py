@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = tensor.shape
         self.scheme: Scheme = tensor.scheme
         self.backend: Backend = backend
-        self._dtype = dtype or tensor.dtype
+        self.activation_dtype = dtype or tensor.dtype
         self._set_kernel(tensor)
         if bias is None:
             self.register_parameter("bias", None)
@@ -76,7 +76,7 @@ class QuantLinear(nn.Module):
         )
 
     def _set_kernel(self, tensor: QuantizedTensor) -> None:
-        chosen = choose_kernel(tensor, self.backend, self._dtype)
+        chosen = choose_kernel(tensor, self.backend, self.activation_dtype)
         self.kernel = chosen.kernel
         self.fallback = chosen.reason
 

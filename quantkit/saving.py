@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import ModelError
 from quantkit.format import Format, PlannedWeight
+from quantkit.fused import FusedLinear, SharedProduct
 from quantkit.nn import QuantExperts, QuantLinear
 from quantkit.packed_experts import PackedExperts
 from quantkit.refs import Piece
@@ -98,15 +99,15 @@ def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dic
     tensors: dict[str, Tensor] = {}
     # What kernels read is no tensor of the checkpoint.
     covered: set[int] = {
-        id(buffer)
+        id(tensor)
         for module in model.modules()
-        if isinstance(module, PackedExperts)
-        for buffer in module.buffers()
+        if isinstance(module, (PackedExperts, SharedProduct))
+        for tensor in (*module.buffers(), *module.parameters())
     }
     slots = _slots(saved.pieces)
     for piece in saved.pieces:
         found = _find(model, piece, slots.get(piece.name, 0))
-        if isinstance(found, QuantLinear):
+        if isinstance(found, (QuantLinear, FusedLinear)):
             weight = PlannedWeight(
                 name=piece.name,
                 module=piece.parameter.rpartition(".")[0],
@@ -148,7 +149,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | Tensor:
+def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | FusedLinear | Tensor:
     """The layer or the tensor that holds a piece; `slot` counts the pieces of one expert."""
     path, _, leaf = piece.parameter.rpartition(".")
     module = find_module(model, path)
@@ -157,7 +158,7 @@ def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | Tensor:
             module, leaf = module.linears(leaf, piece.expert)[slot], "weight"
         else:
             module = module.base
-    if isinstance(module, QuantLinear) and leaf == "weight":
+    if isinstance(module, (QuantLinear, FusedLinear)) and leaf == "weight":
         return module
     found = getattr(module, leaf, None)
     if not isinstance(found, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_loading import make_model, write_quantized
+from test_loading import CONFIGS, make_model, write_quantized
 from test_nn import make_tensor
+from transformers import AutoModelForCausalLM
 
 from quantkit.backend import check_backend, choose_kernel
 from quantkit.errors import BackendError
@@ -142,6 +144,25 @@ def test_a_compiled_model_gives_the_same_logits(model: Any) -> None:
     compiled = torch.compile(model, backend="eager", dynamic=True)
     with torch.no_grad():
         assert torch.equal(compiled(PROMPT).logits, model(PROMPT).logits)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for CPUs")
+@pytest.mark.slow
+def test_reduced_overhead_gives_the_same_logits(tmp_path: Path) -> None:
+    # One block and no cache: C++ takes seconds to compile.
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    write_quantized(plain, tmp_path / "out", "w4a16_g32", "compressed-tensors")
+    loaded = load(tmp_path / "out", fuse=True)
+    compiled = torch.compile(loaded, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        wanted = loaded(PROMPT, use_cache=False).logits
+        for _ in range(2):
+            found = compiled(PROMPT, use_cache=False).logits
+            # What inductor fuses is not rounded to bfloat16 in between.
+            assert (found - wanted).abs().max() <= 2**-6 * wanted.abs().max()
 
 
 def test_continuous_batching_gives_every_request_its_tokens(model: Any) -> None:

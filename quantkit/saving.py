@@ -57,16 +57,24 @@ class QuantkitConfig(QuantizationConfigMixin):
 class QuantkitQuantizer(HfQuantizer):
     """Lets transformers save a model whose layers are quantkit's."""
 
-    def __init__(self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors) -> None:
+    def __init__(
+        self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors, *, compileable: bool
+    ) -> None:
         super().__init__(QuantkitConfig(config))
         self.format = fmt
         self.saved = saved
+        self.compileable = compileable
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Checkpoint name -> CPU tensor of everything the model holds, and no metadata."""
         return canonical_tensors(model, self.format, self.saved), {}
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile its step, as it does for static caches on GPUs."""
+        return self.compileable
 
     def is_serializable(self) -> bool:
         """True: the checkpoint's tensors can always be written."""
@@ -82,7 +90,9 @@ def attach_quantizer_(
     model: PreTrainedModel, fmt: Format, config: Mapping[str, Any], saved: SavedTensors
 ) -> None:
     """Makes `model.save_pretrained` and `push_to_hub` write the canonical quantized checkpoint."""
-    model.hf_quantizer = QuantkitQuantizer(fmt, config, saved)
+    # Experts run one by one read the routing back, which breaks graphs at every layer.
+    loops = any(isinstance(part, QuantExperts) and not part.sorted for part in model.modules())
+    model.hf_quantizer = QuantkitQuantizer(fmt, config, saved, compileable=not loops)
     model.is_quantized = True
     model.quantization_method = "quantkit"
     model.config.quantization_config = copy.deepcopy(dict(config))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_loading import CONFIGS, make_model, write_quantized
 from test_nn import make_tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from quantkit.backend import check_backend, choose_kernel
 from quantkit.errors import BackendError
@@ -134,6 +134,23 @@ def greedy(model: Any, **options: Any) -> torch.Tensor:
 def test_a_static_cache_gives_the_same_tokens(model: Any) -> None:
     # Eager: transformers compiles the step for static caches on accelerators only.
     assert torch.equal(greedy(model, cache_implementation="static"), greedy(model))
+
+
+def test_generate_compiles_its_step_with_a_static_cache(model: Any) -> None:
+    config = CompileConfig(backend="eager", fullgraph=True)
+    # What transformers does on GPUs without being asked.
+    config._compile_all_devices = True
+    found = greedy(model, cache_implementation="static", compile_config=config)
+    assert model._last_compile_config is config
+    assert torch.equal(found, greedy(model))
+
+
+@pytest.mark.parametrize(("scheme", "compiles"), [("w4a16_g32", True), ("w8a16_row", False)])
+def test_models_whose_experts_run_one_by_one_are_not_compiled(
+    scheme: str, compiles: bool, tmp_path: Path
+) -> None:
+    write_quantized(make_model("mixtral"), tmp_path / "out", scheme, "compressed-tensors")
+    assert load(tmp_path / "out").hf_quantizer.is_compileable == compiles
 
 
 def test_assisted_decoding_with_a_quantized_draft_gives_the_same_tokens(model: Any) -> None:

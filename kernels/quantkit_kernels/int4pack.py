@@ -56,10 +56,9 @@ def matmul(x_MK: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     rows, columns = x_MK.shape
     if x_MK.dtype != torch.float32 and rows <= FEW_ROWS[isa.level()]:
         group = columns // scales.shape[0]
-        if x_MK.dtype == torch.bfloat16:
-            return _multiply(x_MK.contiguous(), packed, group, scales)
-        out: Tensor = _multiply(x_MK.to(torch.bfloat16).contiguous(), packed, group, scales)
-        return out.to(x_MK.dtype)
+        x = x_MK if x_MK.dtype == torch.bfloat16 else x_MK.to(torch.bfloat16)
+        out: Tensor = _multiply(x.contiguous(), packed, group, scales)
+        return out if x_MK.dtype == torch.bfloat16 else out.to(x_MK.dtype)
     return _tiled(x_MK, packed, scales)
 
 

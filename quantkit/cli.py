@@ -218,12 +218,16 @@ def generate(
     backend: Annotated[
         str, typer.Option("--backend", help="auto, triton, cpu or reference.")
     ] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Multiply q/k/v, and gate with up, at once.")
+    ] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.generation import generate_text
 
-    typer.echo(generate_text(path, prompt, max_new_tokens, backend=backend, device=device))
+    text = generate_text(path, prompt, max_new_tokens, backend=backend, fuse=fuse, device=device)
+    typer.echo(text)
 
 
 @app.command()

@@ -51,6 +51,8 @@ def wanted(weights: Iterable[StoredWeight], dtype: torch.dtype) -> list[Problem]
         op = None
         if scheme.kind == "nf4" and scheme.group_size == 64:
             op = "nf4"
+        elif scheme.kind == "fp8":
+            op = f"fp8a{scheme.activation_bits}"
         elif scheme.kind == "int" and scheme.bits in (4, 8):
             op = "w8a8" if scheme.activation_bits == 8 else f"w{scheme.bits}a16"
         if op is None:

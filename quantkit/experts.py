@@ -21,6 +21,10 @@ from quantkit.errors import ModelError
 IMPLEMENTATION = "quantkit"
 # (projection, expert, rows [n, I]) -> [n, O]; projections: gate_up_proj or up_proj, down_proj.
 Project = Callable[[str, int, torch.Tensor], torch.Tensor]
+# (projection, x [T, I], source [S], expert [S], offsets [E + 1]) -> [S, O]; see run_sorted_experts.
+SortedProject = Callable[
+    [str, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+]
 Routing = list[tuple[int, torch.Tensor, torch.Tensor]]
 
 
@@ -66,12 +70,7 @@ def run_experts(
     `module` gives num_experts, has_gate and the gate function; `project` multiplies.  An expert
     without tokens is not run.  Raises ModelError for norms after each expert.
     """
-    if _flag(module, "has_post_expert_norm"):
-        raise ModelError(f"{type(module).__name__}: experts with a norm of their own are unknown")
-    first = "gate_up_proj" if _flag(module, "has_gate") else "up_proj"
-    gate: Callable[[torch.Tensor], torch.Tensor] = getattr(
-        module, "_apply_gate" if _flag(module, "has_gate") else "act_fn"
-    )
+    first, gate = _gate(module)
     total_TH = torch.zeros_like(hidden_TH)
     for expert, token_n, weight_n in route(index_TK, weight_TK, _num_experts(module)):
         x_nH = mark_tokens(hidden_TH[token_n], token_n)
@@ -79,6 +78,36 @@ def run_experts(
         y_nH = project("down_proj", expert, mid_nI) * weight_n[:, None]
         total_TH.index_add_(0, token_n, y_nH.to(total_TH.dtype))
     return total_TH
+
+
+def run_sorted_experts(
+    module: nn.Module,
+    hidden_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    project: SortedProject,
+) -> torch.Tensor:
+    """Output [T, H]: what `run_experts` gives, by one product for all experts at once.
+
+    The S = T * K pairs of a token and an expert are sorted by expert: row s reads row source[s] of
+    x and belongs to expert[s]; those of expert e are offsets[e] to offsets[e + 1].  No shape
+    depends on the routing, so graphs capture it.  A token's parts are added in float32.
+    """
+    first, gate = _gate(module)
+    count, (tokens, slots) = _num_experts(module), index_TK.shape
+    device = hidden_TH.device
+    expert_S, order_S = torch.sort(index_TK.reshape(-1), stable=True)
+    edges = torch.arange(count + 1, device=device, dtype=expert_S.dtype)
+    offsets = torch.searchsorted(expert_S, edges, out_int32=True)
+    mid_SI = gate(project(first, hidden_TH, order_S // slots, expert_S, offsets))
+    every_S = torch.arange(tokens * slots, device=device)
+    y_SH = project("down_proj", mid_SI, every_S, expert_S, offsets)
+    # Numbers out of range mean "no expert": some routers pad with them.
+    known_S = (expert_S >= 0) & (expert_S < count)
+    weight_S = torch.where(known_S, weight_TK.reshape(-1)[order_S].float(), 0.0)
+    back_S = torch.empty_like(order_S).scatter_(0, order_S, every_S)
+    parts_SH = (y_SH.float() * weight_S[:, None])[back_S]
+    return parts_SH.view(tokens, slots, -1).sum(dim=1).to(hidden_TH.dtype)
 
 
 def route(index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
@@ -106,6 +135,15 @@ def mark_tokens(x_nI: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
         marked: torch.Tensor = handle_torch_function(mark_tokens, (x_nI,), x_nI, token_n)
         return marked
     return x_nI
+
+
+def _gate(module: nn.Module) -> tuple[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The first projection's name and what follows it; ModelError for norms after each expert."""
+    if _flag(module, "has_post_expert_norm"):
+        raise ModelError(f"{type(module).__name__}: experts with a norm of their own are unknown")
+    if _flag(module, "has_gate"):
+        return "gate_up_proj", getattr(module, "_apply_gate")  # noqa: B009
+    return "up_proj", getattr(module, "act_fn")  # noqa: B009
 
 
 def _num_experts(module: nn.Module) -> int:

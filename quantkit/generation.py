@@ -12,12 +12,18 @@ from quantkit.tokenizer import load_tokenizer
 
 
 def generate_text(
-    path: Path, prompt: str, max_new_tokens: int, *, backend: str = "auto", device: str = "auto"
+    path: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    backend: str = "auto",
+    fuse: bool = False,
+    device: str = "auto",
 ) -> str:
     """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(path, backend=backend, device=device)
+    model = load(path, backend=backend, fuse=fuse, device=device)
     tokenizer = load_tokenizer(FileSource(path))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     with torch.no_grad():

@@ -30,6 +30,7 @@ from quantkit.checkpoint import open_source
 from quantkit.errors import ModelError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import format_of
+from quantkit.fused import fuse_
 from quantkit.loading import (
     Target,
     check_all_used,
@@ -50,13 +51,15 @@ def hf_config(
     path: str | os.PathLike[str],
     *,
     backend: str = "auto",
+    fuse: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedConfig:
     """A config with which `from_pretrained(path, config=...)` runs on quantkit's kernels.
 
-    For every format quantkit reads; of an unquantized checkpoint it is the plain config.  What the
-    model saves is the canonical checkpoint again.  Raises what `quantkit.load` raises.
+    For every format quantkit reads; `backend` and `fuse` are those of `quantkit.load`.  Of an
+    unquantized checkpoint it is the plain config.  What the model saves is the canonical checkpoint
+    again.  Raises what `quantkit.load` raises.
     """
     check_backend(backend, "cuda" if backend == "triton" else "cpu")
     refuse_unfinished(Path(path))
@@ -76,6 +79,7 @@ def hf_config(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
         "backend": backend,
+        "fuse": fuse,
     }
     return config
 
@@ -91,6 +95,7 @@ class RuntimeConfig(QuantizationConfigMixin):
         fields: dict[str, Any],
         path: str,
         backend: str,
+        fuse: bool,
         revision: str | None,
         trust_remote_code: bool,
         quant_method: str = _METHOD,
@@ -99,6 +104,7 @@ class RuntimeConfig(QuantizationConfigMixin):
         self.fields = fields
         self.path = path
         self.backend = backend
+        self.fuse = fuse
         self.revision = revision
         self.trust_remote_code = trust_remote_code
 
@@ -172,6 +178,8 @@ class LoadingQuantizer(HfQuantizer):
             return read_parameter(self._names, path, self._view, old.dtype).to(device)
 
         replace_modules_(model, self._names, frozenset(self._stored), unpack, keep, backend)
+        if self.quantization_config.fuse:
+            fuse_(model)
         read_missing_(model, self._names, self._view)
         model.to(device)
         saved = SavedTensors(

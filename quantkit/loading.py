@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from quantkit.checkpoint import open_source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import Format, StoredWeight, format_of
+from quantkit.fused import fuse_
 from quantkit.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.nn import QuantExperts, QuantLinear
+from quantkit.packed_experts import PackedExperts
 from quantkit.refs import Piece
 from quantkit.saving import SavedTensors, attach_quantizer_, find_module
 from quantkit.source import Source
@@ -42,6 +45,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
+    fuse: bool = False,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -49,9 +53,11 @@ def load(
 
     `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
     triton (CUDA), cpu or reference (plain PyTorch); weights that have no kernel run on the
-    reference, with a warning that says why.  An unquantized checkpoint gives the plain model.
-    Raises CheckpointError for an unfinished or damaged output, FormatError for a quantized one in
-    an unknown format, BackendError for a backend that cannot run on the device.
+    reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate with up, at once
+    where they have one scheme; results and what is saved stay the same.  An unquantized checkpoint
+    gives the plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError
+    for a quantized one in an unknown format, BackendError for a backend that cannot run on the
+    device.
     """
     chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
@@ -78,6 +84,8 @@ def load(
         lambda path, old: _read(names, path, view, old),
         chosen,
     )
+    if fuse:
+        _LOG.info("%d products of projections that share an input", fuse_(model))
     _fill_(model, names, view)
     _tie_(model, names)
     if fmt is not None:
@@ -105,9 +113,10 @@ def install_(
 ) -> None:
     """Replaces modules of a live model by quantized ones and writes the tensors folds have changed.
 
-    Both mappings go by checkpoint names; each entry is read once, block by block, so they may be
-    lazy.  `names` is the map of the model before this call.  A quantized head that was tied gets
-    unties.  Afterwards `save_pretrained` writes the canonical quantized checkpoint.
+    Both mappings go by checkpoint names; entries are read block by block, so they may be lazy: once
+    each, twice those of experts that turn out not to fit one kernel.  `names` is the map of the
+    model before this call.  A quantized head that was tied gets untied.  Afterwards
+    `save_pretrained` writes the canonical quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
     pieces = pieces_of(names)
@@ -163,7 +172,7 @@ def replace_modules_(
 
     for target in targets_of(model, names, quantized):
         if _is_fused(target):
-            new: nn.Module = _experts(target, quantized, layer, keep)
+            new: nn.Module = _experts(target, quantized, tensor, layer, keep, backend)
         else:
             new = _linear(target, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
@@ -210,17 +219,24 @@ def _linear(target: Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]
 def _experts(
     target: Target,
     quantized: frozenset[str],
+    tensor: Quantized,
     layer: _Layer,
     keep: Callable[[str, Tensor], Tensor],
+    backend: Backend,
 ) -> QuantExperts:
-    projections: dict[str, list[list[nn.Module]]] = {}
+    projections: dict[str, list[list[nn.Module]] | PackedExperts] = {}
     for leaf, pieces in target.parameters.items():
         old = target.module.get_parameter(leaf)
+        if all(piece.name in quantized for piece in pieces):
+            packed = _packed_experts(pieces, tensor, old.dtype, backend)
+            if packed is not None:
+                projections[leaf] = packed
+                continue
         kept = None
         if any(piece.name not in quantized for piece in pieces):
             kept = keep(f"{target.path}.{leaf}", old)
         experts: list[list[nn.Module]] = [[] for _ in range(old.shape[0])]
-        for piece in sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0))):
+        for piece in _in_order(pieces):
             assert piece.expert is not None
             if piece.name in quantized:
                 experts[piece.expert].append(layer(piece.name, None, old.dtype))
@@ -230,6 +246,25 @@ def _experts(
                 experts[piece.expert].append(_plain(part[slice(*(piece.rows or (0, len(part))))]))
         projections[leaf] = experts
     return QuantExperts(target.module, projections)
+
+
+def _packed_experts(
+    pieces: Sequence[Piece], tensor: Quantized, dtype: torch.dtype, backend: Backend
+) -> PackedExperts | None:
+    """All experts of a projection in one product, or None if their weights differ in kind."""
+    names: dict[int, list[str]] = {}
+    for piece in _in_order(pieces):
+        names.setdefault(piece.expert or 0, []).append(piece.name)
+    experts = iter(names.values())
+    first = [tensor(name) for name in next(experts)]
+    if PackedExperts.supported(first[0], dtype, backend) is not None:
+        return None
+    rest = ([tensor(name) for name in found] for found in experts)
+    return PackedExperts.of(itertools.chain([first], rest))
+
+
+def _in_order(pieces: Iterable[Piece]) -> list[Piece]:
+    return sorted(pieces, key=lambda piece: (piece.expert or 0, piece.rows or (0, 0)))
 
 
 def _plain(weight: Tensor) -> nn.Linear:

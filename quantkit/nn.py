@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from quantkit.activations import fake_quantize_activation, quantize_activation
 from quantkit.backend import Backend, WeightKernel, choose_kernel, moved
-from quantkit.experts import run_experts
+from quantkit.experts import run_experts, run_sorted_experts
+from quantkit.packed_experts import PackedExperts
 from quantkit.reference import int8_matmul
 from quantkit.scheme import Scheme
 from quantkit.tensor import QuantizedTensor
@@ -51,7 +52,7 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = tensor.shape
         self.scheme: Scheme = tensor.scheme
         self.backend: Backend = backend
-        self._dtype = dtype or tensor.dtype
+        self.activation_dtype = dtype or tensor.dtype
         self._set_kernel(tensor)
         if bias is None:
             self.register_parameter("bias", None)
@@ -75,7 +76,7 @@ class QuantLinear(nn.Module):
         )
 
     def _set_kernel(self, tensor: QuantizedTensor) -> None:
-        chosen = choose_kernel(tensor, self.backend, self._dtype)
+        chosen = choose_kernel(tensor, self.backend, self.activation_dtype)
         self.kernel = chosen.kernel
         self.fallback = chosen.reason
 
@@ -91,36 +92,62 @@ class QuantLinear(nn.Module):
 
 
 class QuantExperts(nn.Module):
-    """A fused experts layer whose projections are quantized, one expert at a time.
+    """A fused experts layer whose projections are quantized.
 
     `base` is transformers' experts module without the projections replaced here: it gives the gate
-    function, biases and whatever stays fused.  `projections[name][expert]` are the linears that
-    fill that expert's rows of the fused parameter, in order (gate, then up).
+    function, biases and whatever stays fused.  A projection is either packed, all experts in one
+    product, or `projections[name][expert]` are the linears that fill that expert's rows of the
+    fused parameter, in order (gate, then up).  All packed: no loop over experts, no shape that
+    depends on the routing.
     """
 
-    def __init__(self, base: nn.Module, projections: Mapping[str, Sequence[Sequence[nn.Module]]]):
+    def __init__(
+        self,
+        base: nn.Module,
+        projections: Mapping[str, Sequence[Sequence[nn.Module]] | PackedExperts],
+    ) -> None:
         super().__init__()
         for name in projections:
             base.register_parameter(name, None)
         self.base = base
         self.projections = nn.ModuleDict(
             {
-                name: nn.ModuleList(nn.ModuleList(pieces) for pieces in experts)
+                name: experts
+                if isinstance(experts, PackedExperts)
+                else nn.ModuleList(nn.ModuleList(pieces) for pieces in experts)
                 for name, experts in projections.items()
             }
         )
+        packed = [part for part in self.projections.values() if isinstance(part, PackedExperts)]
+        self.sorted = len(packed) == 2
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Output [T, H], each expert on the tokens routed to it."""
+        if self.sorted:
+            return run_sorted_experts(
+                self.base, hidden_TH, index_TK, weight_TK, self._project_sorted
+            )
         return run_experts(self.base, hidden_TH, index_TK, weight_TK, self._project)
 
     def linears(self, name: str, expert: int) -> Sequence[nn.Module]:
-        """The QuantLinear or nn.Linear pieces of one expert's projection."""
+        """The QuantLinear or nn.Linear pieces of one expert's projection; copies of packed ones."""
         experts = self.projections[name]
+        if isinstance(experts, PackedExperts):
+            count = len(experts.pieces)
+            return [QuantLinear(experts.tensor(expert, piece)) for piece in range(count)]
         assert isinstance(experts, nn.ModuleList)
         pieces = experts[expert]
         assert isinstance(pieces, nn.ModuleList)
         return list(pieces)
+
+    def _project_sorted(
+        self, name: str, x: Tensor, source_S: Tensor, expert_S: Tensor, offsets: Tensor
+    ) -> Tensor:
+        out: Tensor = self.projections[name](x, source_S, offsets)
+        if not getattr(self.base, "has_bias", False):
+            return out
+        bias_EO = self.base.get_parameter(f"{name}_bias")
+        return out + bias_EO[expert_S.clamp(0, len(bias_EO) - 1)]
 
     def _project(self, name: str, expert: int, x_nI: Tensor) -> Tensor:
         biased = getattr(self.base, "has_bias", False)

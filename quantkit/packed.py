@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from quantkit_kernels import nf4, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16
 from quantkit_kernels.device import Device
 from torch import Tensor
 
@@ -173,6 +173,63 @@ class Int8ActivationKernel(PackedKernel):
         return out
 
 
+class Float8Kernel(PackedKernel):
+    """e4m3 weights on `quantkit::fp8a16`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = fp8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return fp8a16.supported(group_size=tensor.scheme.group_size, dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return fp8a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.fp8a16(
+            x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
+        )
+        return out
+
+
+class Float8ActivationKernel(PackedKernel):
+    """e4m3 weights and activations on `quantkit::fp8a8`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        packed, scale = fp8a8.pack(tensor.codes, tensor.scale.values().view(-1))
+        self.register_buffer("packed", packed)
+        self.register_buffer("kernel_scale", scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return fp8a8.supported(dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return fp8a8.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.fp8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
+        return out
+
+
 class Nf4Kernel(PackedKernel):
     """NF4 weights on `quantkit::nf4`; nested scales are decoded by the kernel."""
 
@@ -222,8 +279,11 @@ def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
     scheme = tensor.scheme
     if scheme.kind == "nf4":
         return Nf4Kernel
-    if scheme.kind != "int" or not isinstance(tensor.scale, PlainScale):
+    if scheme.kind not in ("int", "fp8") or not isinstance(tensor.scale, PlainScale):
         return None
-    if scheme.activation_bits == 8:
+    eight = scheme.activation_bits == 8
+    if scheme.kind == "fp8":
+        return Float8ActivationKernel if eight else Float8Kernel
+    if eight:
         return Int8ActivationKernel
     return {4: Int4Kernel, 8: Int8Kernel}.get(scheme.bits)

@@ -19,7 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import ModelError
 from quantkit.format import Format, PlannedWeight
+from quantkit.fused import FusedLinear, SharedProduct
 from quantkit.nn import QuantExperts, QuantLinear
+from quantkit.packed_experts import PackedExperts
 from quantkit.refs import Piece
 from quantkit.source import Source
 
@@ -55,16 +57,24 @@ class QuantkitConfig(QuantizationConfigMixin):
 class QuantkitQuantizer(HfQuantizer):
     """Lets transformers save a model whose layers are quantkit's."""
 
-    def __init__(self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors) -> None:
+    def __init__(
+        self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors, *, compileable: bool
+    ) -> None:
         super().__init__(QuantkitConfig(config))
         self.format = fmt
         self.saved = saved
+        self.compileable = compileable
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Checkpoint name -> CPU tensor of everything the model holds, and no metadata."""
         return canonical_tensors(model, self.format, self.saved), {}
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile its step, as it does for static caches on GPUs."""
+        return self.compileable
 
     def is_serializable(self) -> bool:
         """True: the checkpoint's tensors can always be written."""
@@ -80,7 +90,9 @@ def attach_quantizer_(
     model: PreTrainedModel, fmt: Format, config: Mapping[str, Any], saved: SavedTensors
 ) -> None:
     """Makes `model.save_pretrained` and `push_to_hub` write the canonical quantized checkpoint."""
-    model.hf_quantizer = QuantkitQuantizer(fmt, config, saved)
+    # Experts run one by one read the routing back, which breaks graphs at every layer.
+    loops = any(isinstance(part, QuantExperts) and not part.sorted for part in model.modules())
+    model.hf_quantizer = QuantkitQuantizer(fmt, config, saved, compileable=not loops)
     model.is_quantized = True
     model.quantization_method = "quantkit"
     model.config.quantization_config = copy.deepcopy(dict(config))
@@ -95,11 +107,17 @@ def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dic
     ModelError if a quantized layer is no longer where it was.
     """
     tensors: dict[str, Tensor] = {}
-    covered: set[int] = set()
+    # What kernels read is no tensor of the checkpoint.
+    covered: set[int] = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, (PackedExperts, SharedProduct))
+        for tensor in (*module.buffers(), *module.parameters())
+    }
     slots = _slots(saved.pieces)
     for piece in saved.pieces:
         found = _find(model, piece, slots.get(piece.name, 0))
-        if isinstance(found, QuantLinear):
+        if isinstance(found, (QuantLinear, FusedLinear)):
             weight = PlannedWeight(
                 name=piece.name,
                 module=piece.parameter.rpartition(".")[0],
@@ -141,7 +159,7 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | Tensor:
+def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | FusedLinear | Tensor:
     """The layer or the tensor that holds a piece; `slot` counts the pieces of one expert."""
     path, _, leaf = piece.parameter.rpartition(".")
     module = find_module(model, path)
@@ -150,7 +168,7 @@ def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | Tensor:
             module, leaf = module.linears(leaf, piece.expert)[slot], "weight"
         else:
             module = module.base
-    if isinstance(module, QuantLinear) and leaf == "weight":
+    if isinstance(module, (QuantLinear, FusedLinear)) and leaf == "weight":
         return module
     found = getattr(module, leaf, None)
     if not isinstance(found, Tensor):

@@ -26,6 +26,20 @@ def int_weight(
     return codes, scale, zero
 
 
+def float8_weight(
+    shape: tuple[int, int], group: int | None, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [N, K] of e4m3, scales [N, G] that bfloat16 holds, and the weight in float64."""
+    rows, columns = shape
+    groups = columns // (group or columns)
+    draw = generator(seed)
+    codes = torch.randint(0, 256, shape, generator=draw, dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x7E
+    scale = (torch.rand(rows, groups, generator=draw) * 0.02 + 0.01).bfloat16().float()
+    numbers = codes.view(torch.float8_e4m3fn).double()
+    return codes, scale, numbers * scale.double().repeat_interleave(columns // groups, dim=1)
+
+
 def decoded(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int = 4) -> Tensor:
     """The weight in float64, straight from the definition."""
     per_group = codes.shape[1] // scale.shape[1]

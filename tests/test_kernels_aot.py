@@ -78,23 +78,29 @@ def of_hopper(compiled: list[dict[str, Any]], *starts: str) -> list[dict[str, An
 
 
 def test_hopper_uses_its_warpgroup_instructions(compiled: list[dict[str, Any]]) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "nf4"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "experts"):
         assert count(row, "HGMMA") >= 8 and not count(row, "HMMA"), row["name"]
     for row in of_hopper(compiled, "w8a8"):
         assert count(row, "IGMMA") >= 4 and not count(row, "IMMA"), row["name"]
+    for row in of_hopper(compiled, "fp8a8"):
+        # Sums that leave the tensor core after each block; without that it would be HMMA.
+        assert count(row, "QGMMA") >= 4 and not count(row, "HMMA"), row["name"]
+        assert count(row, "FADD") >= 16, row["name"]
 
 
 def test_weights_are_decoded_without_conversions_or_shuffles(
     compiled: list[dict[str, Any]],
 ) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "nf4", "decode"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "decode"):
         assert not count(row, "I2F"), row["name"]
-    for row in of_hopper(compiled, "int4 g128", "int4 g64", "int4 row", "int8", "nf4"):
+    for row in of_hopper(
+        compiled, "int4 g128", "int4 g64", "int4 row", "int8", "fp8 ", "nf4", "experts int4 g128"
+    ):
         assert not count(row, "LDSM"), row["name"]
 
 
 def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "nf4", "w8a8"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8", "nf4", "w8a8", "experts"):
         assert count(row, "LDGSTS.E.BYPASS.128") >= 12, row["name"]
     for row in of_hopper(compiled, "decode"):
         assert count(row, "LDG.E.EF.128"), row["name"]
@@ -104,7 +110,9 @@ def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled: list[dict[str, Any
     ("start", "most"),
     [
         ("int4 g128 bf16, 128x16", 350),
+        ("experts int4 g128 bf16, 128x16", 350),
         ("int8 row bf16, 128x16", 450),
+        ("fp8 row bf16, 128x16", 520),
         ("nf4 g64 bf16, 128x16", 750),
     ],
 )

@@ -125,6 +125,19 @@ def test_int8_gives_signed_bytes(words: Words, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DTYPES)
+def test_fp8_gives_e4m3_numbers(words: Words, name: str) -> None:
+    outputs = run(asm.fp8(name), words)
+    assert sorted(outputs) == list(range(4))
+    for place, bits in outputs.items():
+        codes = torch.from_numpy((words >> np.uint32(8 * place) & 0xFF).astype(np.uint8))
+        numbers = codes.view(torch.float8_e4m3fn).double().numpy()
+        found = as_float(bits, DTYPES[name])
+        there = ~np.isnan(numbers)
+        assert (found[there] == numbers[there]).all()
+        assert (np.signbit(found) == (codes.numpy() > 127)).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
 def test_the_table_gives_the_codebook_in_order(words: Words, name: str) -> None:
     pattern = asm.bf16_bits if name == "bf16" else asm.f16_bits
     outputs = run(asm.table4([pattern(value) for value in NF4]), words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_loading import make_model, write_quantized
+from test_loading import CONFIGS, make_model, write_quantized
 from test_nn import make_tensor
+from transformers import AutoModelForCausalLM, CompileConfig
 
 from quantkit.backend import check_backend, choose_kernel
 from quantkit.errors import BackendError
@@ -19,6 +21,7 @@ from quantkit.loading import load
 from quantkit.nn import QuantLinear
 
 SCHEMES = ["w4a16_g32", "w4a16_g32_asym", "w8a16_row", "w8a8_row", "nf4_b64", "nf4_b64_dq"]
+SCHEMES += ["fp8a16_row", "fp8a16_g32", "fp8a8_row"]
 PROMPT = torch.arange(3, 3 + 10).view(1, 10)
 
 
@@ -133,6 +136,23 @@ def test_a_static_cache_gives_the_same_tokens(model: Any) -> None:
     assert torch.equal(greedy(model, cache_implementation="static"), greedy(model))
 
 
+def test_generate_compiles_its_step_with_a_static_cache(model: Any) -> None:
+    config = CompileConfig(backend="eager", fullgraph=True)
+    # What transformers does on GPUs without being asked.
+    config._compile_all_devices = True
+    found = greedy(model, cache_implementation="static", compile_config=config)
+    assert model._last_compile_config is config
+    assert torch.equal(found, greedy(model))
+
+
+@pytest.mark.parametrize(("scheme", "compiles"), [("w4a16_g32", True), ("w8a16_row", False)])
+def test_models_whose_experts_run_one_by_one_are_not_compiled(
+    scheme: str, compiles: bool, tmp_path: Path
+) -> None:
+    write_quantized(make_model("mixtral"), tmp_path / "out", scheme, "compressed-tensors")
+    assert load(tmp_path / "out").hf_quantizer.is_compileable == compiles
+
+
 def test_assisted_decoding_with_a_quantized_draft_gives_the_same_tokens(model: Any) -> None:
     assert torch.equal(greedy(model, assistant_model=model), greedy(model))
 
@@ -141,6 +161,25 @@ def test_a_compiled_model_gives_the_same_logits(model: Any) -> None:
     compiled = torch.compile(model, backend="eager", dynamic=True)
     with torch.no_grad():
         assert torch.equal(compiled(PROMPT).logits, model(PROMPT).logits)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for CPUs")
+@pytest.mark.slow
+def test_reduced_overhead_gives_the_same_logits(tmp_path: Path) -> None:
+    # One block and no cache: C++ takes seconds to compile.
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    write_quantized(plain, tmp_path / "out", "w4a16_g32", "compressed-tensors")
+    loaded = load(tmp_path / "out", fuse=True)
+    compiled = torch.compile(loaded, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        wanted = loaded(PROMPT, use_cache=False).logits
+        for _ in range(2):
+            found = compiled(PROMPT, use_cache=False).logits
+            # What inductor fuses is not rounded to bfloat16 in between.
+            assert (found - wanted).abs().max() <= 2**-6 * wanted.abs().max()
 
 
 def test_continuous_batching_gives_every_request_its_tokens(model: Any) -> None:

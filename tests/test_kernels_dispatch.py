@@ -9,7 +9,7 @@ from typing import Any
 import kernel_cases as cases
 import pytest
 import torch
-from quantkit_kernels import nf4, tuning, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, nf4, tuning, w4a16, w8a8, w8a16
 from quantkit_kernels.tuning import Problem, Tile
 
 TILE = Tile(rows=64, tokens=16, split=2, warps=4, stages=2)
@@ -26,10 +26,10 @@ def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
 
     def choose(problem: Problem, device: int | None) -> Tile | None:
         problems.append(problem)
-        return request.param or (TILE if problem.op == "w8a8" else None)
+        return request.param or (TILE if problem.op in ("w8a8", "fp8a8") else None)
 
     monkeypatch.setattr(tuning, "choose", choose)
-    monkeypatch.setattr(tuning, "choose_int8", choose)
+    monkeypatch.setattr(tuning, "choose_eight", choose)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     for name in ("matmul", "dequantize"):
         plain = functools.partial(getattr(fused_triton, name), use_asm=False)
@@ -71,6 +71,26 @@ def test_int8(asked: list[Problem]) -> None:
         cases.decoded(codes, scale, None, bits=8),
         asked,
     )
+
+
+def test_fp8(asked: list[Problem]) -> None:
+    codes, scale, weight = cases.float8_weight((ROWS, COLUMNS), None)
+    packed = fp8a16.pack(codes, scale, None, "triton")
+    check(
+        lambda x, bias: fp8a16._cuda(x, packed.packed, packed.scale, bias, 0, ROWS), weight, asked
+    )
+    assert asked[0].op == "fp8a16"
+
+
+def test_fp8_activations(asked: list[Problem]) -> None:
+    codes, scale, _ = cases.float8_weight((ROWS, COLUMNS), None)
+    weight, padded = fp8a8.pack(codes, scale.view(-1))
+    x, bias = cases.activations((2, 3, COLUMNS), torch.float16), torch.randn(ROWS)
+    found = fp8a8._cuda(x, weight, padded, bias, ROWS)
+    wanted = fp8a8.reference(x.float(), weight, padded, bias, ROWS)
+    assert cases.relative_error(found, wanted.double()) < 2**-11
+    assert asked[0].op == "fp8a8" and asked[0].tokens == 6
+    assert fp8a8._cuda(x[:0], weight, padded, None, ROWS).shape == (0, 3, ROWS)
 
 
 def test_nf4(asked: list[Problem]) -> None:

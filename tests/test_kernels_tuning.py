@@ -110,10 +110,12 @@ def test_a_checkpoints_shapes_are_tuned_once_each(tmp_path: Path) -> None:
         stored("b", "w4a16_g128", (256, 128)),
         stored("c", "w8a8_row", (256, 128)),
         stored("d", "w3a16_g128", (256, 128)),
+        stored("e", "fp8a8_row", (256, 128)),
+        stored("f", "fp8a16_row", (256, 128)),
     ]
     problems = wanted(weights, torch.bfloat16)
-    assert len(problems) == 2 * len(tuning.BUCKETS)
-    assert {problem.op for problem in problems} == {"w4a16", "w8a8"}
+    assert len(problems) == 4 * len(tuning.BUCKETS)
+    assert {problem.op for problem in problems} == {"w4a16", "w8a8", "fp8a8", "fp8a16"}
     path = tmp_path / "gpu.json"
     done = tune_shapes(
         problems, lambda problem: Entry(problem=problem, tile=TILE, microseconds=3.0), path

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quantkit_kernels import isa, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, isa, nf4, w4a16, w8a8, w8a16
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -77,6 +77,9 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     int8 = w8a16.pack(eight, scale[:, :1], None, "cpu")
     both = w8a8.pack(eight, scale[:, 0])
     normal = nf4.pack(four, torch.rand(rows, columns // nf4.BLOCK, generator=draw), "cpu")
+    floats = torch.where((eight & 0x7F) == 0x7F, eight - 1, eight)
+    float8 = fp8a16.pack(floats, scale[:, :1], None, "cpu")
+    floats8 = fp8a8.pack(floats, scale[:, 0])
     nothing = (None, None, None)
     ops = torch.ops.quantkit
     return {
@@ -85,6 +88,8 @@ def products(rows: int, columns: int) -> dict[str, Product]:
         "w4a16": lambda x: ops.w4a16(x, int4.packed, int4.scale, None, None, 128, rows),
         "w8a16": lambda x: ops.w8a16(x, int8.packed, int8.scale, None, 0, rows),
         "w8a8": lambda x: ops.w8a8(x, *both, None, rows),
+        "fp8a16": lambda x: ops.fp8a16(x, float8.packed, float8.scale, None, 0, rows),
+        "fp8a8": lambda x: ops.fp8a8(x, *floats8, None, rows),
         "nf4": lambda x: ops.nf4(x, normal.packed, normal.scale, *nothing, None, rows),
     }
 

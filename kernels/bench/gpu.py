@@ -60,17 +60,19 @@ def main() -> None:
     sizes: Sequence[tuple[int, int]] = SHAPES[1:3] if few else SHAPES
     counts = (1, 16, 64, 256) if few else TOKENS
     if chosen.self_test:
-        sizes, counts = small, (1, 17)
+        sizes, counts = small, (1,)
     report["roofline"] = roofline(device, clock)
     report["speed"] = []
     for row in speed(sizes, counts, device, clock, report["roofline"]):
         report["speed"].append(row)
         write(chosen.json, report)
-    if not chosen.no_decode and not chosen.self_test:
+    if not chosen.no_decode:
         import decode
 
         report["decode"] = []
-        for row in decode.rows(device):
+        config = decode.TINY if chosen.self_test else decode.EIGHT_BILLION
+        length = decode.Length(prompt=4, new=2, repeats=1) if chosen.self_test else decode.Length()
+        for row in decode.rows(device, config, length):
             report["decode"].append(row)
             write(chosen.json, report)
             print(row, flush=True)
@@ -80,11 +82,11 @@ def correctness(
     sizes: Sequence[tuple[int, int]], counts: Sequence[int], device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """One row per scheme, shape, dtype and row count: the largest error over the largest output."""
-    for scheme in shapes.SCHEMES:
+    for scheme in (*shapes.schemes(device), "w4a16_experts"):
         for rows, columns in sizes:
             if "g128" in scheme and columns % 128:
                 continue
-            sample = shapes.make(scheme, (rows, columns), device, seed=rows)
+            sample = _sample(scheme, (rows, columns), device, seed=rows)
             for dtype in (torch.bfloat16, torch.float16):
                 for tokens in counts:
                     x = torch.randn(tokens, columns, device=device).to(dtype)
@@ -97,6 +99,12 @@ def correctness(
                         "tokens": tokens,
                         "error": float((found - wanted).abs().max() / wanted.abs().max()),
                     }
+
+
+def _sample(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -> shapes.Sample:
+    if scheme == "w4a16_experts":
+        return shapes.experts(shape, device, seed)
+    return shapes.make(scheme, shape, device, seed)
 
 
 def roofline(device: torch.device, clock: measure.Measure) -> dict[str, float]:
@@ -131,8 +139,8 @@ def speed(
             bf16 = clock([_linear(x, weight) for weight in plain])
             yield _row("bf16", rows, columns, tokens, bf16, 2 * rows * columns, bf16, roof)
             del plain
-            for scheme in shapes.SCHEMES:
-                if columns % 128 and not scheme.startswith(("nf4", "w8a8", "w4a16_row")):
+            for scheme in shapes.schemes(device):
+                if columns % 128 and not scheme.startswith(("nf4", "w8a8", "fp8a8", "w4a16_row")):
                     continue
                 first = shapes.make(scheme, (rows, columns), device, seed=0)
                 count = _copies(first.nbytes, device)

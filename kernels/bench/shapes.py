@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantkit_kernels import nf4, tuning, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, nf4, tuning, w4a16, w4a16_experts, w8a8, w8a16
 from quantkit_kernels.codebook import NF4
 from torch import Tensor
 
 SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g64", "w4a16_g32", "w4a16_row")
 SCHEMES += ("w8a16_row", "w8a16_g128", "w8a8_row", "nf4_b64", "nf4_b64_dq")
+SCHEMES += ("fp8a16_row", "fp8a16_g128", "fp8a8_row")
+# Experts of `w4a16_experts`, and how many each token goes to.
+EXPERTS, CHOSEN = 8, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,7 @@ class Sample:
     """A weight [N, K] under one scheme.
 
     multiply  x [M, K] -> [M, N], by the op
-    exact     the same in float64 from the definition; with w8a8, of quantized activations
+    exact     the same in float64 from the definition; with a8, of quantized activations
     nbytes    what the op reads of the weight
     """
 
@@ -29,9 +32,18 @@ class Sample:
     nbytes: int
 
 
+def schemes(device: torch.device) -> tuple[str, ...]:
+    """Those that a device can run."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return tuple(name for name in SCHEMES if name != "fp8a8_row")
+    return SCHEMES
+
+
 def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -> Sample:
     """A random weight of shape (N, K) on a device."""
     draw = torch.Generator(device=device).manual_seed(seed)
+    if scheme.startswith("fp8"):
+        return _fp8(scheme, shape, device, draw)
     if scheme.startswith("nf4"):
         return _nf4(scheme.endswith("dq"), shape, device, draw)
     bits = int(scheme[1])
@@ -125,6 +137,94 @@ def _tile(x: Tensor, shape: tuple[int, int], group: int) -> tuning.Tile:
         tokens=x.shape[0],
     )
     return tuning.heuristic(problem, 132, 90)
+
+
+def _fp8(
+    scheme: str, shape: tuple[int, int], device: torch.device, draw: torch.Generator
+) -> Sample:
+    group = None if scheme.endswith("row") else int(scheme.split("_g")[1])
+    codes = torch.randint(0, 256, shape, generator=draw, device=device, dtype=torch.uint8)
+    # The two codes that are no numbers.
+    codes[(codes & 0x7F) == 0x7F] = 0
+    groups = 1 if group is None else shape[1] // group
+    scale = torch.rand(shape[0], groups, generator=draw, device=device) * 0.01 + 0.005
+    scale = scale.bfloat16().float()
+
+    def weight() -> Tensor:
+        wide = scale.double().repeat_interleave(shape[1] // groups, 1)
+        return codes.view(torch.float8_e4m3fn).double() * wide
+
+    if scheme.startswith("fp8a16"):
+        packed = fp8a16.pack(codes, scale, group, "triton")
+        size, words, stored = packed.group_size, packed.packed, packed.scale
+        return Sample(
+            multiply=_multiply(
+                lambda x: torch.ops.quantkit.fp8a16(x, words, stored, None, size, shape[0]),
+                {"kind": "fp8", "packed": words, "scale": stored, "zero": None, "group": size},
+                shape,
+            ),
+            exact=lambda x: x.double() @ weight().t(),
+            nbytes=words.nbytes + stored.nbytes,
+        )
+    both, padded = fp8a8.pack(codes, scale.view(-1))
+
+    def exact(x: Tensor) -> Tensor:
+        numbers, x_scale = fp8a8.quantize_rows(x)
+        return (numbers.double() * x_scale.double()) @ weight().t()
+
+    def multiply(x: Tensor) -> Tensor:
+        if device.type == "cuda":
+            found: Tensor = torch.ops.quantkit.fp8a8(x, both, padded, None, shape[0])
+            return found
+        from quantkit_kernels import fp8_triton
+
+        return fp8_triton.matmul(x, both, padded, None, shape[0], _tile(x, shape, 0))
+
+    return Sample(multiply=multiply, exact=exact, nbytes=both.nbytes + padded.nbytes)
+
+
+def experts(shape: tuple[int, int], device: torch.device, seed: int) -> Sample:
+    """Random 4-bit weights of EXPERTS experts; `multiply` gives CHOSEN rows for each row of x."""
+    draw = torch.Generator(device=device).manual_seed(seed)
+    size = (EXPERTS, *shape)
+    codes = torch.randint(0, 16, size, generator=draw, device=device, dtype=torch.uint8)
+    groups = shape[1] // 64
+    scale = torch.rand(EXPERTS, shape[0], groups, generator=draw, device=device) * 0.01 + 0.005
+    scale = scale.bfloat16().float()
+    stacked = w4a16_experts.stack(
+        w4a16.pack(codes[expert], scale[expert], None, 64, "triton") for expert in range(EXPERTS)
+    )
+    parts = (stacked.packed, stacked.scale, None, 64, shape[0])
+
+    def route(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(source, expert, offsets) of every row; the last expert gets none."""
+        index = torch.arange(CHOSEN * tokens, device=device) % (EXPERTS - 1)
+        expert, order = torch.sort(index, stable=True)
+        edges = torch.arange(EXPERTS + 1, device=device)
+        return order // CHOSEN, expert, torch.searchsorted(expert, edges, out_int32=True)
+
+    def exact(x: Tensor) -> Tensor:
+        source, expert, _ = route(x.shape[0])
+        out = torch.empty(len(source), shape[0], dtype=torch.float64, device=device)
+        for number in range(EXPERTS):
+            wide = scale[number].double().repeat_interleave(64, 1)
+            weight = (codes[number].double() - 8) * wide
+            out[expert == number] = x[source[expert == number]].double() @ weight.t()
+        return out
+
+    def multiply(x: Tensor) -> Tensor:
+        source, _, offsets = route(x.shape[0])
+        if device.type == "cuda":
+            found: Tensor = torch.ops.quantkit.w4a16_experts(x, source, offsets, *parts)
+            return found
+        from quantkit_kernels import experts_triton
+
+        tile = _tile(x, shape, 64)
+        return experts_triton.matmul(x, source, offsets, *parts, tile, use_asm=False)
+
+    return Sample(
+        multiply=multiply, exact=exact, nbytes=stacked.packed.nbytes + stacked.scale.nbytes
+    )
 
 
 def _nf4(

@@ -21,13 +21,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantkit_kernels import fused_triton, reduce_triton, w8a8_triton
+from quantkit_kernels import experts_triton, fp8_triton, fused_triton, reduce_triton, w8a8_triton
 
 ARCHITECTURES = (80, 89, 90, 100)
 # Shared memory one program may use, in bytes: CUDA C++ programming guide, technical specifications.
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SIXTEEN = [["tt.divisibility", 16]]
+# Integers that are multiples of 16 when kernels run.
+_ALIGNED = ("N_PAD", "K", "K_PAD", "stride_x", "stride_packed", "stride_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +79,23 @@ def builds(arch: int) -> list[Build]:
     found.append(_fused("nf4", 64, "bf16", warps=few))
     found.append(_fused("nf4", 64, "bf16", warps=few, nested=True))
     found.append(_fused("nf4", 64, "bf16", tokens=64, warps=8))
-    found += [_decoder("int4", 128), _decoder("int8", 0), _decoder("nf4", 64)]
+    found.append(_fused("fp8", 0, "bf16", warps=4))
+    found.append(_fused("fp8", 0, "bf16", tokens=64, warps=8))
+    found.append(_fused("fp8", 128, "fp16", warps=4))
+    for tokens, warps in ((16, few), (64, 8)):
+        found.append(_experts(128, "bf16", tokens=tokens, warps=warps))
+    found.append(_experts(32, "bf16", warps=few, zero=True))
+    found += [_decoder("int4", 128), _decoder("int8", 0), _decoder("nf4", 64), _decoder("fp8", 0)]
     for tokens, warps in ((16, few), (64, 8), (128, 8)):
         if tokens < 128 or arch == 90:
-            found.append(_int8(tokens, warps))
-    found.append(_quantizer())
+            found.append(_eight("w8a8", "*i8", tokens, warps))
+            # Products of 8-bit floats came with sm_89.
+            if arch >= 89:
+                found.append(_eight("fp8a8", "*fp8e4nv", tokens, warps))
+    found.append(_quantizer("tokens", w8a8_triton.quantize_kernel, "codes", "*i8"))
+    if arch >= 89:
+        kernel = fp8_triton.quantize_kernel
+        found.append(_quantizer("tokens to e4m3", kernel, "numbers", "*fp8e4nv"))
     found.append(_reducer())
     return found
 
@@ -95,7 +109,7 @@ def compile_build(build: Build, arch: int) -> Compiled:
     aligned = {
         (place,): _SIXTEEN
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or name in ("N_PAD", "K", "K_PAD", "stride_x")
+        if signature[name].startswith("*") or name in _ALIGNED
     }
     source = ASTSource(
         fn=build.kernel, signature=signature, constexprs=dict(build.constants), attrs=aligned
@@ -196,6 +210,37 @@ def _fused(
     )
 
 
+def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool = False) -> Build:
+    names = ("S", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
+    return Build(
+        name=f"experts int4 g{group}{' asym' if zero else ''} {dtype}, 128x{tokens}, {warps} warps",
+        kernel=experts_triton.experts_kernel,
+        types={
+            "x": f"*{dtype}",
+            "source": "*i64",
+            "offsets": "*i32",
+            "packed": "*i32",
+            "scale": "*bf16",
+            "zero": "*u8",
+            "out": "*fp32",
+            **dict.fromkeys(names, "i32"),
+        },
+        constants={
+            "GROUP": group,
+            "HAS_ZERO": zero,
+            "EVEN_K": True,
+            "SPLIT": 4,
+            "E_PAD": 128,
+            "BN": 128,
+            "BM": tokens,
+            "STAGES": 3,
+            "ASM": True,
+        },
+        warps=warps,
+        stages=3,
+    )
+
+
 def _decoder(kind: str, group: int) -> Build:
     return Build(
         name=f"decode {kind}, 64 rows, 4 warps",
@@ -225,13 +270,13 @@ def _decoder(kind: str, group: int) -> Build:
     )
 
 
-def _int8(tokens: int, warps: int) -> Build:
+def _eight(op: str, numbers: str, tokens: int, warps: int) -> Build:
     return Build(
-        name=f"w8a8, 128x{tokens}, {warps} warps",
-        kernel=w8a8_triton.int8_kernel,
+        name=f"{op}, 128x{tokens}, {warps} warps",
+        kernel=w8a8_triton.product_kernel,
         types={
-            "codes": "*i8",
-            "weight": "*i8",
+            "codes": numbers,
+            "weight": numbers,
             "x_scale": "*fp32",
             "scale": "*fp32",
             "bias": "*bf16",
@@ -254,12 +299,12 @@ def _int8(tokens: int, warps: int) -> Build:
     )
 
 
-def _quantizer() -> Build:
-    types = {"x": "*bf16", "codes": "*i8", "scale": "*fp32"}
+def _quantizer(name: str, kernel: object, output: str, numbers: str) -> Build:
+    types = {"x": "*bf16", output: numbers, "scale": "*fp32"}
     types |= dict.fromkeys(("K", "K_PAD", "stride_x"), "i32")
     return Build(
-        name="quantize tokens, 8 warps",
-        kernel=w8a8_triton.quantize_kernel,
+        name=f"quantize {name}, 8 warps",
+        kernel=kernel,
         types=types,
         constants={"BLOCK": 4096},
         warps=8,

@@ -64,6 +64,28 @@ def int8(dtype: str) -> str:
     return "\n".join([*lines, "}"])
 
 
+def fp8(dtype: str) -> str:
+    """The four e4m3 numbers of `$4`, in order; their two NaNs, which no weight holds, become 480.
+
+    Exponent and mantissa move to where the wider type has them, which makes the number 2^-120
+    (bfloat16) or 2^-8 (float16) of itself, subnormal numbers too; one fma brings it back exactly.
+    """
+    shift, mask, power = {"bf16": (4, 0x07F0, 0x7B80), "f16": (1, 0x3F80, 0x5C00)}[dtype]
+    lines = ["{", ".reg .b32 s,t,u,m,z,none;", "mov.b32 z, 0x00000000;"]
+    lines.append(f"mov.b32 m, {_pair(power)};")
+    lines.append(f"mov.b32 none, {_pair(SIGN)};")
+    for half, selector in enumerate(("0x1404", "0x3424")):
+        lines += [
+            f"prmt.b32 u, $4, z, {selector};",
+            f"shr.u32 s, u, {shift};",
+            f"and.b32 s, s, {_pair(mask)};",
+            f"lop3.b32 t, u, {_pair(SIGN)}, s, 0xea;",
+            f"fma.rn.{dtype}x2 t, t, m, none;",
+            f"mov.b32 {{${2 * half},${2 * half + 1}}}, t;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
 def table4(values: Sequence[int]) -> str:
     """Sixteen 16-bit patterns looked up by the eight nibbles of `$8`, in order.
 

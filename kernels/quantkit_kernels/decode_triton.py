@@ -1,7 +1,7 @@
 """Triton: packed words to values in the order of the columns, for every weight-only op.
 
-A block is 128 columns; BN rows of the weight at a time.  KIND is "int4" (code - zero), "int8" or
-"nf4" (the codebook's value).  Integers are exact in every dtype.
+A block is 128 columns; BN rows of the weight at a time.  KIND is "int4" (code - zero), "int8",
+"fp8" (e4m3) or "nf4" (the codebook's value).  Integers and e4m3 numbers are exact in every dtype.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _INT4_F16 = tl.constexpr(asm.int4("f16", zero_operand=False))
 _INT4_F16_ZERO = tl.constexpr(asm.int4("f16", zero_operand=True))
 _INT8_BF16 = tl.constexpr(asm.int8("bf16"))
 _INT8_F16 = tl.constexpr(asm.int8("f16"))
+_FP8_BF16 = tl.constexpr(asm.fp8("bf16"))
+_FP8_F16 = tl.constexpr(asm.fp8("f16"))
 _NF4_BF16 = tl.constexpr(asm.table4([asm.bf16_bits(value) for value in NF4]))
 _NF4_F16 = tl.constexpr(asm.table4([asm.f16_bits(value) for value in NF4]))
 _EIGHT = tl.constexpr(asm.constraints(8, 1))
@@ -42,9 +44,12 @@ def decode(
     ASM: tl.constexpr,
 ):
     """Values [BN, 128] of one block, in DTYPE, or in float32 without ASM."""
-    if KIND == "int8":
+    if KIND == "int8" or KIND == "fp8":
         words = _words(packed, block, rows, N_PAD, 32)
-        o0, o1, o2, o3 = _bytes(words, DTYPE, ASM)
+        if KIND == "fp8":
+            o0, o1, o2, o3 = _floats(words, DTYPE, ASM)
+        else:
+            o0, o1, o2, o3 = _bytes(words, DTYPE, ASM)
         digits = tl.reshape(tl.join(tl.join(o0, o2), tl.join(o1, o3)), (BN, 4, 8, 2, 2))
         # [n, t, b, h, p] -> [n, b, h, t, p]: a change of names only, nothing moves.
         values = tl.reshape(tl.permute(digits, (0, 2, 3, 1, 4)), (BN, 128))
@@ -139,6 +144,29 @@ def _bytes(word, DTYPE: tl.constexpr, ASM: tl.constexpr):
         o2 = ((word << 8) >> 24).to(tl.float32)
         o3 = (word >> 24).to(tl.float32)
         return o0, o1, o2, o3
+
+
+@triton.jit
+def _floats(word, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The e4m3 numbers in each word."""
+    if ASM:
+        if tl.bfloat16 == DTYPE:
+            return tl.inline_asm_elementwise(_FP8_BF16, _FOUR, [word], (tl.bfloat16,) * 4, True, 1)
+        else:
+            return tl.inline_asm_elementwise(_FP8_F16, _FOUR, [word], (tl.float16,) * 4, True, 1)
+    else:
+        return _e4m3(word), _e4m3(word >> 8), _e4m3(word >> 16), _e4m3(word >> 24)
+
+
+@triton.jit
+def _e4m3(code):
+    """The numbers of the lowest bytes, in float32."""
+    exponent = (code >> 3) & 15
+    mantissa = (code & 7).to(tl.float32)
+    small = mantissa * 0.001953125
+    value = (mantissa + 8.0) * tl.exp2((exponent - 10).to(tl.float32))
+    value = tl.where(exponent == 0, small, value)
+    return tl.where((code & 128) != 0, -value, value)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from quantkit_kernels.tuning import Tile
 class Weight:
     """What the kernels read of a weight.
 
-    kind    "int4", "int8" or "nf4"
+    kind    "int4", "int8", "fp8" or "nf4"
     packed  int32 [K'/128, N', 16 or 32]
     scale   [G', N'], or with `table` its uint8 codes
     zero    uint8 [G', N'] or None (8 for int4)
@@ -69,22 +69,83 @@ def _scales(
 def _x_tile(
     x_row,
     start,
-    M,
+    present,
     K,
-    tokens,
     WIDTH: tl.constexpr,
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """x transposed [WIDTH, BM], zero outside; float32 for the interpreter."""
     columns = start + tl.arange(0, WIDTH)
-    inside = (tokens < M)[None, :]
+    inside = present[None, :]
     if not EVEN_K:
         inside = inside & (columns < K)[:, None]
     tile = tl.load(x_row + columns[:, None], mask=inside, other=0.0)
     if not ASM:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def accumulate(
+    x_row,
+    present,
+    packed,
+    scale,
+    zero,
+    table,
+    absmax,
+    offset,
+    rows,
+    first,
+    last,
+    N,
+    N_PAD,
+    K,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NESTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Float32 [BN, BM]: rows of the weight times `present` rows of x, blocks `first` to `last`."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    for block in tl.range(first, last, num_stages=STAGES):
+        values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, DTYPE, ASM)
+        # Scales of 64 columns and more go on the float32 product: integer codes are never rounded.
+        if GROUP == 64:
+            low, high = tl.split(tl.permute(tl.reshape(values, (BN, 2, 64)), (0, 2, 1)))
+            first_x = _x_tile(x_row, block * 128, present, K, 64, EVEN_K, ASM)
+            s = _scales(scale, table, absmax, offset, 2 * block, rows, N, N_PAD, K, 64, NESTED)
+            acc += tl.dot(low.to(first_x.dtype), first_x) * s.to(tl.float32)
+            second_x = _x_tile(x_row, block * 128 + 64, present, K, 64, EVEN_K, ASM)
+            s = _scales(scale, table, absmax, offset, 2 * block + 1, rows, N, N_PAD, K, 64, NESTED)
+            acc += tl.dot(high.to(second_x.dtype), second_x) * s.to(tl.float32)
+        else:
+            x_KM = _x_tile(x_row, block * 128, present, K, 128, EVEN_K, ASM)
+            if GROUP == 0:
+                acc = tl.dot(values, x_KM, acc)
+            elif GROUP >= 128:
+                group = block // (GROUP // 128)
+                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                acc += tl.dot(values, x_KM) * s.to(tl.float32)
+            else:
+                group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
+                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                grouped = tl.reshape(values, (BN, 128 // GROUP, GROUP))
+                if s.dtype == values.dtype:
+                    grouped = grouped * s[:, :, None]
+                else:
+                    grouped = grouped.to(tl.float32) * s.to(tl.float32)[:, :, None]
+                acc = tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM, acc)
+    if GROUP == 0:
+        acc *= tl.load(scale + rows).to(tl.float32)[:, None]
+    return acc
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -124,37 +185,32 @@ def fused_kernel(
     blocks = tl.cdiv(K, 128)
     share = tl.cdiv(blocks, SPLIT)
     first = split * share
-    acc = tl.zeros((BN, BM), tl.float32)
-    for block in tl.range(first, tl.minimum(first + share, blocks), num_stages=STAGES):
-        values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, DTYPE, ASM)
-        # Scales of 64 columns and more go on the float32 product: integer codes are never rounded.
-        if GROUP == 64:
-            low, high = tl.split(tl.permute(tl.reshape(values, (BN, 2, 64)), (0, 2, 1)))
-            first_x = _x_tile(x_row, block * 128, M, K, tokens, 64, EVEN_K, ASM)
-            s = _scales(scale, table, absmax, offset, 2 * block, rows, N, N_PAD, K, 64, NESTED)
-            acc += tl.dot(low.to(first_x.dtype), first_x) * s.to(tl.float32)
-            second_x = _x_tile(x_row, block * 128 + 64, M, K, tokens, 64, EVEN_K, ASM)
-            s = _scales(scale, table, absmax, offset, 2 * block + 1, rows, N, N_PAD, K, 64, NESTED)
-            acc += tl.dot(high.to(second_x.dtype), second_x) * s.to(tl.float32)
-        else:
-            x_KM = _x_tile(x_row, block * 128, M, K, tokens, 128, EVEN_K, ASM)
-            if GROUP == 0:
-                acc = tl.dot(values, x_KM, acc)
-            elif GROUP >= 128:
-                group = block // (GROUP // 128)
-                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
-                acc += tl.dot(values, x_KM) * s.to(tl.float32)
-            else:
-                group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
-                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
-                grouped = tl.reshape(values, (BN, 128 // GROUP, GROUP))
-                if s.dtype == values.dtype:
-                    grouped = grouped * s[:, :, None]
-                else:
-                    grouped = grouped.to(tl.float32) * s.to(tl.float32)[:, :, None]
-                acc = tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM, acc)
-    if GROUP == 0:
-        acc *= tl.load(scale + rows).to(tl.float32)[:, None]
+    acc = accumulate(
+        x_row,
+        tokens < M,
+        packed,
+        scale,
+        zero,
+        table,
+        absmax,
+        offset,
+        rows,
+        first,
+        tl.minimum(first + share, blocks),
+        N,
+        N_PAD,
+        K,
+        KIND,
+        GROUP,
+        HAS_ZERO,
+        NESTED,
+        EVEN_K,
+        BN,
+        BM,
+        STAGES,
+        DTYPE,
+        ASM,
+    )
     inside = (rows < N)[:, None] & (tokens < M)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]

@@ -19,6 +19,8 @@ GROUPS = (32, 64, 128, 256)
 FEW_ROWS = {"avx512": 96, "avx2": 40, "default": 4}
 # Float32 weights decoded at a time: they should stay in the second-level cache.
 _TILE_ELEMENTS = 1 << 18
+# The overload itself: looking it up by the arguments takes as long as the call.
+_multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
 
 def block_rows() -> int:
@@ -54,9 +56,9 @@ def matmul(x_MK: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     rows, columns = x_MK.shape
     if x_MK.dtype != torch.float32 and rows <= FEW_ROWS[isa.level()]:
         group = columns // scales.shape[0]
-        x = x_MK.to(torch.bfloat16).contiguous()
-        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales)
-        return out.to(x_MK.dtype)
+        x = x_MK if x_MK.dtype == torch.bfloat16 else x_MK.to(torch.bfloat16)
+        out: Tensor = _multiply(x.contiguous(), packed, group, scales)
+        return out if x_MK.dtype == torch.bfloat16 else out.to(x_MK.dtype)
     return _tiled(x_MK, packed, scales)
 
 

@@ -56,7 +56,7 @@ def best(candidate: Candidate, multiprocessors: int, capability: int, measure: M
     """The fastest tile of a problem; tiles that do not fit the GPU are passed over."""
     problem = candidate.problem
     tiles: list[Tile | None] = list(tuning.candidates(problem, multiprocessors, capability))
-    if problem.op != "w8a8" and problem.tokens >= 64:
+    if problem.op not in ("w8a8", "fp8a8") and problem.tokens >= 64:
         tiles.append(None)
     timed = []
     for tile in tiles:
@@ -88,19 +88,20 @@ def problems(op: str, group: int, rows: int, columns: int, dtype: torch.dtype) -
 
 def candidate(problem: Problem, device: torch.device) -> Candidate:
     """Random weights for a problem and the calls that multiply by them."""
-    from quantkit_kernels import fused_triton, w8a8_triton
+    from quantkit_kernels import fp8_triton, fused_triton, w8a8_triton
     from quantkit_kernels.fused_triton import Weight
 
     dtype = getattr(torch, problem.dtype)
     rows, columns = -(-problem.rows // 128) * 128, -(-problem.columns // 128) * 128
     x = torch.randn(problem.tokens, problem.columns, dtype=dtype, device=device)
     shape = (problem.rows, problem.columns)
-    if problem.op == "w8a8":
+    if problem.op in ("w8a8", "fp8a8"):
+        multiply = w8a8_triton.matmul if problem.op == "w8a8" else fp8_triton.matmul
 
         def product(weight: Tensor, scale: Tensor) -> Call:
             def call(tile: Tile | None) -> object:
                 assert tile is not None
-                return w8a8_triton.matmul(x, weight, scale, None, problem.rows, tile)
+                return multiply(x, weight, scale, None, problem.rows, tile)
 
             return call
 
@@ -111,8 +112,8 @@ def candidate(problem: Problem, device: torch.device) -> Candidate:
                 for _ in range(copies(rows * columns))
             ],
         )
-    words = {"w8a16": 32, "w4a16": 16, "nf4": 16}[problem.op]
-    kind = {"w8a16": "int8", "w4a16": "int4", "nf4": "nf4"}[problem.op]
+    words = {"w8a16": 32, "fp8a16": 32, "w4a16": 16, "nf4": 16}[problem.op]
+    kind = {"w8a16": "int8", "fp8a16": "fp8", "w4a16": "int4", "nf4": "nf4"}[problem.op]
     groups = 1 if problem.group == 0 else columns // problem.group
     scale_dtype = torch.float32 if kind == "nf4" else torch.bfloat16
 

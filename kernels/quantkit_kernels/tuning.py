@@ -99,29 +99,37 @@ def choose(problem: Problem, device: int) -> Tile | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_int8(problem: Problem, device: int) -> Tile:
-    """The tile of a product of 8-bit integers, which never decodes."""
+def choose_eight(problem: Problem, device: int) -> Tile:
+    """The tile of a product of 8-bit numbers, which never decodes."""
     entry = tuned(device).find(problem)
     if entry is not None and entry.tile is not None:
         return entry.tile
     return heuristic(problem, *_device(device))
 
 
-def heuristic(problem: Problem, multiprocessors: int, capability: int) -> Tile:
+@functools.lru_cache(maxsize=4096)
+def choose_experts(problem: Problem, experts: int, device: int) -> Tile:
+    """The tile of a product with the weights of so many experts; `tokens` counts all their rows."""
+    return heuristic(problem, *_device(device), experts=experts)
+
+
+def heuristic(problem: Problem, multiprocessors: int, capability: int, *, experts: int = 1) -> Tile:
     """A tile that keeps every multiprocessor loading: two programs each, split over the columns.
 
-    `capability` is that of the GPU, as in 90.  The limits are those up to which no kernel spills
-    registers when compiled (tests/test_kernels_aot.py).
+    `capability` is that of the GPU, as in 90; `experts` share the rows evenly, it is hoped.  The
+    limits are those up to which no kernel spills registers when compiled
+    (tests/test_kernels_aot.py).
     """
-    widest = 128 if problem.op == "w8a8" and capability == 90 else 64
-    tokens = min(widest, max(16, 1 << max(problem.tokens - 1, 0).bit_length()))
+    widest = 128 if problem.op in ("w8a8", "fp8a8") and capability == 90 else 64
+    each = -(-problem.tokens // experts)
+    tokens = min(widest, max(16, 1 << max(each - 1, 0).bit_length()))
     row_tiles = -(-problem.rows // 128)
-    programs = row_tiles * -(-problem.tokens // tokens)
+    programs = row_tiles * min(experts * -(-each // tokens), problem.tokens)
     blocks = -(-problem.columns // 128)
     wanted = max(1, 2 * multiprocessors // max(programs, 1))
     # At least four blocks a program, or the pipeline never fills.
     split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
-    few_warps = tokens == 16 and (capability < 100 or problem.op == "w8a16")
+    few_warps = tokens == 16 and (capability < 100 or problem.op in ("w8a16", "fp8a16"))
     return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
 
 
@@ -157,7 +165,8 @@ def write_table(path: Path, table: Table) -> None:
     os.replace(partial, path)
     tuned.cache_clear()
     choose.cache_clear()
-    choose_int8.cache_clear()
+    choose_eight.cache_clear()
+    choose_experts.cache_clear()
 
 
 def cache_path(device: str) -> Path:

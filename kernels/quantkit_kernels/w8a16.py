@@ -24,6 +24,8 @@ torch.library.define(
 # Rows of x up to which aten's kernel, which converts weights every four rows, beats converting
 # once; see int4pack.FEW_ROWS.
 FEW_ROWS = {"avx512": 32, "avx2": 24, "default": 4}
+# The overload itself: looking it up by the arguments takes as long as the call.
+_multiply = torch.ops.aten._weight_int8pack_mm.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def _cpu(
     few = 0 < x_MK.shape[0] <= FEW_ROWS[isa.level()] and x.dtype != torch.float32
     if few and not group_size:
         short = x_MK.to(torch.bfloat16).contiguous()
-        out = torch.ops.aten._weight_int8pack_mm(short, packed, scale)[:, :out_features]
+        out = _multiply(short, packed, scale)[:, :out_features]
         if bias is not None:
             out = out.to(torch.float32) + bias.to(torch.float32)
         result: Tensor = out.to(x.dtype).contiguous().view(out_shape)

@@ -116,7 +116,7 @@ def _cuda(
     x_MK, out_shape = flat_rows(x, out_features)
     if x_MK.shape[0] == 0:
         return x.new_empty(out_shape)
-    tile = tuning.choose_int8(
+    tile = tuning.choose_eight(
         tuning.Problem(
             op="w8a8",
             dtype=str(x.dtype).removeprefix("torch."),

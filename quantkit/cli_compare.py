@@ -11,6 +11,7 @@ from quantkit.cli_eval import (
     DeviceOption,
     FailOption,
     JsonOption,
+    QuestionsOption,
     RamOption,
     RemoteOption,
     SeedOption,
@@ -38,7 +39,7 @@ def compare(
     calib: Annotated[str, typer.Option("--calib", help="Calibration text.")] = "demo",
     text: TextOption = "demo",
     tasks: TasksOption = None,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Of each demo task.")] = 200,
+    questions: QuestionsOption = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Calibration sequences.")] = None,
     seq_len: Annotated[
         int | None,

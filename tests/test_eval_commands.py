@@ -64,7 +64,7 @@ def test_bench_measures_speed_and_memory(model: Path, capsys: Capture) -> None:
     line = ["bench", model, "--batches", "1,3", "--prompt-tokens", 16, "--new-tokens", 4]
     assert jobs.command(*line, "--repeats", 2, "--device", "cpu", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "quantkit.speed/1"
+    assert found["schema"] == "quantkit.speed/2"
     assert found["weights_on_disk"] == (model / "model.safetensors").stat().st_size
     for batch, size in zip(found["batches"], (1, 3), strict=True):
         assert batch["batch"] == size

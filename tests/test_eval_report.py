@@ -229,7 +229,7 @@ def test_json_fits_its_published_schema(report: Report) -> None:
     check_schema(value, published, published)
     with pytest.raises(AssertionError):
         check_schema({**value, "seed": "0"}, published, published)
-    assert value["schema"] == "quantkit.evaluation/2"
+    assert value["schema"] == "quantkit.evaluation/3"
 
 
 class Balanced(HTMLParser):

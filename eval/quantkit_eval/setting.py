@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.backend import check_backend
 from quantkit.tokenizer import load_tokenizer
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
+from quantkit_eval.harness import HarnessTask
 from quantkit_eval.perplexity import window_sequences
 from quantkit_eval.records import Fact, TextUsed
 from quantkit_eval.sequences import Workload, make_workload
@@ -26,7 +28,9 @@ MAX_TOKENS = 524_288
 class EvaluationRequest:
     """What the command line asks for; paths are directories or Hub names, sizes in bytes.
 
-    task_questions   of each demo task
+    tasks            lists with commas between the names: see `tasklist`
+    task_questions   of each task: of the demo's (None: 200) and of lm-eval's (None: all)
+    backend          what multiplies where whole models run: completions, lm-eval's tasks
     sensitivity      also measure what each block costs when it alone is quantized
     prompts          how many beginnings of the text both models continue; 0 for none
     original_name    what to call the original (default: its directory's name)
@@ -37,7 +41,7 @@ class EvaluationRequest:
     quantized: tuple[str, ...]
     text: str = "demo"
     tasks: tuple[str, ...] = ()
-    task_questions: int = 200
+    task_questions: int | None = None
     seq_len: int = 2048
     windows: int | None = None
     protocol: ProtocolKind = "standard"
@@ -46,6 +50,7 @@ class EvaluationRequest:
     limits: tuple[str, ...] = ()
     max_ram: int | None = None
     device: str = "cpu"
+    backend: str = "auto"
     seed: int = 0
     prompts: int = 3
     noise_floor: bool = True
@@ -60,6 +65,8 @@ class Setting:
     """The models, the text as windows, the questions, and all of them as one workload.
 
     The workload's first sequences are the windows, the rest are those of `items`, in order.
+    `harness` are lm-eval's tasks, which whole models answer; `task_sources` says where the
+    questions of `items` come from.
     """
 
     original: Subject
@@ -68,6 +75,8 @@ class Setting:
     text: TextUsed
     windows: Windows
     items: tuple[Item, ...]
+    task_sources: tuple[Fact, ...]
+    harness: tuple[HarnessTask, ...]
     workload: Workload
     positions: int | None
     limits: tuple[Limit, ...]
@@ -79,6 +88,7 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     Raises the QuantkitError of whatever does not work out.
     """
     limits = tuple(parse_limit(text) for text in request.limits)
+    check_backend(request.backend, request.device)
     if not request.quantized:
         raise EvaluationError("give at least one quantized model beside the original")
     trust = request.trust_remote_code
@@ -93,8 +103,8 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     positions = _positions(original)
     windows, text = _windows(request, tokenizer, positions)
     listed = parse_tasks(request.tasks, tokenizer, limit=request.task_questions, seed=request.seed)
-    sequences = [*window_sequences(windows), *(s for item in listed for s in item.sequences)]
-    tasks = list(dict.fromkeys(item.task for item in listed))
+    sequences = [*window_sequences(windows), *(s for item in listed.items for s in item.sequences)]
+    tasks = listed.names
     for limit in limits:
         if limit.metric == "task" and limit.task not in [*tasks, ALL]:
             raise EvaluationError(
@@ -107,7 +117,9 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
         tokenizer=tokenizer,
         text=text,
         windows=windows,
-        items=listed,
+        items=listed.items,
+        task_sources=tuple(Fact(name=name, value=value) for name, value in listed.sources.items()),
+        harness=listed.harness,
         workload=make_workload(sequences, max_length=positions),
         positions=positions,
         limits=limits or _default_limits(tasks),

@@ -12,7 +12,7 @@ from quantkit_eval.gate import Outcome, worst
 from quantkit_eval.pages import report_files, summary_table
 from quantkit_eval.records import Report
 from quantkit_eval.setting import EvaluationRequest
-from quantkit_eval.words import sentence
+from quantkit_eval.words import WORDS, sentence
 from quantkit_eval.writing import publish, report_directory, scratch
 
 
@@ -60,7 +60,15 @@ class Evaluated:
             lines += [f"{start}{sentence(judgement)}" for judgement in candidate.judgements]
             lines += [f"{start}damaged: {w.name}: {w.defect}" for w in candidate.defects]
             lines += [f"{start}note: {note}" for note in candidate.notes]
-        return "\n".join([*lines, "", f"report     {self.out / 'report.html'}"])
+        lines += ["", f"verdict    {WORDS.headline[self.outcome].lower()}{self._exit()}"]
+        return "\n".join([*lines, f"report     {self.out / 'report.html'}"])
+
+    def _exit(self) -> str:
+        """What the exit code means where it might surprise."""
+        if not self.report.limits_given:
+            return " (without --fail-if the exit code is 0 whatever is found)"
+        unsure = self.outcome == "unsure"
+        return " (exit code 0: --fail-if fails on what is shown)" if unsure else ""
 
 
 def run_evaluation(

@@ -67,11 +67,12 @@ def sentence(judgement: Judgement) -> str:
         return f"{measured}. All of it keeps the limit of {limit}."
     if judgement.outcome == "drop":
         return f"{measured}. All of it is beyond the limit of {limit}."
+    unsure = f"{measured}. Not enough data to tell: the limit of {limit} lies inside;"
     if judgement.more is None:
-        return f"{measured}. The limit of {limit} lies inside, and more data may not settle it."
+        return f"{unsure} how much more it would take cannot be said."
     return (
-        f"{measured}. The limit of {limit} lies inside; about {judgement.more:,} more "
-        f"{judgement.unit} would tell, if the estimate stays."
+        f"{unsure} it would take about {judgement.more:,} more {judgement.unit} than these "
+        f"{judgement.measured_on:,}, if the estimate stays."
     )
 
 

@@ -119,41 +119,44 @@ def evaluate(
     finish(run_evaluation(request, out, tell=lambda line: typer.echo(line, err=True)), as_json)
 
 
-def check_wishes(text: str, limits: Sequence[str], *, requantize: bool) -> None:
-    """Nothing if the text can be read and the limits mean something; found out before the work."""
+def check_wishes(job: Job, *, text: str, limits: Sequence[str], requantize: bool) -> None:
+    """Nothing if a job's output can be evaluated so; found out before the work."""
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.gate import parse_limit
-    from quantkit_eval.texts import read_text
+    from quantkit_eval.setting import check_wishes as check
 
     if requantize:
         raise EvaluationError(
             "--eval measures against the original, and --requantize has none: use quantkit eval "
             "with the full-precision model"
         )
-    for limit in limits:
-        parse_limit(limit)
-    read_text(text)
+    check(_request_after(job, text=text, limits=limits))
 
 
 def evaluate_output(job: Job, out: Path, *, text: str, limits: Sequence[str]) -> Any:
     """The evaluation of a job's finished checkpoint; the report lies in its directory."""
     from quantkit_eval.command import run_evaluation
+
+    from quantkit.manifest import EVALUATION
+
+    request = _request_after(job, str(out), text=text, limits=limits)
+    return run_evaluation(request, out / EVALUATION)
+
+
+def _request_after(job: Job, *quantized: str, text: str, limits: Sequence[str]) -> Any:
     from quantkit_eval.setting import EvaluationRequest
 
     from quantkit.checkpoint import FileSource
-    from quantkit.manifest import EVALUATION
 
     source = job.model.source
     assert isinstance(source, FileSource), "the command line reads models from files"
-    request = EvaluationRequest(
+    return EvaluationRequest(
         model=str(source.path),
-        quantized=(str(out),),
+        quantized=quantized,
         text=text,
         limits=tuple(limits),
         max_ram=job.max_ram,
         device=job.device,
     )
-    return run_evaluation(request, out / EVALUATION)
 
 
 def bench(

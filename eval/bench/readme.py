@@ -119,7 +119,8 @@ def _eval_memory() -> str:
     return (
         f"\nPeak memory of evaluating a {found['original_bytes'] / 1e9:.1f} GB model against its "
         f"4-bit version under `--max-ram {found['max_ram_bytes'] / 2**30:g}GiB`: "
-        f"{found['peak_bytes'] / 2**30:.2f} GiB ([eval_memory.json](eval/results/eval_memory.json))."
+        f"{found['peak_bytes'] / 2**30:.2f} GiB "
+        "([eval_memory.json](eval/results/eval_memory.json))."
     )
 
 

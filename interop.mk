@@ -5,7 +5,7 @@
 INTEROP := .interop
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
 
-READERS := transformers gptqmodel vllm llama onnx
+READERS := transformers gptqmodel vllm llama onnx tasks
 .PHONY: interop interop-checkpoints $(READERS:%=interop-%)
 
 interop: $(READERS:%=interop-%)
@@ -29,6 +29,14 @@ interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
 interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/onnx/bin/python -P \
 		$(INTEROP_PYTEST) -rP tests/interop/test_onnxruntime.py
+
+# lm-evaluation-harness needs forty packages that nothing else here does.  Imported first, because
+# the tests skip where it is missing.
+interop-tasks: $(INTEROP)/tasks/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/tasks/bin/python -P \
+		-c "import lm_eval"
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(INTEROP)/tasks/bin/python -P -m pytest tests/test_eval_harness.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.

@@ -117,13 +117,13 @@ def quantize(
     from quantkit.pipeline import run
     from quantkit.summary import outcome_json, outcome_text
 
-    if evaluate or fail_if:
-        cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
         if format_name == "gguf":
             quantize_to_gguf(model, out, context.params)
             return
         job = _job(model, context.params)
+        if evaluate or fail_if:
+            cli_eval.check_wishes(job, text=text, limits=fail_if or (), requantize=requantize)
         outcome = run(job, out, fresh=fresh)
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")

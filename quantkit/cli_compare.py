@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from quantkit.cli_eval import (
     DeviceOption,
     FailOption,
     JsonOption,
+    QuestionsOption,
     RamOption,
     RemoteOption,
     SeedOption,
@@ -38,7 +40,7 @@ def compare(
     calib: Annotated[str, typer.Option("--calib", help="Calibration text.")] = "demo",
     text: TextOption = "demo",
     tasks: TasksOption = None,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Of each demo task.")] = 200,
+    questions: QuestionsOption = None,
     samples: Annotated[int | None, typer.Option("--samples", help="Calibration sequences.")] = None,
     seq_len: Annotated[
         int | None,
@@ -100,18 +102,25 @@ def run_compare(
 
     evaluation: further fields of the evaluation's request
     """
-    # Whatever is wrong with the text or the limits shows before hours of quantizing.
     from quantkit_eval.command import run_comparison
-    from quantkit_eval.gate import parse_limit
-    from quantkit_eval.setting import EvaluationRequest
-    from quantkit_eval.texts import read_text
+    from quantkit_eval.setting import EvaluationRequest, check_wishes
 
     from quantkit.job import Request, prepare_all
     from quantkit.together import candidates, run_together
 
-    for limit in evaluation.get("limits", ()):
-        parse_limit(limit)
-    read_text(evaluation.get("text", "demo"))
+    wishes = EvaluationRequest(
+        model=model,
+        quantized=(),
+        seq_len=seq_len or 2048,
+        max_ram=max_ram,
+        device=device,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        title=title,
+        **evaluation,
+    )
+    # Whatever is wrong with text, tasks or limits shows before hours of quantizing.
+    check_wishes(wishes)
     chosen = candidates(methods, bits, samples=samples, seq_len=seq_len)
     requests = [
         Request(
@@ -130,17 +139,7 @@ def run_compare(
     outs = [out / candidate.name for candidate in chosen]
     run_together(jobs, outs, out / "statistics.partial")
     del jobs
-    request = EvaluationRequest(
-        model=model,
-        quantized=tuple(str(path) for path in outs),
-        seq_len=seq_len or 2048,
-        max_ram=max_ram,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        title=title,
-        **evaluation,
-    )
+    request = dataclasses.replace(wishes, quantized=tuple(str(path) for path in outs))
     return run_comparison(request, out, names=[candidate.label for candidate in chosen])
 
 

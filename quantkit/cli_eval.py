@@ -25,7 +25,11 @@ TextOption = Annotated[
 ]
 TasksOption = Annotated[
     list[str] | None,
-    typer.Option("--tasks", help="demo, demo:NAME or FILE.jsonl; may be given several times."),
+    typer.Option(
+        "--tasks",
+        help="demo, demo:NAME, FILE.jsonl or lm-eval:NAME, with commas between them; "
+        "may be given several times.",
+    ),
 ]
 FailOption = Annotated[
     list[str] | None,
@@ -33,6 +37,14 @@ FailOption = Annotated[
 ]
 RamOption = Annotated[
     str | None, typer.Option("--max-ram", help="Most memory the process may use, as in 6GiB.")
+]
+QuestionsOption = Annotated[
+    int | None,
+    typer.Option("--questions", min=1, help="Of each demo task (default 200) or lm-eval task."),
+]
+BackendOption = Annotated[
+    str,
+    typer.Option("--backend", help="auto, triton, cpu or reference: multiplies in whole models."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the demo's questions.")]
@@ -52,7 +64,7 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Directory for the report.")],
     text: TextOption = "demo",
     tasks: TasksOption = None,
-    questions: Annotated[int, typer.Option("--questions", min=1, help="Of each demo task.")] = 200,
+    questions: QuestionsOption = None,
     seq_len: SeqLenOption = 2048,
     windows: WindowsOption = None,
     protocol: Annotated[
@@ -74,6 +86,7 @@ def evaluate(
     ] = False,
     max_ram: RamOption = None,
     device: DeviceOption = "cpu",
+    backend: BackendOption = "auto",
     seed: SeedOption = 0,
     trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
@@ -99,47 +112,51 @@ def evaluate(
         any_base=any_base,
         max_ram=memory_limit(max_ram),
         device=device_name(device),
+        backend=backend,
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
     finish(run_evaluation(request, out, tell=lambda line: typer.echo(line, err=True)), as_json)
 
 
-def check_wishes(text: str, limits: Sequence[str], *, requantize: bool) -> None:
-    """Nothing if the text can be read and the limits mean something; found out before the work."""
+def check_wishes(job: Job, *, text: str, limits: Sequence[str], requantize: bool) -> None:
+    """Nothing if a job's output can be evaluated so; found out before the work."""
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.gate import parse_limit
-    from quantkit_eval.texts import read_text
+    from quantkit_eval.setting import check_wishes as check
 
     if requantize:
         raise EvaluationError(
             "--eval measures against the original, and --requantize has none: use quantkit eval "
             "with the full-precision model"
         )
-    for limit in limits:
-        parse_limit(limit)
-    read_text(text)
+    check(_request_after(job, text=text, limits=limits))
 
 
 def evaluate_output(job: Job, out: Path, *, text: str, limits: Sequence[str]) -> Any:
     """The evaluation of a job's finished checkpoint; the report lies in its directory."""
     from quantkit_eval.command import run_evaluation
+
+    from quantkit.manifest import EVALUATION
+
+    request = _request_after(job, str(out), text=text, limits=limits)
+    return run_evaluation(request, out / EVALUATION)
+
+
+def _request_after(job: Job, *quantized: str, text: str, limits: Sequence[str]) -> Any:
     from quantkit_eval.setting import EvaluationRequest
 
     from quantkit.checkpoint import FileSource
-    from quantkit.manifest import EVALUATION
 
     source = job.model.source
     assert isinstance(source, FileSource), "the command line reads models from files"
-    request = EvaluationRequest(
+    return EvaluationRequest(
         model=str(source.path),
-        quantized=(str(out),),
+        quantized=quantized,
         text=text,
         limits=tuple(limits),
         max_ram=job.max_ram,
         device=job.device,
     )
-    return run_evaluation(request, out / EVALUATION)
 
 
 def bench(
@@ -151,6 +168,7 @@ def bench(
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2)] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="After one warm-up.")] = 5,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
     trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,6 +188,7 @@ def bench(
         new_tokens=new_tokens,
         repeats=repeats,
         device=device_name(device),
+        backend=backend,
         trust_remote_code=trust_remote_code,
     )
     typer.echo(json.dumps(to_json(measured), indent=2) if as_json else measured.text())

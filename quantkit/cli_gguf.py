@@ -29,6 +29,8 @@ def quantize_to_gguf(model: str, out: Path, options: Mapping[str, Any]) -> None:
     """Runs it and prints the result.  Raises RecipeError for options that gguf does not take."""
     from quantkit.gguf_quantize import quantize_gguf
 
+    if options["evaluate"] or options["fail_if"]:
+        raise RecipeError("--eval and --fail-if are not taken with --format gguf")
     given = [name for name in _OTHERS if options.get(name)]
     if options["max_shard_size"] != "5GB":
         given.append("max_shard_size")

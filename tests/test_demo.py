@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantkit_eval.live import measure_accuracy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit.demo import (
     TASKS,
-    accuracy,
     calibration_text,
     demo_path,
     documents,
@@ -60,7 +60,8 @@ def test_demo_weights_fit_in_the_wheel():
 def test_demo_answers_at_least_three_heldout_tasks(demo):
     model, tokenizer = demo
     found = {
-        task: accuracy(model, tokenizer, examples(task, "heldout", 100, seed=3)) for task in TASKS
+        task: measure_accuracy(model, tokenizer, examples(task, "heldout", 100, seed=3))
+        for task in TASKS
     }
     assert sum(share > 0.9 for share in found.values()) >= 3, found
 
@@ -74,7 +75,7 @@ def test_teacher_forced_accuracy_is_greedy_decoding(demo):
         target = tokenizer(f"{example.answer}\n", add_special_tokens=False)["input_ids"]
         made = model.generate(**prompt, max_new_tokens=len(target), do_sample=False)
         greedy += made[0, prompt["input_ids"].shape[1] :].tolist() == target
-    assert accuracy(model, tokenizer, sample, batch_size=4) == pytest.approx(greedy / len(sample))
+    assert measure_accuracy(model, tokenizer, sample) == pytest.approx(greedy / len(sample))
 
 
 def test_wrong_answers_score_zero(demo):
@@ -84,7 +85,7 @@ def test_wrong_answers_score_zero(demo):
         type(right[0])(task="reverse", prompt=example.prompt, answer=" z z z z")
         for example in right
     ]
-    assert accuracy(model, tokenizer, wrong) == 0.0
+    assert measure_accuracy(model, tokenizer, wrong) == 0.0
 
 
 def test_demo_model_knows_the_heldout_english(demo):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -61,8 +64,33 @@ def rendered(page: str, folder: Path, width: int, *, dark: bool) -> tuple[str, s
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         *(f"--window-size={width},900", "--dump-dom", file.as_uri()),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    return done.stdout, done.stderr
+    return run_group(command, seconds=120)
+
+
+def run_group(command: list[str], *, seconds: float) -> tuple[str, str]:
+    """What a command printed; all its processes are killed if it takes longer."""
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            # A browser's children hold its pipes: killing it alone would leave us waiting.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, err
+    return out, err
+
+
+def test_hanging_browser_is_killed_with_its_children() -> None:
+    began = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_group(["sh", "-c", "sleep 300 & sleep 300"], seconds=0.2)
+    assert time.monotonic() - began < 60
 
 
 @needs_browser

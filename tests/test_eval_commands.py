@@ -49,22 +49,41 @@ def test_quantize_measures_what_it_cost(model: Path, tmp_path: Path, capsys: Cap
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
-    [("--fail-if", "bleu>1", "write METRIC>VALUE"), ("--text", "missing.txt", "does not exist")],
+    [
+        ("--fail-if", "bleu>1", "write METRIC>VALUE"),
+        ("--fail-if", "task:sort<-2pt", "there is no task 'sort'; asked for with --tasks: none"),
+        ("--text", "missing.txt", "does not exist"),
+        ("--text", "short.txt", "short.txt has 5 tokens, one window needs 128"),
+    ],
 )
 def test_wishes_that_cannot_be_met_show_before_the_work(
-    model: Path, tmp_path: Path, capsys: Capture, option: str, value: str, message: str
+    model: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    message: str,
 ) -> None:
-    line = ["quantize", model, "--out", tmp_path / "out", "--method", "rtn", "--eval"]
-    assert jobs.command(*line, option, value) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    monkeypatch.chdir(model)
+    (model / "short.txt").write_text("short")
+    for line in (["quantize", model, "--method", "int8", "--eval"], ["compare", model]):
+        assert jobs.command(*line, "--out", tmp_path / "out", option, value) == 2
+        assert message in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_gguf_takes_no_evaluation(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    line = ["quantize", model, "--out", tmp_path / "out", "--format", "gguf", "--scheme", "q8_0"]
+    assert jobs.command(*line, "--eval") == 2
+    assert "not taken with --format gguf" in capsys.readouterr().err
 
 
 def test_bench_measures_speed_and_memory(model: Path, capsys: Capture) -> None:
     line = ["bench", model, "--batches", "1,3", "--prompt-tokens", 16, "--new-tokens", 4]
     assert jobs.command(*line, "--repeats", 2, "--device", "cpu", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == "quantkit.speed/1"
+    assert found["schema"] == "quantkit.speed/2"
     assert found["weights_on_disk"] == (model / "model.safetensors").stat().st_size
     for batch, size in zip(found["batches"], (1, 3), strict=True):
         assert batch["batch"] == size

@@ -24,6 +24,7 @@ from quantkit_eval.pages import render_html, render_markdown
 from quantkit_eval.records import Report, json_schema, to_json
 from quantkit_eval.setting import EvaluationRequest
 from quantkit_eval.statistics import Interval
+from quantkit_eval.words import sentence
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -229,13 +230,13 @@ def test_json_fits_its_published_schema(report: Report) -> None:
     check_schema(value, published, published)
     with pytest.raises(AssertionError):
         check_schema({**value, "seed": "0"}, published, published)
-    assert value["schema"] == "quantkit.evaluation/2"
+    assert value["schema"] == "quantkit.evaluation/3"
 
 
 class Balanced(HTMLParser):
     """Fails on tags that do not nest, and collects what would be loaded from elsewhere."""
 
-    VOID = frozenset({"meta", "link", "br"})
+    VOID = frozenset({"meta", "link", "br", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,6 +297,22 @@ def test_limits_are_decided_on_intervals(report: Report, limit: str, outcome: st
     assert (got.more is None) or outcome == "unsure"
 
 
+def test_all_tasks_are_the_only_one_there_is(report: Report) -> None:
+    candidate = report.candidates[0]
+    one, limit = candidate.tasks[:1], parse_limit("task:all<-99pt")
+    assert judge(limit, candidate.divergence, one, 0, 1000).measured_on == one[0].count
+
+
+def test_too_little_data_is_said_plainly_with_how_much_more(report: Report) -> None:
+    divergence = report.candidates[0].divergence
+    half = divergence.mean_interval.high - divergence.mean
+    got = judge(parse_limit(f"kl>{divergence.mean + half / 2}"), divergence, (), 0, 1000)
+    text = sentence(got)
+    assert "Not enough data to tell" in text
+    # 3000 or 3001 tokens are two digits of an estimate.
+    assert re.search(r"about 3,[01]00 more tokens than these 1,000", text), text
+
+
 def test_more_data_is_what_makes_the_interval_short_enough(report: Report) -> None:
     divergence = report.candidates[0].divergence
     half = divergence.mean_interval.high - divergence.mean
@@ -345,6 +362,11 @@ def test_unknown_outcome_is_no_failure(
         request(model, outs["awq"], limits=(f"kl>{mean:.12f}",)), out, progress=False
     )
     assert found.outcome == "unsure" and not found.violated
+    assert "verdict    not enough data to tell (exit code 0" in found.text()
+    for name in ("report.html", "report.md"):
+        page = (out / name).read_text()
+        assert "Not enough data to tell" in page
+        assert "more tokens" in page or "cannot be said" in page
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [

@@ -25,6 +25,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from quantkit_eval.live import measure_accuracy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -382,7 +383,7 @@ class Run:
     def _task_accuracies(self, count: int) -> dict[str, float]:
         self._model.eval()
         found = {
-            task: tasks.accuracy(
+            task: measure_accuracy(
                 self._model, self._tokenizer, tasks.examples(task, "heldout", count, seed=1)
             )
             for task in tasks.TASKS

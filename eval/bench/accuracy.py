@@ -176,21 +176,14 @@ def _show(row: Row) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="accuracy")
     parser.add_argument("model")
-    parser.add_argument("--calib", required=True, help="text file")
-    parser.add_argument("--eval-text", default="demo", help="other text, or demo")
-    parser.add_argument("--eval-tokens", type=int, default=40_960)
-    parser.add_argument("--eval-seq-len", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=256)
+    common.calibration_arguments(parser, samples=128, seq_len=256)
+    common.evaluation_arguments(parser)
     parser.add_argument("--only", nargs="+", help="labels of the methods to run (default: all)")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--peer-run", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--reader", action="append", default=[], metavar="NAME=PYTHON")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="accuracy")
     return parser.parse_args()
 
 

@@ -6,6 +6,7 @@ the repository are recorded by their last part only.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -237,6 +238,33 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def arguments(doc: str | None, *, name: str, threads: int = 2) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes: threads, scratch space, the result's name."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
+    parser.add_argument("--name", default=name, help="of the result in eval/results")
+    return parser
+
+
+def calibration_arguments(
+    parser: argparse.ArgumentParser, *, samples: int, seq_len: int, default: str | None = None
+) -> None:
+    """Adds --calib (required unless it has a default), --samples and --seq-len."""
+    parser.add_argument(
+        "--calib", "--calib-text", default=default, required=default is None, help="text file"
+    )
+    parser.add_argument("--samples", type=int, default=samples)
+    parser.add_argument("--seq-len", type=int, default=seq_len)
+
+
+def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --eval-text, --eval-tokens and --eval-seq-len."""
+    parser.add_argument("--eval-text", default="demo", help="other text, or demo")
+    parser.add_argument("--eval-tokens", type=int, default=40_960)
+    parser.add_argument("--eval-seq-len", type=int, default=256)
 
 
 def median(values: Sequence[float]) -> float:

@@ -156,18 +156,13 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="durability", threads=1)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--method", default="gptq")
-    parser.add_argument("--calib", default="demo")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=256)
+    common.calibration_arguments(parser, samples=32, seq_len=256, default="demo")
     parser.add_argument("--seed", type=int, default=0, help="of the kill points")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--extra", nargs="*", default=[], help="more options for quantkit")
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="durability")
     return parser.parse_args()
 
 

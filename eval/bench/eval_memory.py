@@ -60,15 +60,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="eval_memory")
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--max-ram", default="1.5GiB")
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="eval_memory")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
 """Peak RSS, as the operating system counts it, of quantizing a large model under --max-ram.
 
-    memory.py MODEL --calib-text FILE [--max-ram 2GiB] [--methods rtn nf4 gptq ...]
+    memory.py MODEL --calib FILE [--max-ram 2GiB] [--methods rtn nf4 gptq ...]
 MODEL is the 4 GB random Llama of peers/random_llama.py.
 """
 
@@ -62,7 +62,7 @@ def _measure(method: str, options: argparse.Namespace) -> Measured:
             *("--method", name, "--max-ram", options.max_ram),
             *(("--scheme", scheme) if scheme else ()),
             # Methods without calibration ignore these.
-            *("--calib", options.calib_text),
+            *("--calib", options.calib),
             *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
         )
         finished = common.run(command, threads=options.threads).check(command)
@@ -83,9 +83,8 @@ def _weights(folder: Path) -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="memory")
     parser.add_argument("model")
-    parser.add_argument("--calib-text", required=True)
     parser.add_argument("--max-ram", default="2GiB")
     parser.add_argument(
         "--methods",
@@ -93,11 +92,7 @@ def _options() -> argparse.Namespace:
         default=["rtn", "int8", "int8:w8a8_row", "nf4", "gptq", "awq", "smoothquant", "best"],
         help="method, or method:scheme",
     )
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="memory")
+    common.calibration_arguments(parser, samples=16, seq_len=512)
     return parser.parse_args()
 
 

@@ -142,20 +142,13 @@ def _load(path: str) -> PreTrainedModel:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="outliers")
     parser.add_argument("model")
-    parser.add_argument("--calib", required=True, help="text file")
-    parser.add_argument("--eval-text", default="demo", help="other text, or demo")
-    parser.add_argument("--eval-tokens", type=int, default=40_960)
-    parser.add_argument("--eval-seq-len", type=int, default=256)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=256)
+    common.calibration_arguments(parser, samples=128, seq_len=256)
+    common.evaluation_arguments(parser)
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--factor", type=float, default=64.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="outliers")
     return parser.parse_args()
 
 

@@ -36,7 +36,8 @@ _SHOWN = {
 def main() -> None:
     readme = common.ROOT / "README.md"
     old = readme.read_text(encoding="utf-8")
-    text = "\n".join(filter(None, (_accuracy(), _speed(), _memory(), _durability(), _outliers())))
+    parts = (_accuracy(), _speed(), _memory(), _eval_memory(), _durability(), _outliers())
+    text = "\n".join(filter(None, parts))
     new = _MARKS.sub(lambda marks: f"{marks[1]}{_heading(text)}{marks[2]}", old)
     if "--check" in sys.argv[1:]:
         sys.exit(int(new != old))
@@ -118,6 +119,18 @@ def _memory() -> str:
         f"\nPeak memory of quantizing a {found['model_bytes'] / 1e9:.1f} GB model under "
         f"`--max-ram {found['max_ram_bytes'] / 2**30:g}GiB`, as the operating system counts it: "
         f"{peaks} ([memory.json](eval/results/memory.json))."
+    )
+
+
+def _eval_memory() -> str:
+    found = _figures("eval_memory")
+    if found is None:
+        return ""
+    return (
+        f"\nPeak memory of evaluating a {found['original_bytes'] / 1e9:.1f} GB model against its "
+        f"4-bit version under `--max-ram {found['max_ram_bytes'] / 2**30:g}GiB`: "
+        f"{found['peak_bytes'] / 2**30:.2f} GiB "
+        "([eval_memory.json](eval/results/eval_memory.json))."
     )
 
 

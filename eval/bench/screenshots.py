@@ -5,7 +5,9 @@ screenshots.py demo-out/report.html
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +18,7 @@ import common
 
 IMAGES = common.ROOT / "docs" / "images"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_SECONDS = 120
 _ARGUMENTS = (
     "--headless",
     "--no-sandbox",
@@ -80,7 +83,20 @@ def take(page: str, shot: Shot, target: Path) -> None:
             f"--screenshot={target}",
             file.as_uri(),
         ]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        _run(command)
+
+
+def _run(command: list[str]) -> None:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            code = process.wait(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise SystemExit(f"{command[0]} took longer than {_SECONDS} s") from None
+    if code != 0:
+        raise SystemExit(f"{common.shown(command)} exited with {code}")
 
 
 def browser() -> str:

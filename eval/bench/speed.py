@@ -1,6 +1,6 @@
 """Seconds of a whole quantize command, start-up included, against llm-compressor's on one machine.
 
-    speed.py MODEL --calib-text FILE --peer-python PYTHON [--methods gptq:3 awq:1]
+    speed.py MODEL --calib FILE --peer-python PYTHON [--methods gptq:3 awq:1]
 Runs alternate between the tools, so that a machine's mood hits both.  `floor` adds what no
 implementation can avoid: two forward passes over the calibration tokens and the Gram products.
 """
@@ -86,7 +86,7 @@ def _run_quantkit(method: str, options: argparse.Namespace) -> common.Finished:
         command = common.quantkit_command(
             options.model,
             Path(folder) / "out",
-            *("--method", method, "--calib", options.calib_text),
+            *("--method", method, "--calib", options.calib),
             *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
             *options.extra,
         )
@@ -97,7 +97,7 @@ def _run_peer(method: str, options: argparse.Namespace) -> common.Finished:
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         command = [
             *(options.peer_python, str(_PEER), options.model, str(Path(folder) / "out")),
-            *("--method", method, "--calib-text", options.calib_text),
+            *("--method", method, "--calib-text", options.calib),
             *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
             *("--dtype", options.peer_dtype),
         ]
@@ -115,19 +115,14 @@ def _floor(options: argparse.Namespace) -> dict[str, float | str]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.arguments(__doc__, name="speed")
     parser.add_argument("model")
-    parser.add_argument("--calib-text", required=True)
     parser.add_argument("--peer-python", help="an interpreter that has llmcompressor")
     parser.add_argument("--peer-dtype", default="auto", help="what the peer computes in")
     parser.add_argument("--methods", nargs="+", default=["gptq", "awq"], help="METHOD[:RUNS=3]")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
+    common.calibration_arguments(parser, samples=32, seq_len=512)
     parser.add_argument("--extra", nargs="*", default=[], help="more options for quantkit")
     parser.add_argument("--floor", action="store_true")
-    parser.add_argument("--scratch", help="directory for outputs (default: the system's)")
-    parser.add_argument("--name", default="speed")
     return parser.parse_args()
 
 

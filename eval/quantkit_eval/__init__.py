@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from quantkit_eval.divergence import Divergence
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.live import compare_tasks, measure_divergence, measure_perplexity
+from quantkit_eval.live import (
+    compare_tasks,
+    measure_accuracy,
+    measure_divergence,
+    measure_perplexity,
+)
 from quantkit_eval.perplexity import Perplexity
 from quantkit_eval.tasks import TaskComparison
 from quantkit_eval.windows import Protocol, Windows, text_windows, token_windows
@@ -21,6 +26,7 @@ __all__ = [
     "TaskComparison",
     "Windows",
     "compare_tasks",
+    "measure_accuracy",
     "measure_divergence",
     "measure_perplexity",
     "text_windows",

@@ -139,13 +139,17 @@ def histogram(bins: Sequence[Bin], floor: Sequence[Bin] | None, mean: float) -> 
         parts.append(
             f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{height - _BOTTOM}" '
             f'class="mark"/><text x="{at + shift:.1f}" y="{_TOP + 10}" class="tick" '
-            f'text-anchor="{anchor}">mean {mean:.2g}</text>'
+            f'text-anchor="{anchor}">mean {_short(mean)}</text>'
         )
     parts.append(
         f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{height - 8}" class="title mid">'
         "KL divergence of a token, nats</text>"
     )
     return _svg(_WIDTH, height, "How many tokens have which KL divergence", parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}".replace("e-0", "e-")
 
 
 def heat_map(weights: Sequence[WeightCost]) -> str:

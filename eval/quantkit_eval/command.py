@@ -12,7 +12,7 @@ from quantkit_eval.gate import Outcome, worst
 from quantkit_eval.pages import report_files, summary_table
 from quantkit_eval.records import Report
 from quantkit_eval.setting import EvaluationRequest
-from quantkit_eval.words import sentence
+from quantkit_eval.words import WORDS, overall, sentence
 from quantkit_eval.writing import publish, report_directory, scratch
 
 
@@ -60,7 +60,19 @@ class Evaluated:
             lines += [f"{start}{sentence(judgement)}" for judgement in candidate.judgements]
             lines += [f"{start}damaged: {w.name}: {w.defect}" for w in candidate.defects]
             lines += [f"{start}note: {note}" for note in candidate.notes]
-        return "\n".join([*lines, "", f"report     {self.out / 'report.html'}"])
+        lines += ["", f"verdict    {self._verdict().lower()}{self._exit()}"]
+        return "\n".join([*lines, f"report     {self.out / 'report.html'}"])
+
+    def _verdict(self) -> str:
+        outcomes = [candidate.outcome for candidate in self.report.candidates]
+        return overall(outcomes) if len(outcomes) > 1 else WORDS.headline[self.outcome]
+
+    def _exit(self) -> str:
+        """What the exit code means where it might surprise."""
+        if not self.report.limits_given:
+            return " (without --fail-if the exit code is 0 whatever is found)"
+        unsure = self.outcome == "unsure"
+        return " (exit code 0: --fail-if fails on what is shown)" if unsure else ""
 
 
 def run_evaluation(

@@ -12,13 +12,13 @@ import torch
 
 from quantkit.budget import peak_rss
 from quantkit_eval.budget import check_budget
-from quantkit_eval.completions import Continued, complete
 from quantkit_eval.divergence import Divergence, divergence_of
 from quantkit_eval.gate import judge, worst
+from quantkit_eval.harness import Verdicts, description, verdicts
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.measure import Measured, measure
 from quantkit_eval.perplexity import perplexity_of, window_sequences
-from quantkit_eval.records import SCHEMA, Answer, Candidate, NoiseFloor, Report, TokenShown
+from quantkit_eval.records import SCHEMA, Answer, Candidate, Fact, NoiseFloor, Report, TokenShown
 from quantkit_eval.sensitivity import (
     BlockSensitivity,
     cost,
@@ -29,6 +29,7 @@ from quantkit_eval.setting import EvaluationRequest, Setting, prepare
 from quantkit_eval.stream import ModelStream
 from quantkit_eval.subjects import Subject
 from quantkit_eval.tasks import TaskComparison, answers, compare_answers
+from quantkit_eval.whole import Whole, check_whole, run_whole, whole_dtype
 
 _CONTEXT_TOKENS = 24
 _NOISE_DTYPE = torch.bfloat16
@@ -50,9 +51,11 @@ def evaluate(
     """
     began = time.monotonic()
     setting = prepare(request, names)
+    check_whole(request, setting)
     measured = _measure(request, setting, scratch, progress)
     sensitivity = _sensitivity(request, setting, scratch, progress, tell)
-    completions = complete(request, setting)
+    whole = run_whole(request, setting)
+    asked = [verdicts(task, whole.logs) for task in setting.harness]
     windows = range(len(setting.windows.ids))
     candidates = []
     for number, subject in enumerate(setting.quantized):
@@ -65,7 +68,8 @@ def evaluate(
                 number,
                 divergence,
                 sensitivity[number],
-                completions[number],
+                whole,
+                asked,
             )
         )
     noise = None
@@ -84,6 +88,14 @@ def evaluate(
         text=setting.text,
         noise=noise,
         candidates=tuple(candidates),
+        tasks=(
+            *setting.task_sources,
+            *(
+                Fact(name=task.name, value=description(task, answered))
+                for task, answered in zip(setting.harness, asked, strict=True)
+            ),
+        ),
+        computed=_computed(request, setting, whole),
         seed=request.seed,
         limits_given=bool(request.limits),
         machine=machine_facts(request.device),
@@ -170,10 +182,11 @@ def _candidate(
     number: int,
     divergence: Divergence,
     sensitivity: tuple[BlockSensitivity, ...],
-    continued: Continued,
+    whole: Whole,
+    asked: Sequence[Verdicts],
 ) -> Candidate:
     seen = measured.looked[number]
-    found = _answers(setting, measured, number)
+    found = (*_answers(setting, measured, number), *_harness_answers(asked, number))
     tasks: tuple[TaskComparison, ...] = ()
     if found:
         tasks = compare_answers(
@@ -197,8 +210,8 @@ def _candidate(
         weights_note=subject.comparable,
         judgements=judgements,
         outcome=worst(judgement.outcome for judgement in judgements),
-        completions=continued.completions,
-        completions_note=continued.note,
+        completions=whole.completions(number),
+        completions_note=whole.note,
         worst_tokens=_worst_tokens(setting, divergence),
         notes=_notes(setting, subject),
     )
@@ -215,6 +228,32 @@ def _answers(setting: Setting, measured: Measured, number: int) -> tuple[Answer,
         Answer(task=item.task, label=item.label, original=one, quantized=other)
         for item, one, other in zip(setting.items, before, after, strict=True)
     )
+
+
+def _harness_answers(asked: Sequence[Verdicts], number: int) -> tuple[Answer, ...]:
+    """Who answered each question of lm-eval's tasks."""
+    return tuple(
+        Answer(task=task.task, label=label, original=one, quantized=other)
+        for task in asked
+        for label, one, other in zip(
+            task.labels, task.right[0], task.right[number + 1], strict=True
+        )
+    )
+
+
+def _computed(request: EvaluationRequest, setting: Setting, whole: Whole) -> tuple[Fact, ...]:
+    streamed = "float32, block by block, quantized weights decoded"
+    facts = [Fact(name="divergence, perplexity, own tasks", value=streamed)]
+    if whole.texts or whole.logs:
+        dtype = str(whole_dtype(setting)).removeprefix("torch.")
+        names = [
+            *(["completions"] if whole.texts else []),
+            *(["lm-eval's tasks"] if whole.logs else []),
+        ]
+        facts.append(
+            Fact(name=", ".join(names), value=f"{dtype}, whole models, backend {request.backend}")
+        )
+    return tuple(facts)
 
 
 def _worst_tokens(setting: Setting, divergence: Divergence) -> tuple[TokenShown, ...]:

@@ -11,7 +11,7 @@ from typing import Literal
 from quantkit_eval.divergence import Divergence
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.statistics import Interval
-from quantkit_eval.tasks import TaskComparison
+from quantkit_eval.tasks import ALL, TaskComparison
 
 Outcome = Literal["within", "drop", "unsure"]
 METRICS = ("kl", "ppl", "top1", "dp", "defects", "task:NAME")
@@ -115,7 +115,9 @@ def judge(
     defects: None if weights were not looked at.
     """
     if limit.metric == "task":
-        found = [task for task in tasks if task.task == limit.task]
+        # With a single task there is no sum of all: it is that task.
+        wanted = tasks[0].task if limit.task == ALL and len(tasks) == 1 else limit.task
+        found = [task for task in tasks if task.task == wanted]
         if not found:
             known = ", ".join(task.task for task in tasks) or "none; add --tasks"
             raise EvaluationError(

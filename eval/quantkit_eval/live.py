@@ -20,6 +20,7 @@ from quantkit_eval.scoring import Block, PairScores, Scores, accumulate, places
 from quantkit_eval.sequences import Workload, make_workload
 from quantkit_eval.tasks import (
     Example,
+    Item,
     TaskComparison,
     answers,
     compare_answers,
@@ -109,6 +110,15 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def measure_accuracy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> float:
+    """The share of examples that greedy decoding answers exactly, in 0..1."""
+    items, workload = _questions(tokenizer, examples)
+    base, _ = score_live([model], workload, ["the model"])
+    return sum(answers(items, base, workload, 0)) / len(items)
+
+
 def compare_tasks(
     original: PreTrainedModel,
     quantized: PreTrainedModel,
@@ -116,10 +126,16 @@ def compare_tasks(
     examples: Sequence[Example],
 ) -> tuple[TaskComparison, ...]:
     """One comparison per task, in order of appearance, and "all" if there are several."""
-    items = example_items(tokenizer, examples)
-    if not items:
-        raise EvaluationError("no task questions; give at least one")
-    workload = make_workload([sequence for item in items for sequence in item.sequences])
+    items, workload = _questions(tokenizer, examples)
     base, (pair,) = score_live([original, quantized], workload, ["original", "quantized"])
     before, after = (answers(items, found, workload, 0) for found in (base, pair.scores))
     return compare_answers([item.task for item in items], before, after)
+
+
+def _questions(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> tuple[tuple[Item, ...], Workload]:
+    items = example_items(tokenizer, examples)
+    if not items:
+        raise EvaluationError("no task questions; give at least one")
+    return items, make_workload([sequence for item in items for sequence in item.sequences])

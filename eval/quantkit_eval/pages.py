@@ -19,7 +19,7 @@ from quantkit_eval.statistics import Interval
 from quantkit_eval.tables import markdown
 from quantkit_eval.tasks import TaskComparison
 from quantkit_eval.windows import Protocol
-from quantkit_eval.words import WORDS, overall, percent_change, sentence
+from quantkit_eval.words import WORDS, overall, percent_change, sentence, tone
 
 _WORST = 10
 _FOLDER = "templates"
@@ -208,6 +208,7 @@ def _render(template: str, report: Report, *, autoescape: bool, **more: Any) -> 
         has_tasks=any(candidate.tasks for candidate in report.candidates),
         words=WORDS,
         overall=overall([candidate.outcome for candidate in report.candidates]),
+        tone=tone([candidate.outcome for candidate in report.candidates]),
         sentence=sentence,
         size=format_size,
         num=number,

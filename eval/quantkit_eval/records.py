@@ -18,7 +18,7 @@ from quantkit_eval.subjects import Identity
 from quantkit_eval.tasks import TaskComparison
 from quantkit_eval.windows import Protocol
 
-SCHEMA = "quantkit.evaluation/2"
+SCHEMA = "quantkit.evaluation/3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,11 @@ class NoiseFloor:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that was measured, and what it depends on."""
+    """Everything that was measured, and what it depends on.
+
+    tasks     where each task's questions come from and how they are scored
+    computed  in what numbers, and by which code
+    """
 
     schema: str
     title: str
@@ -126,6 +130,8 @@ class Report:
     text: TextUsed
     noise: NoiseFloor | None
     candidates: tuple[Candidate, ...]
+    tasks: tuple[Fact, ...]
+    computed: tuple[Fact, ...]
     seed: int
     limits_given: bool
     machine: tuple[Fact, ...]

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.backend import check_backend
+from quantkit.checkpoint import open_source
+from quantkit.source import Source
 from quantkit.tokenizer import load_tokenizer
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
+from quantkit_eval.harness import HarnessTask
 from quantkit_eval.perplexity import window_sequences
 from quantkit_eval.records import Fact, TextUsed
 from quantkit_eval.sequences import Workload, make_workload
 from quantkit_eval.subjects import Subject, check_source, open_original, open_subject
-from quantkit_eval.tasklist import parse_tasks
+from quantkit_eval.tasklist import TaskList, parse_tasks
 from quantkit_eval.tasks import ALL, Item
 from quantkit_eval.texts import read_text
 from quantkit_eval.windows import ProtocolKind, Windows, text_windows
@@ -26,7 +30,9 @@ MAX_TOKENS = 524_288
 class EvaluationRequest:
     """What the command line asks for; paths are directories or Hub names, sizes in bytes.
 
-    task_questions   of each demo task
+    tasks            lists with commas between the names: see `tasklist`
+    task_questions   of each task: of the demo's (None: 200) and of lm-eval's (None: all)
+    backend          what multiplies where whole models run: completions, lm-eval's tasks
     sensitivity      also measure what each block costs when it alone is quantized
     prompts          how many beginnings of the text both models continue; 0 for none
     original_name    what to call the original (default: its directory's name)
@@ -37,7 +43,7 @@ class EvaluationRequest:
     quantized: tuple[str, ...]
     text: str = "demo"
     tasks: tuple[str, ...] = ()
-    task_questions: int = 200
+    task_questions: int | None = None
     seq_len: int = 2048
     windows: int | None = None
     protocol: ProtocolKind = "standard"
@@ -46,6 +52,7 @@ class EvaluationRequest:
     limits: tuple[str, ...] = ()
     max_ram: int | None = None
     device: str = "cpu"
+    backend: str = "auto"
     seed: int = 0
     prompts: int = 3
     noise_floor: bool = True
@@ -60,6 +67,8 @@ class Setting:
     """The models, the text as windows, the questions, and all of them as one workload.
 
     The workload's first sequences are the windows, the rest are those of `items`, in order.
+    `harness` are lm-eval's tasks, which whole models answer; `task_sources` says where the
+    questions of `items` come from.
     """
 
     original: Subject
@@ -68,6 +77,8 @@ class Setting:
     text: TextUsed
     windows: Windows
     items: tuple[Item, ...]
+    task_sources: tuple[Fact, ...]
+    harness: tuple[HarnessTask, ...]
     workload: Workload
     positions: int | None
     limits: tuple[Limit, ...]
@@ -78,7 +89,6 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
 
     Raises the QuantkitError of whatever does not work out.
     """
-    limits = tuple(parse_limit(text) for text in request.limits)
     if not request.quantized:
         raise EvaluationError("give at least one quantized model beside the original")
     trust = request.trust_remote_code
@@ -90,27 +100,64 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     )
     for subject in quantized:
         check_source(original, subject, tokenizer, any_base=request.any_base)
-    positions = _positions(original)
-    windows, text = _windows(request, tokenizer, positions)
-    listed = parse_tasks(request.tasks, tokenizer, limit=request.task_questions, seed=request.seed)
-    sequences = [*window_sequences(windows), *(s for item in listed for s in item.sequences)]
-    tasks = list(dict.fromkeys(item.task for item in listed))
-    for limit in limits:
-        if limit.metric == "task" and limit.task not in [*tasks, ALL]:
-            raise EvaluationError(
-                f"--fail-if {limit.text!r}: there is no task {limit.task!r}; asked for with "
-                f"--tasks: {', '.join(tasks) or 'none'}"
-            )
+    wishes = _wishes(request, original.source, tokenizer)
+    listed = wishes.tasks
     return Setting(
         original=original,
         quantized=quantized,
         tokenizer=tokenizer,
-        text=text,
+        text=wishes.text,
+        windows=wishes.windows,
+        items=listed.items,
+        task_sources=tuple(Fact(name=name, value=value) for name, value in listed.sources.items()),
+        harness=listed.harness,
+        workload=wishes.workload,
+        positions=wishes.positions,
+        limits=wishes.limits or _default_limits(listed.names),
+    )
+
+
+def check_wishes(request: EvaluationRequest) -> None:
+    """Nothing if text, tasks and limits fit the original model; no quantized one is needed.
+
+    For commands that quantize first: what is wrong shows before hours of work.
+    """
+    trust = request.trust_remote_code
+    source = open_source(request.model, trust_remote_code=trust)
+    _wishes(request, source, load_tokenizer(source, trust_remote_code=trust))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wishes:
+    windows: Windows
+    text: TextUsed
+    tasks: TaskList
+    workload: Workload
+    positions: int | None
+    limits: tuple[Limit, ...]
+
+
+def _wishes(request: EvaluationRequest, source: Source, tokenizer: Any) -> _Wishes:
+    limits = tuple(parse_limit(text) for text in request.limits)
+    check_backend(request.backend, request.device)
+    positions = _positions(source)
+    windows, text = _windows(request, tokenizer, positions)
+    listed = parse_tasks(request.tasks, tokenizer, limit=request.task_questions, seed=request.seed)
+    known = [*listed.names, *([ALL] if listed.names else [])]
+    for limit in limits:
+        if limit.metric == "task" and limit.task not in known:
+            raise EvaluationError(
+                f"--fail-if {limit.text!r}: there is no task {limit.task!r}; asked for with "
+                f"--tasks: {', '.join(listed.names) or 'none'}"
+            )
+    sequences = [*window_sequences(windows), *(s for item in listed.items for s in item.sequences)]
+    return _Wishes(
         windows=windows,
-        items=listed,
+        text=text,
+        tasks=listed,
         workload=make_workload(sequences, max_length=positions),
         positions=positions,
-        limits=limits or _default_limits(tasks),
+        limits=limits,
     )
 
 
@@ -128,8 +175,8 @@ def _names(request: EvaluationRequest, names: Sequence[str] | None) -> Sequence[
     return [None] * len(request.quantized)
 
 
-def _positions(original: Subject) -> int | None:
-    config = original.source.config
+def _positions(source: Source) -> int | None:
+    config = source.config
     text_config = config.get("text_config", config)
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
         if isinstance(found := text_config.get(key), int):

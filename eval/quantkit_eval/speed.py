@@ -22,7 +22,7 @@ from quantkit_eval.tables import markdown
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCHEMA = "quantkit.speed/1"
+SCHEMA = "quantkit.speed/2"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ class Speed:
     name: str
     dtype: str
     device: str
+    backend: str
     weights_on_disk: int
     load_seconds: float
     peak_bytes: int
@@ -90,7 +91,8 @@ class Speed:
                 markdown(header, rows),
                 "",
                 f"{self.name}: {self.prompt_tokens} tokens in, {self.new_tokens} out, in "
-                f"{self.dtype} on {self.device}; medians of {self.repeats} with quartiles",
+                f"{self.dtype} on {self.device}, backend {self.backend}; medians of "
+                f"{self.repeats} with quartiles",
                 f"weights on disk {format_size(self.weights_on_disk)}, loaded in "
                 f"{self.load_seconds:.1f} s, peak memory {format_size(self.peak_bytes)}",
             ]
@@ -105,6 +107,7 @@ def measure_speed(
     new_tokens: int,
     repeats: int,
     device: str,
+    backend: str = "auto",
     trust_remote_code: bool = False,
 ) -> Speed:
     """Greedy decoding of random prompts, timed step by step after one warm-up.
@@ -115,7 +118,7 @@ def measure_speed(
     if not batches or min(batches) < 1:
         raise EvaluationError(f"--batches {list(batches)}: give sizes of at least 1")
     began = time.perf_counter()
-    model = load(path, device=device, trust_remote_code=trust_remote_code)
+    model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
     load_seconds = time.perf_counter() - began
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -135,6 +138,7 @@ def measure_speed(
         name=path.name,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
+        backend=backend,
         weights_on_disk=sum(file.stat().st_size for file in path.glob("*.safetensors")),
         load_seconds=load_seconds,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else peak_rss(),

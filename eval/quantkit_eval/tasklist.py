@@ -1,4 +1,4 @@
-"""What `--tasks` names: the demo's tasks, and questions in a JSON lines file.
+"""What `--tasks` names: the demo's tasks, questions in a JSON lines file, lm-eval's tasks.
 
 A line of a file is {"prompt": ..., "answer": ...} for an exact match, or {"prompt": ...,
 "choices": [...], "answer": index or text} for multiple choice; "task" names its task.
@@ -6,45 +6,87 @@ A line of a file is {"prompt": ..., "answer": ...} for an exact match, or {"prom
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.tasks import Item, choice_item, exact_item, example_items
+from quantkit_eval.harness import PREFIX, HarnessTask, load_harness_tasks
+from quantkit_eval.tasks import ALL, Item, choice_item, exact_item, example_items
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KEYS = ("prompt", "answer", "choices", "task")
+# Of each of the demo's tasks, which have no end.
+_DEMO_QUESTIONS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskList:
+    """All that `--tasks` names; `sources` says of each task of `items` where it comes from."""
+
+    items: tuple[Item, ...]
+    harness: tuple[HarnessTask, ...]
+    sources: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tasks, in order."""
+        return [*self.sources, *(task.name for task in self.harness)]
 
 
 def parse_tasks(
-    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int, seed: int
-) -> tuple[Item, ...]:
-    """The questions of `demo`, `demo:NAME` and FILE.jsonl, in the given order.
+    listed: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, limit: int | None, seed: int
+) -> TaskList:
+    """The tasks of lists such as `demo,questions.jsonl,lm-eval:arc_easy`.
 
-    limit   questions of each demo task
+    limit   questions of each task of the demo (None: 200); lm-eval's know it when they are asked
     Raises EvaluationError for names that are none of these, and for questions without an answer.
     """
     items: list[Item] = []
+    sources: dict[str, str] = {}
+    names = [name for one in listed for name in _split(one)]
     for name in names:
+        if name.startswith(PREFIX):
+            continue
         if name.partition(":")[0] == "demo":
-            items += _demo_items(name, tokenizer, limit, seed)
+            count = _DEMO_QUESTIONS if limit is None else limit
+            found = _demo_items(name, tokenizer, count, seed)
+            source = f"the demo's held-out questions, {count} of seed {seed}"
         elif name.endswith((".jsonl", ".json")):
-            items += read_items(Path(name), tokenizer)
+            found, digest = read_items(Path(name), tokenizer)
+            source = f"{Path(name).name}, sha256 {digest}"
         else:
             raise EvaluationError(
-                f"--tasks {name!r}: write demo, demo:NAME or a .jsonl file of questions"
+                f"--tasks {name!r}: write demo, demo:NAME, a .jsonl file of questions, or "
+                f"{PREFIX}NAME for a task of lm-evaluation-harness"
             )
-    return tuple(items)
+        items += found
+        for item in found:
+            sources[item.task] = source
+    harness = load_harness_tasks([name for name in names if name.startswith(PREFIX)])
+    for task in harness:
+        if task.name in sources or task.name == ALL:
+            raise EvaluationError(f"--tasks: two tasks are called {task.name!r}; rename one")
+    return TaskList(items=tuple(items), harness=harness, sources=sources)
 
 
-def read_items(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Item, ...]:
-    """The questions of a JSON lines file.  Raises EvaluationError naming the line."""
+def _split(listed: str) -> list[str]:
+    """Names between commas; a file's name may hold commas itself."""
+    if Path(listed).is_file():
+        return [listed]
+    return [name.strip() for name in listed.split(",") if name.strip()] or [listed]
+
+
+def read_items(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Item, ...], str]:
+    """A JSON lines file's questions and its sha256.  Raises EvaluationError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        content = path.read_bytes()
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"--tasks {path}: cannot be read: {error}") from error
     items = []
@@ -53,7 +95,7 @@ def read_items(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Item, ..
             items.append(_item(line, f"{path.name} line {number}", path.stem, tokenizer))
     if not items:
         raise EvaluationError(f"--tasks {path}: there are no questions in it")
-    return tuple(items)
+    return tuple(items), hashlib.sha256(content).hexdigest()
 
 
 def _demo_items(

@@ -44,12 +44,20 @@ def overall(outcomes: Sequence[Outcome]) -> str:
     return "None is shown to keep the limits" if drops < len(outcomes) else "All break a limit"
 
 
+def tone(outcomes: Sequence[Outcome]) -> Outcome:
+    """Of which outcome a line about several models has the colour; a mixture is not green."""
+    found = set(outcomes)
+    return found.pop() if len(found) == 1 else "unsure"
+
+
 def percent_change(ratio: float) -> str:
     """A ratio as a signed change: "+1.23 %"."""
     if not math.isfinite(ratio):
         return "∞"
     value = 100 * (ratio - 1)
-    return f"{value:+.2f} %" if abs(value) < 1000 else f"x {ratio:,.0f}"
+    if abs(value) >= 1000:
+        return f"x {ratio:,.0f}"
+    return "0.00 %" if abs(value) < 0.005 else f"{value:+.2f} %"
 
 
 def sentence(judgement: Judgement) -> str:
@@ -67,12 +75,19 @@ def sentence(judgement: Judgement) -> str:
         return f"{measured}. All of it keeps the limit of {limit}."
     if judgement.outcome == "drop":
         return f"{measured}. All of it is beyond the limit of {limit}."
+    unsure = f"{measured}. Not enough data to tell: the limit of {limit} lies inside;"
     if judgement.more is None:
-        return f"{measured}. The limit of {limit} lies inside, and more data may not settle it."
+        return f"{unsure} how much more it would take cannot be said."
     return (
-        f"{measured}. The limit of {limit} lies inside; about {judgement.more:,} more "
-        f"{judgement.unit} would tell, if the estimate stays."
+        f"{unsure} it would take about {_rounded(judgement.more):,} more {judgement.unit} than "
+        f"these {judgement.measured_on:,}, if the estimate stays."
     )
+
+
+def _rounded(count: int) -> int:
+    """Two significant digits, rounded up: an extrapolation knows no more."""
+    step = 10 ** max(len(str(count)) - 2, 0)
+    return -(-count // step) * step
 
 
 def _spelling(limit: str) -> tuple[str, Callable[[float], str]]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import Literal, NamedTuple
 
 Split = Literal["train", "heldout"]
 
@@ -128,45 +125,3 @@ def task_examples(split: Split, rng: random.Random) -> list[Example]:
     else:
         chosen = rng.choices(TASKS, _TRAINING_WEIGHTS, k=count)
     return [draw(task, split, rng) for task in chosen]
-
-
-def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    batch_size: int = 64,
-) -> float:
-    """The share of examples that greedy decoding answers exactly, in 0..1.
-
-    Teacher forced: an answer is right when each of its tokens, and the newline after it, is the
-    argmax given the ones before, which is when greedy decoding produces it.
-    """
-    import torch
-
-    from quantkit.errors import CalibrationError
-
-    if not examples:
-        raise CalibrationError("no examples to measure accuracy on; give at least one")
-    device = next(model.parameters()).device
-    right = 0
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        rows = [_encode(tokenizer, example) for example in batch]
-        longest = max(len(tokens) for tokens, _ in rows)
-        # Padding on the right is never seen by the tokens before it under a causal mask.
-        ids_NT = torch.zeros(len(rows), longest, dtype=torch.long)
-        scored_NT = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for row, (tokens, answer_start) in enumerate(rows):
-            ids_NT[row, : len(tokens)] = torch.tensor(tokens)
-            scored_NT[row, answer_start : len(tokens)] = True
-        with torch.no_grad():
-            best_NT = model(input_ids=ids_NT.to(device), use_cache=False).logits.argmax(-1).cpu()
-        wrong_NT = (best_NT[:, :-1] != ids_NT[:, 1:]) & scored_NT[:, 1:]
-        right += int((~wrong_NT.any(dim=1)).sum())
-    return right / len(examples)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], int]:
-    prompt: list[int] = tokenizer(example.prompt)["input_ids"]
-    answer: list[int] = tokenizer(f"{example.answer}\n", add_special_tokens=False)["input_ids"]
-    return prompt + answer, len(prompt)

@@ -26,6 +26,8 @@ from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
 _PACKAGE = "quantkit.formats"
+# quant_method -> the file of what reads it and cannot write it.
+_READ_ONLY: Mapping[str, str] = {"fp8": "_fp8_blocks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,28 @@ class StoredWeight:
 
 
 @runtime_checkable
-class Format(Protocol):
-    """One on-disk layout of quantized weights."""
+class FormatReader(Protocol):
+    """One on-disk layout of quantized weights, to read."""
 
     name: ClassVar[str]
+
+    def weights(self, source: Source) -> dict[str, StoredWeight]:
+        """Weight name -> how it is stored, for every quantized weight of a checkpoint.
+
+        Raises CheckpointError if the tensors and `quantization_config` contradict each other, or
+        if the checkpoint uses something this format's implementation does not know.
+        """
+        ...
+
+    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
+        """The inverse of `pack`: same codes, scale and zero."""
+        ...
+
+
+@runtime_checkable
+class Format(FormatReader, Protocol):
+    """One on-disk layout of quantized weights, to read and to write."""
+
     # Whether columns of one group may lie apart (`QuantizedTensor.columns`).
     holds_permuted: ClassVar[bool]
 
@@ -142,18 +162,6 @@ class Format(Protocol):
         `weights` are all quantizable weights, the kept ones included; `others` are the model's
         other tensors, so that linear layers outside the blocks can be listed as kept too.
         """
-        ...
-
-    def weights(self, source: Source) -> dict[str, StoredWeight]:
-        """Weight name -> how it is stored, for every quantized weight of a checkpoint.
-
-        Raises CheckpointError if the tensors and `quantization_config` contradict each other, or
-        if the checkpoint uses something this format's implementation does not know.
-        """
-        ...
-
-    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
-        """The inverse of `pack`: same codes, scale and zero."""
         ...
 
 
@@ -216,8 +224,8 @@ def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:
         raise FormatError(f"{chosen.name}: {reason}")
 
 
-def format_of(source: Source) -> Format:
-    """The format a quantized checkpoint is written in, by its `quantization_config`.
+def format_of(source: Source) -> FormatReader:
+    """What reads a quantized checkpoint, by its `quantization_config`.
 
     Raises FormatError if there is none or if no built-in format reads it.
     """
@@ -231,13 +239,21 @@ def format_of(source: Source) -> Format:
         version = str(config.get("checkpoint_format", "gptq"))
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
-    elif method == "fp8":
-        return cast(Format, importlib.import_module(f"{_PACKAGE}._fp8_blocks").Fp8Blocks())
+    elif isinstance(method, str) and method in _READ_ONLY:
+        return cast(FormatReader, _class_of(_READ_ONLY[method])())
     elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
     known = ", ".join(available_formats())
     told = f"quant_method {method!r}" + (f" as {version!r}" if version else "")
     raise FormatError(f"quantization_config: {told} is not read; known: {known}")
+
+
+def demand_writer(reader: FormatReader) -> Format:
+    """The reader, if it is a format that writes too; else FormatError."""
+    if isinstance(reader, Format):
+        return reader
+    known = ", ".join(available_formats())
+    raise FormatError(f"{reader.name}: the format is read, not written; written are: {known}")
 
 
 def named_as_weight(weight: PlannedWeight) -> str | None:

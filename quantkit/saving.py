@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import ModelError
-from quantkit.format import Format, PlannedWeight
+from quantkit.format import FormatReader, PlannedWeight, demand_writer
 from quantkit.nn import QuantExperts, QuantLinear
 from quantkit.refs import Piece
 from quantkit.source import Source
@@ -55,7 +55,7 @@ class QuantkitConfig(QuantizationConfigMixin):
 class QuantkitQuantizer(HfQuantizer):
     """Lets transformers save a model whose layers are quantkit's."""
 
-    def __init__(self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors) -> None:
+    def __init__(self, fmt: FormatReader, config: Mapping[str, Any], saved: SavedTensors) -> None:
         super().__init__(QuantkitConfig(config))
         self.format = fmt
         self.saved = saved
@@ -77,7 +77,7 @@ class QuantkitQuantizer(HfQuantizer):
 
 
 def attach_quantizer_(
-    model: PreTrainedModel, fmt: Format, config: Mapping[str, Any], saved: SavedTensors
+    model: PreTrainedModel, fmt: FormatReader, config: Mapping[str, Any], saved: SavedTensors
 ) -> None:
     """Makes `model.save_pretrained` and `push_to_hub` write the canonical quantized checkpoint."""
     model.hf_quantizer = QuantkitQuantizer(fmt, config, saved)
@@ -88,12 +88,15 @@ def attach_quantizer_(
     model._weight_conversions = []
 
 
-def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dict[str, Tensor]:
+def canonical_tensors(
+    model: nn.Module, fmt: FormatReader, saved: SavedTensors
+) -> dict[str, Tensor]:
     """Checkpoint name -> CPU tensor: quantized weights packed, everything else as it is now.
 
     Parameters the checkpoint did not have (added since) come under their module path.  Raises
-    ModelError if a quantized layer is no longer where it was.
+    ModelError if a quantized layer is no longer where it was, FormatError if the format only reads.
     """
+    writer = demand_writer(fmt)
     tensors: dict[str, Tensor] = {}
     covered: set[int] = set()
     slots = _slots(saved.pieces)
@@ -109,7 +112,7 @@ def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dic
                 expert=piece.expert is not None,
             )
             covered.update(id(buffer) for buffer in found.buffers())
-            tensors.update(fmt.pack(weight, found.quantized_tensor))
+            tensors.update(writer.pack(weight, found.quantized_tensor))
             continue
         covered.add(id(found))
         tensor = found.detach()

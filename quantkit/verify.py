@@ -19,7 +19,7 @@ from quantkit.checkpoint import FileSource, open_source
 from quantkit.compare import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.errors import CheckpointError, NumericsError, QuantkitError
 from quantkit.folds import FOLDS_FILE
-from quantkit.format import Format, StoredWeight, format_of
+from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.grid import IntegerGrid, grid_of
 from quantkit.manifest import verify_manifest
 from quantkit.runtimes import compare_runtime
@@ -144,7 +144,7 @@ class _Opened:
     """A checkpoint whose headers, configuration and report could be read."""
 
     source: FileSource
-    format: Format
+    format: FormatReader
     stored: Mapping[str, StoredWeight]
     entries: tuple[Entry, ...]
     unties_head: bool

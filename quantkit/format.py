@@ -27,7 +27,7 @@ from quantkit.tensorfile import TensorInfo
 
 _PACKAGE = "quantkit.formats"
 # quant_method -> the file of what reads it and cannot write it.
-_READ_ONLY: Mapping[str, str] = {"fp8": "_fp8_blocks"}
+_READ_ONLY: Mapping[str, str] = {"fp8": "_fp8_blocks", "mxfp4": "_mxfp4"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class StoredWeight:
 
     transposed   the format stores its codes [I, O]
     permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
+    expert       the weight is this slice of `tensors`, which hold all experts of a layer
     """
 
     name: str
@@ -66,6 +67,7 @@ class StoredWeight:
     tensors: tuple[str, ...]
     transposed: bool = False
     permuted: bool = False
+    expert: int | None = None
 
     @classmethod
     def of(
@@ -254,6 +256,12 @@ def demand_writer(reader: FormatReader) -> Format:
         return reader
     known = ", ".join(available_formats())
     raise FormatError(f"{reader.name}: the format is read, not written; written are: {known}")
+
+
+def expert_name(name: str, expert: int) -> str:
+    """What one expert of the fused tensor `name` is called by itself, a weight [O, I]."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{expert}.{leaf}.weight"
 
 
 def named_as_weight(weight: PlannedWeight) -> str | None:

@@ -21,6 +21,7 @@ from quantkit.plan import make_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe
 from quantkit.source import Source
+from quantkit.split_experts import split_experts
 from quantkit.stats import has_bf16_units
 from quantkit.tokenizer import load_tokenizer
 from quantkit.unpacked import Unpacked
@@ -80,6 +81,7 @@ def prepare_all(
     if first.requantize and isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
+    source = split_experts(source, trust_remote_code=first.trust_remote_code)
     device = choose_device(first.device)
     model = CausalModel.open(
         source,

@@ -117,8 +117,7 @@ def canonical_tensors(
         covered.add(id(found))
         tensor = found.detach()
         if piece.expert is not None and found.ndim == 3:
-            tensor = tensor[piece.expert]
-            tensor = tensor if piece.rows is None else tensor[slice(*piece.rows)]
+            tensor = piece.part_of(tensor)
         tensors[piece.name] = _own_memory(tensor, found)
     for name in saved.extra:
         assert saved.source is not None
@@ -181,4 +180,4 @@ def _own_memory(tensor: Tensor, whole: Tensor) -> Tensor:
     """On the CPU; a copy if it is a slice, since transformers writes no shared memory."""
     if tensor.device.type == "cpu" and tensor.numel() < whole.numel():
         return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.cpu()
+    return tensor.cpu().contiguous()

@@ -95,6 +95,10 @@ class OneByOne(Reader):
             self._last = name, (value.t() if part.transposed else value).reshape(-1)
         return self._last[1][start:stop].clone()
 
+    def fingerprint(self) -> str:
+        """The source's: it is the same model."""
+        return self.fused.fingerprint()
+
     def side_files(self) -> dict[str, Path | bytes]:
         """The source's."""
         return self.fused.side_files()

@@ -16,6 +16,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
 from quantkit.checkpoint import open_source
+from quantkit.decoded import open_decoded
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
 from quantkit.format import expert_name, format_of
 from quantkit.inspection import inspect
@@ -162,6 +163,14 @@ def test_requantizing_is_quantizing_the_decoded_model(
 
 
 def test_experts_in_one_tensor_are_quantized_one_by_one(model: Path, tmp_path: Path) -> None:
+    whole = open_source(model)
+    apart = open_decoded(whole)
+    assert torch.equal(apart.read(expert_name(DOWN, 3)), whole.read(DOWN)[3].t())
+    assert torch.equal(
+        apart.read_flat(expert_name(DOWN, 3), 40, 90),
+        apart.read(expert_name(DOWN, 3)).reshape(-1)[40:90],
+    )
+    assert DOWN not in apart.names() and apart.fingerprint() == whole.fingerprint()
     job = jobs.make_job(model, "awq", allow_unreadable=True)
     out = jobs.finish(job, tmp_path / "out").out
     assert verify(out, against=model).ok

@@ -54,14 +54,10 @@ def bitsandbytes_readers(
     weights: Sequence[PlannedWeight], model_type: str
 ) -> dict[str, str | None]:
     """Runtime -> None if it reads bitsandbytes files of these weights, else why not."""
-    reason = _lacks_split_experts(weights, model_type)
-    if reason is not None:
-        pass
-    elif any(weight.expert and weight.scheme is not None for weight in weights):
-        reason = "it cannot put bitsandbytes experts into its fused parameters"
-    elif model_type == "falcon":
-        reason = "it replaces no FalconLinear by a bitsandbytes layer"
-    return {"transformers": reason, "vllm": "vLLM 0.32 has no bitsandbytes layers"}
+    return {
+        "transformers": _transformers_bitsandbytes(weights, model_type),
+        "vllm": "vLLM 0.32 has no bitsandbytes layers",
+    }
 
 
 def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
@@ -96,6 +92,16 @@ def _one_decompressor(schemes: Sequence[Scheme]) -> bool:
     """True if transformers, which decompresses all dense layers alike, would be right for all."""
     kinds = {(scheme.bits, scheme.symmetric, scheme.activation_bits) for scheme in schemes}
     return len(kinds) == 1 and all(scheme.activation_bits == 16 for scheme in schemes)
+
+
+def _transformers_bitsandbytes(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
+    if any(weight.expert and weight.scheme is not None for weight in weights):
+        return "it cannot put bitsandbytes experts into its fused parameters"
+    if model_type == "falcon":
+        return "it replaces no FalconLinear by a bitsandbytes layer"
+    return None
 
 
 def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:

@@ -33,8 +33,11 @@ from quantkit.tensorfile import TensorInfo
 
 _PACKAGE = "quantkit.formats"
 _ENTRY_POINTS = "quantkit.formats"
-# quant_method -> the file of what reads it and cannot write it.
-_READ_ONLY: Mapping[str, str] = {"fp8": "_fp8_blocks", "mxfp4": "_mxfp4"}
+# quant_method -> file and class of what reads it and cannot write it.
+_READ_ONLY: Mapping[str, tuple[str, str]] = {
+    "fp8": ("_fp8_blocks", "Fp8Blocks"),
+    "mxfp4": ("_mxfp4", "Mxfp4"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +270,9 @@ def format_of(source: Source) -> FormatReader:
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
     elif isinstance(method, str) and method in _READ_ONLY:
-        return cast(FormatReader, _class_of(_READ_ONLY[method])())
+        stem, class_name = _READ_ONLY[method]
+        module = importlib.import_module(f"{_PACKAGE}.{stem}")
+        return cast(FormatReader, getattr(module, class_name)())
     elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
     elif isinstance(method, str) and (found := _installed(method)) is not None:

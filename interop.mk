@@ -3,7 +3,10 @@
 # GPTQModel brings much that only it needs.
 
 INTEROP := .interop
-INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(INTEROP)/checkpoints
+# QUANTKIT_INTEROP_MODEL=DIR reads what is made of another llama than the embedded demo model.
+QUANTKIT_INTEROP_MODEL ?=
+CHECKPOINTS := $(INTEROP)/checkpoints$(if $(QUANTKIT_INTEROP_MODEL),-$(notdir $(QUANTKIT_INTEROP_MODEL:/=)))
+INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(CHECKPOINTS)
 
 READERS := transformers gptqmodel vllm llama onnx tasks
 .PHONY: interop interop-checkpoints $(READERS:%=interop-%)
@@ -12,7 +15,7 @@ interop: $(READERS:%=interop-%)
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed
-	$(VENV)/bin/python tests/interop/make_checkpoints.py $(INTEROP)/checkpoints
+	$(VENV)/bin/python tests/interop/make_checkpoints.py $(CHECKPOINTS) $(QUANTKIT_INTEROP_MODEL)
 
 # -P keeps the working directory, with its folders `kernels` and `eval`, off sys.path.
 interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
@@ -49,7 +52,7 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 
 # llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
 interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
-	$(VENV)/bin/python tests/interop/make_gguf.py $(INTEROP)/checkpoints
+	$(VENV)/bin/python tests/interop/make_gguf.py $(CHECKPOINTS) $(QUANTKIT_INTEROP_MODEL)
 	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
 
 # Without the parts that nobody here uses; -O1 for C++ halves the time (the kernels are C, -O3).

@@ -21,6 +21,7 @@ from quantkit.loading import install_
 from quantkit.names import map_names
 from quantkit.pipeline import Job, run
 from quantkit.recipe import load_recipe
+from quantkit.split_experts import split_experts
 from quantkit.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _install(model: PreTrainedModel, job: Job, written: Path) -> None:
         model,
         _Unpacked(stored, job, source),
         _Plain(rescaled, source),
-        names=map_names(model, LiveSource(model)),
+        names=map_names(model, split_experts(LiveSource(model))),
         fmt=fmt,
         quantization_config=source.config["quantization_config"],
     )

@@ -257,11 +257,13 @@ def methods() -> None:
 @app.command()
 def formats() -> None:
     """List the on-disk formats."""
-    from quantkit.format import available_formats, make_format
+    from quantkit.format import available_formats, installed_formats, make_format
 
     for name in available_formats():
         first_line = (type(make_format(name)).__doc__ or "").strip().splitlines()[0]
         typer.echo(f"{name:<20}{first_line}")
+    for name in installed_formats():
+        typer.echo(f"{name:<20}Of an installed package.")
 
 
 @app.command()

@@ -8,6 +8,7 @@ import torch
 
 from quantkit.scheme import Scheme
 from quantkit.source import Source
+from quantkit.split_experts import split_experts
 from quantkit.unpacked import Unpacked
 
 
@@ -24,10 +25,10 @@ class Decoded(Unpacked):
 
 
 def open_decoded(source: Source, *, trust_remote_code: bool = False) -> Source | Decoded:
-    """The source itself if it is not quantized, else its decoded view.
+    """The source, experts one by one, if it is not quantized, else its decoded view.
 
     Raises FormatError for a quantized checkpoint in an unknown format.
     """
     if "quantization_config" not in source.config:
-        return source
+        return split_experts(source, trust_remote_code=trust_remote_code)
     return Decoded.open(source, trust_remote_code=trust_remote_code)

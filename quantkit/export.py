@@ -24,6 +24,7 @@ from quantkit.errors import FormatError
 from quantkit.finish import REPORT, write_finished_files
 from quantkit.finished import refuse_unfinished
 from quantkit.folds import FOLDS_FILE
+from quantkit.format import code_of
 from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.plan import Plan, TensorFate, lay_out
@@ -108,7 +109,7 @@ def export(
         )
     fingerprint = {
         "export of": source.fingerprint(),
-        "format": plan.format.name,
+        "format": f"{plan.format.name} {code_of(plan.format)}".rstrip(),
         "allow rounding": str(allow_rounding),
         "max shard bytes": str(max_shard_bytes),
         "trust_remote_code": str(trust_remote_code),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.errors import SchemeError
 from quantkit.grid import Float8Grid, blocks, grid_of, store_scale
 from quantkit.nested import nest
 from quantkit.parts import GroupRange
@@ -55,6 +56,8 @@ def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | Non
     """
     if scheme.flat:
         return extent.magnitude, None
+    if scheme.kind == "mxfp4":
+        raise SchemeError("mxfp4_g32 is read, not written: quantize to another scheme")
     if scheme.kind == "fp8":
         return store_scale(extent.magnitude / Float8Grid().largest), None
     top = 2**scheme.bits - 1

@@ -26,7 +26,9 @@ def fold_shapes(
             yield f"{ref.name}:columns", ref.shape[1]
         for name in group.producer_names:
             shape = shapes[name]
-            yield f"{name}:rows", shape[-1] if group.transposed else shape[0]
+            # An expert's tensor is [O, I] whichever way the parameter lies.
+            flipped = group.transposed and group.expert is None
+            yield f"{name}:rows", shape[-1] if flipped else shape[0]
 
 
 class FoldVectors:

@@ -1,19 +1,25 @@
 """On-disk formats: what each must offer, and how a name finds one (the file name is the registry).
 
 `--format compressed-tensors` means class `CompressedTensors` in formats/compressed_tensors.py;
-`package.module:Class` names a third party's.  A format maps one weight to named tensors and back;
-files, shards and indexes are the checkpoint's business.
+`package.module:Class` names a third party's, and an installed package announces its own as an
+entry point of the group `quantkit.formats`: only such a one is found when a checkpoint names it.
+A format maps one weight to named tensors and back; files, shards and indexes are the checkpoint's
+business.
 
 Shapes: O out features, I in features.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
@@ -26,6 +32,12 @@ from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import TensorInfo
 
 _PACKAGE = "quantkit.formats"
+_ENTRY_POINTS = "quantkit.formats"
+# quant_method -> file and class of what reads it and cannot write it.
+_READ_ONLY: Mapping[str, tuple[str, str]] = {
+    "fp8": ("_fp8_blocks", "Fp8Blocks"),
+    "mxfp4": ("_mxfp4", "Mxfp4"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,7 @@ class StoredWeight:
 
     transposed   the format stores its codes [I, O]
     permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
+    expert       the weight is this slice of `tensors`, which hold all experts of a layer
     """
 
     name: str
@@ -64,6 +77,7 @@ class StoredWeight:
     tensors: tuple[str, ...]
     transposed: bool = False
     permuted: bool = False
+    expert: int | None = None
 
     @classmethod
     def of(
@@ -88,10 +102,28 @@ class StoredWeight:
 
 
 @runtime_checkable
-class Format(Protocol):
-    """One on-disk layout of quantized weights."""
+class FormatReader(Protocol):
+    """One on-disk layout of quantized weights, to read."""
 
     name: ClassVar[str]
+
+    def weights(self, source: Source) -> dict[str, StoredWeight]:
+        """Weight name -> how it is stored, for every quantized weight of a checkpoint.
+
+        Raises CheckpointError if the tensors and `quantization_config` contradict each other, or
+        if the checkpoint uses something this format's implementation does not know.
+        """
+        ...
+
+    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
+        """The inverse of `pack`: same codes, scale and zero."""
+        ...
+
+
+@runtime_checkable
+class Format(FormatReader, Protocol):
+    """One on-disk layout of quantized weights, to read and to write."""
+
     # Whether columns of one group may lie apart (`QuantizedTensor.columns`).
     holds_permuted: ClassVar[bool]
 
@@ -144,18 +176,6 @@ class Format(Protocol):
         """
         ...
 
-    def weights(self, source: Source) -> dict[str, StoredWeight]:
-        """Weight name -> how it is stored, for every quantized weight of a checkpoint.
-
-        Raises CheckpointError if the tensors and `quantization_config` contradict each other, or
-        if the checkpoint uses something this format's implementation does not know.
-        """
-        ...
-
-    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
-        """The inverse of `pack`: same codes, scale and zero."""
-        ...
-
 
 def available_formats() -> list[str]:
     """Names of the built-in formats, sorted."""
@@ -164,18 +184,35 @@ def available_formats() -> list[str]:
     return sorted(_class_of(name).name for name in names)
 
 
+def installed_formats() -> list[str]:
+    """Names of the formats that other installed packages bring, sorted."""
+    return sorted(set(entry_points(group=_ENTRY_POINTS).names) - {*available_formats()})
+
+
 def make_format(name: str) -> Format:
     """The format of that name.  Raises FormatError listing the known ones."""
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return cast(Format, getattr(importlib.import_module(module), attribute)())
+            made = getattr(importlib.import_module(module), attribute)()
         except (ImportError, AttributeError) as error:
             raise FormatError(f"format {name!r} cannot be imported: {error}") from error
-    if name not in available_formats():
-        known = ", ".join(available_formats())
-        raise FormatError(f"format {name!r} is unknown; known: {known}, or package.module:Class")
-    return _class_of(name)()
+        return demand_writer(made)
+    if name in available_formats():
+        return _class_of(name)()
+    if (found := _installed(name)) is not None:
+        return demand_writer(found)
+    known = ", ".join([*available_formats(), *installed_formats()])
+    raise FormatError(f"format {name!r} is unknown; known: {known}, or package.module:Class")
+
+
+def code_of(fmt: FormatReader) -> str:
+    """sha256 of the file a third party's format comes from; empty for a built-in one."""
+    module = type(fmt).__module__
+    file = sys.modules[module].__file__
+    if module.startswith(f"{_PACKAGE}.") or file is None:
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def default_format(scheme: Scheme) -> str:
@@ -216,10 +253,11 @@ def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:
         raise FormatError(f"{chosen.name}: {reason}")
 
 
-def format_of(source: Source) -> Format:
-    """The format a quantized checkpoint is written in, by its `quantization_config`.
+def format_of(source: Source) -> FormatReader:
+    """What reads a quantized checkpoint, by its `quantization_config`.
 
-    Raises FormatError if there is none or if no built-in format reads it.
+    Looks among the built-in formats and those of installed packages.  Raises FormatError if there
+    is none or if nothing reads it.
     """
     config = source.config.get("quantization_config")
     if not isinstance(config, dict):
@@ -231,13 +269,34 @@ def format_of(source: Source) -> Format:
         version = str(config.get("checkpoint_format", "gptq"))
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
-    elif method == "fp8":
-        return cast(Format, importlib.import_module(f"{_PACKAGE}._fp8_blocks").Fp8Blocks())
+    elif isinstance(method, str) and method in _READ_ONLY:
+        stem, class_name = _READ_ONLY[method]
+        module = importlib.import_module(f"{_PACKAGE}.{stem}")
+        return cast(FormatReader, getattr(module, class_name)())
     elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
-    known = ", ".join(available_formats())
+    elif isinstance(method, str) and (found := _installed(method)) is not None:
+        return found
+    known = ", ".join([*available_formats(), *installed_formats()])
     told = f"quant_method {method!r}" + (f" as {version!r}" if version else "")
     raise FormatError(f"quantization_config: {told} is not read; known: {known}")
+
+
+def demand_writer(reader: FormatReader) -> Format:
+    """The reader, if it is a format that writes too; else FormatError."""
+    if isinstance(reader, Format):
+        return reader
+    name = getattr(reader, "name", type(reader).__name__)
+    if not isinstance(reader, FormatReader):
+        raise FormatError(f"{name}: it is no Format as quantkit/format.py defines it")
+    known = ", ".join(available_formats())
+    raise FormatError(f"{name}: the format is read, not written; written are: {known}")
+
+
+def expert_name(name: str, expert: int) -> str:
+    """What one expert of the fused tensor `name` is called by itself, a weight [O, I]."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{expert}.{leaf}.weight"
 
 
 def named_as_weight(weight: PlannedWeight) -> str | None:
@@ -293,6 +352,24 @@ def check_stored(infos: Sequence[TensorInfo], source: Source, demanded_by: str) 
                 f"{info.name}: {stored.dtype} {list(stored.shape)} is stored, but {demanded_by} "
                 f"demands {info.dtype} {list(info.shape)}"
             )
+
+
+def _installed(name: str) -> FormatReader | None:
+    """The format that an installed package brings under this name; None if none does."""
+    for entry in entry_points(group=_ENTRY_POINTS, name=name):
+        try:
+            made = entry.load()()
+        # Code of others, which may fail in any way.
+        except Exception as error:
+            raise FormatError(
+                f"format {name!r}: {entry.value} of an installed package cannot be made: {error}"
+            ) from error
+        if not isinstance(made, FormatReader) or made.name != name:
+            raise FormatError(
+                f"format {name!r}: {entry.value} of an installed package is no format of this name"
+            )
+        return made
+    return None
 
 
 def _class_of(name: str) -> type[Any]:

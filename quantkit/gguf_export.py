@@ -17,7 +17,7 @@ from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError
 from quantkit.finished import refuse_unfinished
-from quantkit.format import Format, StoredWeight, format_of
+from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.gguf_codes import block_type_of, is_exact, to_blocks, why_not
 from quantkit.gguf_container import PlannedTensor, import_gguf, write_gguf
 from quantkit.gguf_families import Family, family_of
@@ -190,7 +190,7 @@ def _quantized_tensor(
     target: str,
     members: Sequence[tuple[str, Place]],
     source: Source,
-    fmt: Format,
+    fmt: FormatReader,
     stored: Mapping[str, StoredWeight],
     order: Tensor | None,
 ) -> PlannedTensor:

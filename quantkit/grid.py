@@ -21,6 +21,10 @@ FP4_VALUES = tuple(
     for sign in (1.0, -1.0)
     for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 )
+# Sign, two exponent bits, one mantissa bit, as OCP's Microscaling Formats 1.0 orders them.
+E2M1_VALUES = tuple(
+    sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+)
 
 # Exact in bfloat16, float16 and float32 alike, so every runtime's cast leaves a scale as stored.
 # 65280 is the largest bfloat16 value that float16 holds.
@@ -88,7 +92,8 @@ class IntegerGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookGrid:
-    """Sixteen values in [-1, 1]; value = values[code] · scale, the scale being an absmax."""
+    """Sixteen values; value = values[code] · scale.  NF4's and FP4's lie in [-1, 1], their scale
+    is an absmax; those of e2m1 reach 6."""
 
     values: tuple[float, ...]
 
@@ -154,6 +159,8 @@ def grid_of(scheme: Scheme) -> Grid:
         return CodebookGrid(values=NF4)
     if scheme.kind == "fp4":
         return CodebookGrid(values=FP4_VALUES)
+    if scheme.kind == "mxfp4":
+        return CodebookGrid(values=E2M1_VALUES)
     if scheme.kind == "fp8":
         return Float8Grid()
     low = 1 if scheme.activation_bits == 8 else 0

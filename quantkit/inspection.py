@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,9 +251,10 @@ def _groups(
 ) -> tuple[Group, ...]:
     """All tensors by kind, in the order of their names; a quantized weight counts as one."""
     found: dict[tuple[str, str | None, str], list[tuple[int, int]]] = {}
-    packed = {name for weight in stored.values() for name in weight.tensors}
+    packed = Counter(name for weight in stored.values() for name in weight.tensors)
     for weight in stored.values():
-        size = sum(source.info(name).nbytes for name in weight.tensors)
+        # Experts may share their tensors.
+        size = sum(source.info(name).nbytes // packed[name] for name in weight.tensors)
         kind = (_pattern(weight.name), weight.scheme.name, _dtype(weight.dtype))
         found.setdefault(kind, []).append((math.prod(weight.shape), size))
     bits = config.get("bits", config.get("w_bit"))

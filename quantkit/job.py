@@ -14,6 +14,7 @@ import torch
 from quantkit.calibration import Calibration, CalibrationSource, load_calibration
 from quantkit.checkpoint import open_source, refuse_quantized
 from quantkit.errors import ModelError
+from quantkit.format import Format, code_of
 from quantkit.live import LiveSource
 from quantkit.models import CausalModel
 from quantkit.pipeline import Job
@@ -21,6 +22,7 @@ from quantkit.plan import make_plan
 from quantkit.predict import predict
 from quantkit.recipe import Recipe
 from quantkit.source import Source
+from quantkit.split_experts import split_experts
 from quantkit.stats import has_bf16_units
 from quantkit.tokenizer import load_tokenizer
 from quantkit.unpacked import Unpacked
@@ -80,6 +82,7 @@ def prepare_all(
     if first.requantize and isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
+    source = split_experts(source, trust_remote_code=first.trust_remote_code)
     device = choose_device(first.device)
     model = CausalModel.open(
         source,
@@ -115,7 +118,7 @@ def prepare_all(
                 plan=plan,
                 calibration=calibration,
                 prediction=prediction,
-                fingerprint=_fingerprint(source, request, calibration, plan.format.name, device),
+                fingerprint=_fingerprint(source, request, calibration, plan.format, device),
                 max_ram=request.max_ram,
                 max_vram=max_vram,
                 device=device,
@@ -165,7 +168,7 @@ def _fingerprint(
     source: Source,
     request: Request,
     calibration: Calibration | None,
-    format_name: str,
+    fmt: Format,
     device: str,
 ) -> dict[str, str]:
     """Everything the result's bytes depend on; a run is resumed only if all of it is the same."""
@@ -178,7 +181,7 @@ def _fingerprint(
         "recipe": json.dumps(request.recipe.to_dict(), sort_keys=True),
         "third-party parts": request.recipe.code() or "none",
         "calibration": "none" if calibration is None else calibration.fingerprint,
-        "format": format_name,
+        "format": f"{fmt.name} {code_of(fmt)}".rstrip(),
         "max shard bytes": str(request.max_shard_bytes),
         "trust_remote_code": str(request.trust_remote_code),
         "requantize": str(request.requantize),

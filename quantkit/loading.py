@@ -242,8 +242,7 @@ def _experts(
                 experts[piece.expert].append(layer(piece.name, None, old.dtype))
             else:
                 assert kept is not None
-                part = kept[piece.expert]
-                experts[piece.expert].append(_plain(part[slice(*(piece.rows or (0, len(part))))]))
+                experts[piece.expert].append(_plain(piece.part_of(kept)))
         projections[leaf] = experts
     return QuantExperts(target.module, projections)
 
@@ -334,8 +333,7 @@ def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:
     """Copies a checkpoint tensor into the parameter it fills."""
     parent, _, leaf = piece.parameter.rpartition(".")
     whole: Tensor = getattr(find_module(model, parent), leaf)
-    part = whole if piece.expert is None else whole[piece.expert]
-    part = part if piece.rows is None else part[slice(*piece.rows)]
+    part = piece.part_of(whole)
     if part.shape != value.shape:
         raise ShapeError(f"{piece.name}: {list(value.shape)} given, the model holds {part.shape}")
     with torch.no_grad():

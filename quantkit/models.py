@@ -239,9 +239,7 @@ class CausalModel:
         for path, pieces in self._names.under(self.block_path(index)).items():
             for piece in pieces:
                 if piece.name == name:
-                    value = block.state_dict(keep_vars=False)[path]
-                    value = value if piece.expert is None else value[piece.expert]
-                    return value if piece.rows is None else value[piece.rows[0] : piece.rows[1]]
+                    return piece.part_of(block.state_dict(keep_vars=False)[path])
         raise KeyError(name)
 
     @contextmanager

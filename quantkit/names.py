@@ -7,7 +7,9 @@ weights by the checkpoint's names, so the same rules are followed backwards.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,8 @@ from quantkit.errors import CheckpointError, ModelError, NumericsError
 from quantkit.refs import Piece
 
 _MAX_LISTED = 3
+# What `expert_name` gives.
+_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,7 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
     prefix = getattr(model, "base_model_prefix", "")
     plain: dict[str, str] = {}
     fused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    stacked: dict[str, list[Piece]] = defaultdict(list)
     unmapped = []
     for name in sorted(source.names(), key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
@@ -82,7 +87,9 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
             target, pattern = rename_source_key(
                 name, [], [], base_model_prefix=prefix, meta_state_dict=state
             )
-        if target not in state:
+        if target not in state and (piece := _stacked_piece(model, name, state)) is not None:
+            stacked[piece.parameter].append(piece)
+        elif target not in state:
             unmapped.append(name)
         elif pattern is None:
             plain[target] = name
@@ -94,6 +101,7 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
     for path, by_source in fused.items():
         rule = by_pattern[next(iter(by_source))]
         pieces[path] = _fused_pieces(path, rule, by_source, source)
+    pieces.update({path: tuple(found) for path, found in stacked.items()})
     shapes = {path: tuple(tensor.shape) for path, tensor in state.items()}
     for path, found in pieces.items():
         _check_shapes(path, found, shapes[path], source)
@@ -136,6 +144,24 @@ def _fused_pieces(
     return tuple(sorted(pieces, key=lambda piece: piece.expert or 0))
 
 
+def _stacked_piece(model: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -> Piece | None:
+    """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (f"{match[1]}.{match[3]}", f"{prefix}.{match[1]}.{match[3]}"):
+        if path in state and state[path].dim() == 3:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            return Piece(
+                name=name,
+                parameter=path,
+                expert=int(match[2]),
+                transposed=bool(getattr(owner, "is_transposed", False)),
+            )
+    return None
+
+
 def _check_shapes(
     path: str, pieces: tuple[Piece, ...], shape: tuple[int, ...], source: Source
 ) -> None:
@@ -143,8 +169,14 @@ def _check_shapes(
         stored = source.info(piece.name).shape
         expected = shape
         if piece.expert is not None:
-            rows = piece.rows or (0, shape[1])
-            expected = (rows[1] - rows[0], *shape[2:])
+            if piece.expert >= shape[0]:
+                raise CheckpointError(
+                    f"{piece.name}: config.json asks for {shape[0]} experts; weights and config "
+                    "belong to different models"
+                )
+            slice_ = shape[:0:-1] if piece.transposed else shape[1:]
+            rows = piece.rows or (0, slice_[0])
+            expected = (rows[1] - rows[0], *slice_[1:])
         if stored != expected:
             raise CheckpointError(
                 f"{piece.name}: the checkpoint holds {list(stored)}, config.json asks for "
@@ -222,9 +254,7 @@ def read_parameter(
     first = source.info(pieces[0].name).dtype
     whole = torch.empty(names.shapes[path], dtype=dtype or first)
     for piece in pieces:
-        slot = whole[piece.expert]
-        part = slot if piece.rows is None else slot[piece.rows[0] : piece.rows[1]]
-        part.copy_(read_finite(source, piece.name, dtype))
+        piece.part_of(whole).copy_(read_finite(source, piece.name, dtype))
     return whole
 
 

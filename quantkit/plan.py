@@ -292,7 +292,7 @@ def _planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> Plann
         module=path.removesuffix(".weight"),
         shape=ref.shape,
         scheme=scheme,
-        transposed=ref.transposed,
+        transposed=ref.transposed and ref.expert is None,
         expert=ref.role == "expert",
     )
 

@@ -15,6 +15,8 @@ from quantkit.scheme import Scheme
 
 # Architectures for which vLLM 0.32 has no class of its own and which its fallback does not take.
 _NOT_IN_VLLM = frozenset({"gpt_neo"})
+# Architectures whose experts everybody else reads from one tensor; quantkit writes them one by one.
+_FUSED_EXPERTS = frozenset({"gpt_oss"})
 # Groups for which a CUDA kernel exists: Marlin, for 4 bit also Triton.  None is one per row.
 _VLLM_GROUPS = {4: (None, 32, 64, 128, 256), 8: (None, 32, 64, 128)}
 _GPTQMODEL_GROUPS = (None, 16, 32, 64, 128, 256, 512, 1024)
@@ -52,12 +54,10 @@ def bitsandbytes_readers(
     weights: Sequence[PlannedWeight], model_type: str
 ) -> dict[str, str | None]:
     """Runtime -> None if it reads bitsandbytes files of these weights, else why not."""
-    reason: str | None = None
-    if any(weight.expert and weight.scheme is not None for weight in weights):
-        reason = "it cannot put bitsandbytes experts into its fused parameters"
-    elif model_type == "falcon":
-        reason = "it replaces no FalconLinear by a bitsandbytes layer"
-    return {"transformers": reason, "vllm": "vLLM 0.32 has no bitsandbytes layers"}
+    return {
+        "transformers": _transformers_bitsandbytes(weights, model_type),
+        "vllm": "vLLM 0.32 has no bitsandbytes layers",
+    }
 
 
 def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
@@ -81,13 +81,32 @@ def _schemes(weights: Sequence[PlannedWeight]) -> list[Scheme]:
     return list(dict.fromkeys(weight.scheme for weight in weights if weight.scheme is not None))
 
 
+def _lacks_split_experts(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    """Why others do not find the experts of a type in what quantkit writes."""
+    if model_type in _FUSED_EXPERTS and any(weight.expert for weight in weights):
+        return f"it reads the experts of {model_type} from one tensor for all, not one by one"
+    return None
+
+
 def _one_decompressor(schemes: Sequence[Scheme]) -> bool:
     """True if transformers, which decompresses all dense layers alike, would be right for all."""
     kinds = {(scheme.bits, scheme.symmetric, scheme.activation_bits) for scheme in schemes}
     return len(kinds) == 1 and all(scheme.activation_bits == 16 for scheme in schemes)
 
 
+def _transformers_bitsandbytes(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
+    if any(weight.expert and weight.scheme is not None for weight in weights):
+        return "it cannot put bitsandbytes experts into its fused parameters"
+    if model_type == "falcon":
+        return "it replaces no FalconLinear by a bitsandbytes layer"
+    return None
+
+
 def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
     if any(weight.transposed and weight.scheme is not None for weight in weights):
         return f"it does not convert the Conv1D layers of {model_type}"
     dense = _schemes([weight for weight in weights if not weight.expert])
@@ -112,6 +131,8 @@ def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) 
 
 def _vllm_lacks(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     """Why vLLM cannot read packed weights of the type at all, whatever their scheme."""
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
     if model_type in _NOT_IN_VLLM:
         return f"vLLM 0.32 does not have {model_type}"
     packed = [w for w in weights if w.scheme is not None and w.scheme.activation_bits == 16]
@@ -146,6 +167,8 @@ def _transformers_gptqmodel(weights: Sequence[PlannedWeight], model_type: str) -
     """Why transformers cannot put GPTQModel's layers, which read GPTQ and AWQ, into the model."""
     quantized = [weight for weight in weights if weight.scheme is not None]
     schemes = _schemes(weights)
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
     if any(weight.transposed for weight in quantized):
         return f"it does not convert the Conv1D layers of {model_type}"
     if model_type == "falcon":

@@ -19,20 +19,31 @@ class Piece:
     """One checkpoint tensor and the part of a module parameter that it fills.
 
     `parameter` is the full path in the model.  With `expert` the tensor is slice `expert` of a
-    fused 3-D parameter; `rows` then names the rows of that slice (None: all).
+    fused 3-D parameter; `rows` then names the rows of that slice (None: all), and with `transposed`
+    the parameter holds [I, O] of it.
     """
 
     name: str
     parameter: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    transposed: bool = False
+
+    def part_of(self, value: torch.Tensor) -> torch.Tensor:
+        """The view of the parameter's value that this tensor fills, shaped as the tensor."""
+        if self.expert is not None:
+            value = value[self.expert]
+        if self.transposed:
+            value = value.t()
+        return value if self.rows is None else value[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightRef:
     """A quantizable weight, addressed by the name it has in the source checkpoint.
 
-    `shape` is (O, I) whatever the storage; `transposed` says that it is stored [I, O] (Conv1D).
+    `shape` is (O, I) whatever the storage; `transposed` says that the parameter holds [I, O]: as
+    the checkpoint does of Conv1D, and never of an expert.
     `parameter` is the path inside the block (of the head: in the model).  `input` names what the
     weight reads, unique within its block: equal keys mean the same tensor, hence the same Stats.
     Roles: "linear", "expert" (one of a fused parameter), "router" (rows == number of experts, or a

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.errors import ModelError
-from quantkit.format import Format, PlannedWeight
+from quantkit.format import FormatReader, PlannedWeight, demand_writer
 from quantkit.fused import FusedLinear, SharedProduct
 from quantkit.nn import QuantExperts, QuantLinear
 from quantkit.packed_experts import PackedExperts
@@ -58,7 +58,12 @@ class QuantkitQuantizer(HfQuantizer):
     """Lets transformers save a model whose layers are quantkit's."""
 
     def __init__(
-        self, fmt: Format, config: Mapping[str, Any], saved: SavedTensors, *, compileable: bool
+        self,
+        fmt: FormatReader,
+        config: Mapping[str, Any],
+        saved: SavedTensors,
+        *,
+        compileable: bool,
     ) -> None:
         super().__init__(QuantkitConfig(config))
         self.format = fmt
@@ -87,7 +92,7 @@ class QuantkitQuantizer(HfQuantizer):
 
 
 def attach_quantizer_(
-    model: PreTrainedModel, fmt: Format, config: Mapping[str, Any], saved: SavedTensors
+    model: PreTrainedModel, fmt: FormatReader, config: Mapping[str, Any], saved: SavedTensors
 ) -> None:
     """Makes `model.save_pretrained` and `push_to_hub` write the canonical quantized checkpoint."""
     # Experts run one by one read the routing back, which breaks graphs at every layer.
@@ -100,12 +105,15 @@ def attach_quantizer_(
     model._weight_conversions = []
 
 
-def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dict[str, Tensor]:
+def canonical_tensors(
+    model: nn.Module, fmt: FormatReader, saved: SavedTensors
+) -> dict[str, Tensor]:
     """Checkpoint name -> CPU tensor: quantized weights packed, everything else as it is now.
 
     Parameters the checkpoint did not have (added since) come under their module path.  Raises
-    ModelError if a quantized layer is no longer where it was.
+    ModelError if a quantized layer is no longer where it was, FormatError if the format only reads.
     """
+    writer = demand_writer(fmt)
     tensors: dict[str, Tensor] = {}
     # What kernels read is no tensor of the checkpoint.
     covered: set[int] = {
@@ -127,13 +135,12 @@ def canonical_tensors(model: nn.Module, fmt: Format, saved: SavedTensors) -> dic
                 expert=piece.expert is not None,
             )
             covered.update(id(buffer) for buffer in found.buffers())
-            tensors.update(fmt.pack(weight, found.quantized_tensor))
+            tensors.update(writer.pack(weight, found.quantized_tensor))
             continue
         covered.add(id(found))
         tensor = found.detach()
         if piece.expert is not None and found.ndim == 3:
-            tensor = tensor[piece.expert]
-            tensor = tensor if piece.rows is None else tensor[slice(*piece.rows)]
+            tensor = piece.part_of(tensor)
         tensors[piece.name] = _own_memory(tensor, found)
     for name in saved.extra:
         assert saved.source is not None
@@ -196,4 +203,4 @@ def _own_memory(tensor: Tensor, whole: Tensor) -> Tensor:
     """On the CPU; a copy if it is a slice, since transformers writes no shared memory."""
     if tensor.device.type == "cpu" and tensor.numel() < whole.numel():
         return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.cpu()
+    return tensor.cpu().contiguous()

@@ -1,7 +1,8 @@
 """What one weight is quantized to: number kind, bits, group size, symmetry, activation width.
 
 A scheme says nothing about layer names, file formats or algorithms.
-Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`.
+Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`;
+`mxfp4_g32` is read only.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from typing import Literal
 
 from quantkit.errors import SchemeError, ShapeError
 
-Kind = Literal["int", "nf4", "fp4", "fp8"]
+Kind = Literal["int", "nf4", "fp4", "fp8", "mxfp4"]
 NAMES = "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row"
 
 _INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
 _FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
+_MICROSCALED = "mxfp4_g32"
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
 
 
@@ -28,6 +30,8 @@ class Scheme:
     the whole row), along the flattened row-major weight for nf4 and fp4 (bitsandbytes' blocks).
     fp8 is e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433), written with a scale
     per row; checkpoints of others have groups.
+    mxfp4 is e2m1 in groups of 32 along a row that share a power of two (OCP Microscaling Formats
+    1.0, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     """
 
@@ -58,6 +62,8 @@ class Scheme:
                 raise SchemeError("fp8 has 8 bits and no zeros: fp8a8_row or fp8a16_row")
             if self.group_size is not None and self.activation_bits == 8:
                 raise SchemeError("8-bit activations go with fp8 weights per row: fp8a8_row")
+        elif self.kind == "mxfp4" and (self.group_size != 32 or self.double_quant):
+            raise SchemeError("mxfp4 has groups of 32 and no double quantization: mxfp4_g32")
         elif self.bits != 4 or not self.symmetric or self.activation_bits != 16:
             raise SchemeError(f"{self.kind} is 4-bit, symmetric and weight-only")
         elif self.group_size is None:
@@ -69,6 +75,8 @@ class Scheme:
         if self.kind == "fp8":
             group = "row" if self.group_size is None else f"g{self.group_size}"
             return f"fp8a{self.activation_bits}_{group}"
+        if self.kind == "mxfp4":
+            return _MICROSCALED
         if self.kind != "int":
             return f"{self.kind}_b{self.group_size}" + ("_dq" if self.double_quant else "")
         group = "row" if self.group_size is None else f"g{self.group_size}"
@@ -106,6 +114,8 @@ class Scheme:
                 group_size=int(match[2]) if match[2] else None,
                 activation_bits=8 if match[1] == "8" else 16,
             )
+        if name == _MICROSCALED:
+            return cls(kind="mxfp4", bits=4, group_size=32)
         raise SchemeError(f"scheme {name!r} is unknown; allowed: {NAMES}")
 
     def check_shape(self, weight: str, shape: tuple[int, int]) -> None:

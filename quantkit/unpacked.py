@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit import skeleton
 from quantkit.checkpoint import FileSource
-from quantkit.format import Format, StoredWeight, format_of
+from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.source import Reader, Source
 from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import TensorInfo
@@ -30,7 +30,7 @@ class Unpacked(Reader):
     decoded_dtype: ClassVar[torch.dtype | None] = None
 
     def __init__(
-        self, source: Source, fmt: Format | None, stored: Mapping[str, StoredWeight]
+        self, source: Source, fmt: FormatReader | None, stored: Mapping[str, StoredWeight]
     ) -> None:
         self.packed = source
         self.format = fmt

@@ -19,13 +19,15 @@ from quantkit.checkpoint import FileSource, open_source
 from quantkit.compare import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.errors import CheckpointError, NumericsError, QuantkitError
 from quantkit.folds import FOLDS_FILE
-from quantkit.format import Format, StoredWeight, format_of
+from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.grid import IntegerGrid, grid_of
 from quantkit.manifest import verify_manifest
 from quantkit.runtimes import compare_runtime
 from quantkit.source import Source
+from quantkit.split_experts import split_experts
 from quantkit.tensor import QuantizedTensor
 from quantkit.tensorfile import read_header, read_into
+from quantkit.unpacked import Unpacked
 
 REPORT = "quantkit/report.json"
 FATES = ("quantized", "rescaled", "kept", "copied")
@@ -105,7 +107,7 @@ def verify(
         raise CheckpointError(f"{path}: no such directory; give the output of quantkit quantize")
     reference: Source | None = None
     if against is not None:
-        reference = open_source(against, revision=revision, trust_remote_code=trust_remote_code)
+        reference = _open_original(against, revision, trust_remote_code)
     problems = verify_manifest(path)
     checks = [Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))]
     opened = _open(path, checks)
@@ -114,6 +116,14 @@ def verify(
         if runtime is not None and all(check.ok for check in checks):
             checks.append(_runtime(path, runtime))
     return VerifyResult(path=path, checks=tuple(checks))
+
+
+def _open_original(against: object, revision: str | None, trust_remote_code: bool) -> Source:
+    """The source as `quantize` saw it: decoded if it was quantized, its experts one by one."""
+    source = open_source(against, revision=revision, trust_remote_code=trust_remote_code)
+    if isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=trust_remote_code)
+    return split_experts(source, trust_remote_code=trust_remote_code)
 
 
 def _runtime(path: Path, runtime: str) -> Check:
@@ -144,7 +154,7 @@ class _Opened:
     """A checkpoint whose headers, configuration and report could be read."""
 
     source: FileSource
-    format: Format
+    format: FormatReader
     stored: Mapping[str, StoredWeight]
     entries: tuple[Entry, ...]
     unties_head: bool

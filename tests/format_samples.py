@@ -36,6 +36,9 @@ class MemorySource:
     def read(self, name: str) -> Tensor:
         return self.tensors[name].clone()
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.tensors[name][start:stop].clone()
+
 
 def planned(
     name: str, shape: tuple[int, int], scheme: Scheme | str | None, **options: Any

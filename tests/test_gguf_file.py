@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import struct
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,7 +17,16 @@ from quantkit.errors import CheckpointError
 from quantkit.gguf_file import TENSOR_TYPES, read_gguf
 
 gguf = pytest.importorskip("gguf")
-from fuzz_gguf import attempt, mutations, write_sample  # noqa: E402
+TOOL = Path(__file__).parent.parent / "tools" / "fuzz_gguf.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz_gguf", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def text(value: str) -> bytes:
@@ -163,36 +174,36 @@ def test_bad_headers_are_refused_fast_by_name(tmp_path: Path, name: str) -> None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
 
-def test_every_truncation_of_a_file_is_refused(tmp_path: Path) -> None:
+def test_every_truncation_of_a_file_is_refused(tool: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "whole.gguf"
-    data = write_sample(path)
-    assert attempt(path)
+    data = tool.write_sample(path)
+    assert tool.attempt(path)
     for stop in [*range(0, 1200, 13), len(data) // 2, len(data) - 1000]:
         path.write_bytes(data[:stop])
         with pytest.raises(CheckpointError):
             read_gguf(path)
 
 
-def test_two_thousand_mutations_are_read_or_refused(tmp_path: Path) -> None:
+def test_two_thousand_mutations_are_read_or_refused(tool: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "fuzzed.gguf"
-    data = write_sample(path)
+    data = tool.write_sample(path)
     read = 0
     slowest = 0.0
-    for mutated in mutations(data, 2000, seed=0):
+    for mutated in tool.mutations(data, 2000, seed=0):
         path.write_bytes(mutated)
         began = time.process_time()
-        read += attempt(path)
+        read += tool.attempt(path)
         slowest = max(slowest, time.process_time() - began)
     # Changed words of the vocabulary do no harm; a changed size or type must.
     assert 20 < read < 1500
     assert slowest < 1
 
 
-def test_a_whole_file_decodes_as_the_owner_decodes_it(tmp_path: Path) -> None:
+def test_a_whole_file_decodes_as_the_owner_decodes_it(tool: ModuleType, tmp_path: Path) -> None:
     from quantkit.gguf_source import GgufSource
 
     path = tmp_path / "whole.gguf"
-    write_sample(path)
+    tool.write_sample(path)
     source = GgufSource(path)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for ours, name in (

@@ -1,8 +1,9 @@
 """Damages quantized checkpoints at random and reads them: refused with a reason, or read whole.
 
     fuzz_formats.py [--count 100000] [--seed 0]
-Every built-in format takes turns.  What comes through must have the shape and scheme that was
-found, with codes in range; any error but CheckpointError, FormatError, SchemeError is a defect.
+Every built-in format takes turns, and so does what is only read.  What comes through must have the
+shape and scheme that was found, with codes in range; any error but those that `survives` expects
+is a defect.
 tests/test_fuzz_formats.py runs some of it.
 """
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from format_samples import MemorySource, planned, quantized, stored
 
-from quantkit.errors import CheckpointError, FormatError, SchemeError
+from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
 from quantkit.format import available_formats, format_of, make_format
 from quantkit.scheme import Scheme
 
@@ -44,8 +45,8 @@ class Outcome:
 
 
 def samples() -> list[MemorySource]:
-    """One checkpoint of every format and scheme it holds."""
-    found = []
+    """One checkpoint of every format and scheme it holds, and of what is only read."""
+    found = read_only_samples()
     for name in available_formats():
         chosen = make_format(name)
         for scheme in map(Scheme.parse, (*SCHEMES, *FLOATS)):
@@ -56,6 +57,35 @@ def samples() -> list[MemorySource]:
                 tensors[kept.name] = torch.zeros(_SHAPE, dtype=torch.float16)
                 found.append(stored(chosen, [weight, kept], tensors, torch.float16))
     return found
+
+
+def read_only_samples() -> list[MemorySource]:
+    """One checkpoint in FP8 blocks, one in FP8 per weight, one of MXFP4 experts."""
+    numbers = torch.zeros(_SHAPE).to(torch.float8_e4m3fn)
+    name = "model.layers.0.mlp.up_proj.weight"
+    experts = "model.layers.0.mlp.experts.down_proj"
+    packed = {
+        f"{experts}_blocks": torch.full((2, 32, 2, 16), 0x5A, dtype=torch.uint8),
+        f"{experts}_scales": torch.full((2, 32, 2), 120, dtype=torch.uint8),
+    }
+    checkpoints: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+        (
+            {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 32]},
+            {name: numbers, f"{name}_scale_inv": torch.ones(2, 2)},
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": None},
+            {name: numbers, f"{name}_scale_inv": torch.tensor(0.5)},
+        ),
+        ({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}, packed),
+    ]
+    return [
+        MemorySource(
+            config={"model_type": "llama", "dtype": "float16", "quantization_config": fields},
+            tensors=tensors,
+        )
+        for fields, tensors in checkpoints
+    ]
 
 
 def fuzz(count: int, seed: int) -> Outcome:
@@ -80,7 +110,7 @@ def survives(source: MemorySource) -> bool:
             highest = int(tensor.codes.max()) if tensor.codes.numel() else 0
             assert highest < 2**tensor.scheme.bits, name
             assert tensor.dequantize().shape == weight.shape, name
-    except (CheckpointError, FormatError, SchemeError) as error:
+    except (CheckpointError, FormatError, NumericsError, SchemeError) as error:
         assert len(str(error)) > 10
         return False
     return True

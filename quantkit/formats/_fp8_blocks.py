@@ -11,70 +11,24 @@ to be decoded, or quantized anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from quantkit.errors import CheckpointError, FormatError
-from quantkit.format import PlannedWeight, StoredWeight
+from quantkit.errors import CheckpointError
+from quantkit.format import StoredWeight
 from quantkit.scheme import Scheme
 from quantkit.source import Source
 from quantkit.stored import model_dtype
 from quantkit.tensor import PlainScale, QuantizedTensor
-from quantkit.tensorfile import TensorInfo
 
 _SCALE = "_scale_inv"
-_READ_ONLY = "it is read, not written"
 
 
 class Fp8Blocks:
     """e4m3 weights with a scale per block or per weight."""
 
     name: ClassVar[str] = "fp8"
-    holds_permuted: ClassVar[bool] = False
-
-    def supports(self, scheme: Scheme) -> str | None:
-        """Always why not: nothing is written so."""
-        return _READ_ONLY
-
-    def supports_shape(self, weight: PlannedWeight) -> str | None:
-        """Always why not."""
-        return _READ_ONLY
-
-    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
-        """Always why not."""
-        return _READ_ONLY
-
-    def readers(
-        self, weights: Sequence[PlannedWeight], model_type: str
-    ) -> Mapping[str, str | None]:
-        """No runtime: nothing is written so."""
-        return {}
-
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
-        """Raises FormatError."""
-        raise FormatError(f"{weight.name}: fp8 in blocks: {_READ_ONLY}")
-
-    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
-        """Raises FormatError."""
-        raise FormatError(f"fp8 in blocks: {_READ_ONLY}")
-
-    def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        """Raises FormatError."""
-        raise FormatError(f"{weight.name}: fp8 in blocks: {_READ_ONLY}")
-
-    def config(
-        self,
-        weights: Sequence[PlannedWeight],
-        *,
-        model_type: str,
-        dtype: torch.dtype,
-        others: Sequence[TensorInfo] = (),
-    ) -> dict[str, Any]:
-        """Raises FormatError."""
-        raise FormatError(f"fp8 in blocks: {_READ_ONLY}")
 
     def weights(self, source: Source) -> dict[str, StoredWeight]:
         """Weight name -> how it is stored, for every quantized weight of a checkpoint."""

@@ -75,6 +75,12 @@ def int8_tokens(levels: float, lowest: int) -> Activation:
     return fake_quantize
 
 
+def float8_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Fake quantization to e4m3 per token with the scale absmax / 448."""
+    scale = x.abs().amax(-1, keepdim=True) / 448
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
 def _on_first_argument(activation: Activation) -> Callable[..., tuple[torch.Tensor, ...]]:
     def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (activation(args[0]), *args[1:])

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from cases import EXPORTS, MAX_NEW_TOKENS
-from dense import dense_model, int8_tokens
+from dense import Activation, dense_model, float8_tokens, int8_tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # bfloat16 rounds logits of this size by about 0.06 each; two can change places below 0.15.
 TIE = 0.15
-SERVED = ["gptq", "awq", "w8a8", "gptq_v1", "gptq_v2", "awq_gemm"]
+SERVED = ["gptq", "awq", "w8a8", "fp8", "gptq_v1", "gptq_v2", "awq_gemm"]
+ACTIVATIONS: dict[str, Activation] = {
+    "w8a8": int8_tokens(levels=127, lowest=-127),
+    "fp8": float8_tokens,
+}
 # transformers reads GPTQ and AWQ files only with GPTQModel (test_gptqmodel.py): what they were
 # exported from holds the same numbers.
 ORIGIN = {export.name: export.source for export in EXPORTS}
@@ -94,10 +98,17 @@ def test_every_token_is_the_references_choice(
     assert agreed >= 0.9 * total
 
 
+def test_fp8_weights_alone_still_have_no_kernel_on_a_cpu(
+    root: Path, served: dict[str, list[Continuation]]
+) -> None:
+    """When this fails, serve `fp8_weights`, and mend docs/formats/compressed-tensors.md."""
+    found = json.loads((root / "vllm-kernels.json").read_text(encoding="utf-8"))
+    assert found["fp8a16"] == []
+
+
 def float32_reference(root: Path, name: str) -> PreTrainedModel:
-    """quantkit's dequantized weights, with int8 tokens where the scheme has them."""
-    activation = int8_tokens(levels=127, lowest=-127) if name == "w8a8" else None
-    return dense_model(root, name, activation=activation)
+    """quantkit's dequantized weights, with 8-bit tokens where the scheme has them."""
+    return dense_model(root, name, activation=ACTIVATIONS.get(name))
 
 
 def next_logits(model: PreTrainedModel, continuation: Continuation) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
     vllm_continue.py ROOT NAME...
 
-writes ROOT/NAME-vllm.json.  A process of its own: vLLM binds threads and keeps state that would
-slow down or disturb whatever runs after it.
+writes ROOT/NAME-vllm.json, and in ROOT/vllm-kernels.json the names of the kernels that vLLM has on
+a CPU for FP8 weights with 16-bit activations.  A process of its own: vLLM binds threads and keeps
+state that would slow down or disturb whatever runs after it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ os.environ.update(
 from cases import MAX_NEW_TOKENS, PROMPTS
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor.kernels import linear
+from vllm.platforms import PlatformEnum
 from wna16_torch import kernel_in_use
 
 
 def main() -> None:
     root, names = Path(sys.argv[1]), sys.argv[2:]
     kernel = kernel_in_use()
+    found = [cls.__name__ for cls in linear._POSSIBLE_WFP8A16_KERNELS[PlatformEnum.CPU]]
+    (root / "vllm-kernels.json").write_text(json.dumps({"fp8a16": found}), encoding="utf-8")
     for name in names:
         record = {"kernel": kernel, "continuations": continuations(root / name)}
         (root / f"{name}-vllm.json").write_text(json.dumps(record), encoding="utf-8")

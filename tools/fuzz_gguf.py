@@ -1,15 +1,14 @@
 """Mutated GGUF files: each is read, or refused with CheckpointError, in bounded time and memory.
 
-    python tests/fuzz_gguf.py [COUNT] [SEED]
-
-The tests run 2,000 mutations; the script's default is 100,000.
+    fuzz_gguf.py [--count 100000] [--seed 0]
+tests/test_gguf_file.py runs some of it.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import struct
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -120,13 +119,16 @@ def attempt(path: Path) -> bool:
 
 
 def main() -> None:
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000
-    seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    count = options.count
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "fuzzed.gguf"
         data = write_sample(path)
         slowest, read = 0.0, 0
-        for mutated in mutations(data, count, seed):
+        for mutated in mutations(data, count, options.seed):
             path.write_bytes(mutated)
             began = time.perf_counter()
             read += attempt(path)

@@ -1,0 +1,104 @@
+"""MXFP4 experts, as gpt-oss ships (transformers' "mxfp4"): read, not written.
+
+Shapes: E experts, O out features, I in features, G = I/32 groups per row.  For the experts of one
+projection, called NAME (".../mlp.experts.gate_up_proj"):
+
+    NAME_blocks      uint8 [E, O, G, 16], two e2m1 numbers in a byte, the first in the low nibble
+    NAME_scales      uint8 [E, O, G], the exponent of a power of two plus 127; 255 is NaN
+
+value = number · 2^(scale - 127).  Each expert is a weight [O, I] of its own (`expert_name`); the
+rows of gate_up_proj stay interleaved, gate first.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import CheckpointError, NumericsError
+from quantkit.format import StoredWeight, expert_name
+from quantkit.scheme import Scheme
+from quantkit.source import Source
+from quantkit.stored import model_dtype
+from quantkit.tensor import PlainScale, QuantizedTensor
+
+_BLOCKS, _SCALES = "_blocks", "_scales"
+_BLOCK_BYTES, _NAN = 16, 255
+
+
+class Mxfp4:
+    """e2m1 experts in groups of 32 with a power of two as scale."""
+
+    name: ClassVar[str] = "mxfp4"
+
+    def weights(self, source: Source) -> dict[str, StoredWeight]:
+        """Weight name -> how it is stored, for every expert of a checkpoint."""
+        dtype = model_dtype(source.config)
+        found = {}
+        stems = [
+            n.removesuffix(end)
+            for n in source.names()
+            for end in (_BLOCKS, _SCALES)
+            if n.endswith(end)
+        ]
+        for stem in dict.fromkeys(stems):
+            num_experts, rows, columns = _shape(stem, source)
+            for expert in range(num_experts):
+                name = expert_name(stem, expert)
+                found[name] = StoredWeight(
+                    name=name,
+                    scheme=Scheme(kind="mxfp4", bits=4, group_size=2 * _BLOCK_BYTES),
+                    shape=(rows, columns),
+                    dtype=dtype,
+                    tensors=(stem + _BLOCKS, stem + _SCALES),
+                    expert=expert,
+                )
+        return found
+
+    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
+        """One expert's codes and scales.  NumericsError if a scale is NaN."""
+        blocks_name, scales_name = weight.tensors
+        expert = weight.expert
+        assert expert is not None
+        exponent = source.read_rows(scales_name, expert, expert + 1)[0].view(torch.uint8)
+        if bool((exponent == _NAN).any()):
+            raise NumericsError(
+                f"{scales_name}: expert {expert} has a scale of {_NAN}, which is NaN; the "
+                "checkpoint is damaged, get it anew"
+            )
+        packed = source.read_rows(blocks_name, expert, expert + 1)[0]
+        return QuantizedTensor(
+            codes=torch.stack([packed & 0xF, packed >> 4], dim=-1).reshape(weight.shape),
+            scale=PlainScale(tensor=_power_of_two(exponent)),
+            zero=None,
+            scheme=weight.scheme,
+            dtype=weight.dtype,
+        )
+
+
+def _shape(stem: str, source: Source) -> tuple[int, int, int]:
+    """(E, O, I) of a projection.  CheckpointError if its two tensors do not fit each other."""
+    # `info` raises CheckpointError itself if one of the two is missing.
+    blocks, scales = source.info(stem + _BLOCKS), source.info(stem + _SCALES)
+    shape = blocks.shape
+    if blocks.dtype != torch.uint8 or len(shape) != 4 or shape[-1] != _BLOCK_BYTES:
+        raise CheckpointError(
+            f"{blocks.name}: {blocks.dtype} {list(shape)} is stored, but mxfp4 demands torch.uint8 "
+            f"[experts, rows, groups, {_BLOCK_BYTES}]"
+        )
+    allowed = (torch.uint8, torch.float8_e8m0fnu)
+    if scales.dtype not in allowed or scales.shape != shape[:-1] or min(shape) < 1:
+        raise CheckpointError(
+            f"{scales.name}: {scales.dtype} {list(scales.shape)} is stored, but blocks of "
+            f"{list(shape)} need torch.uint8 {list(shape[:-1])}"
+        )
+    return shape[0], shape[1], shape[2] * 2 * _BLOCK_BYTES
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^(e - 127) in float32 for e of 0..254: the bits of the number, 2^-127 being subnormal."""
+    bits = exponent.to(torch.int32) << 23
+    bits[exponent == 0] = 1 << 22
+    return bits.view(torch.float32)

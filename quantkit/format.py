@@ -233,6 +233,8 @@ def format_of(source: Source) -> Format:
             return make_format(version)
     elif method == "fp8":
         return cast(Format, importlib.import_module(f"{_PACKAGE}._fp8_blocks").Fp8Blocks())
+    elif method == "onnx":
+        return cast(Format, importlib.import_module(f"{_PACKAGE}._onnx").OnnxWeights())
     elif method in ("awq", "compressed-tensors", "bitsandbytes"):
         return make_format(method)
     known = ", ".join(available_formats())

@@ -71,7 +71,8 @@ class Builder:
         else:
             assert source.config["dtype"] == "float32"
             names = [n for n in source.names() if len(source.info(n).shape) == 2]
-            float_graph(out, {name: source.read(name) for name in names})
+            others = {n: source.read(n) for n in source.names() if n not in names}
+            float_graph(out, {name: source.read(name) for name in names}, others)
         (out / "genai_config.json").write_text("{}")
 
 

@@ -144,7 +144,7 @@ class OnnxFile:
         where = f"{self.path}: {tensor.name!a}"
         location = fields.get("location", "")
         plain = location.isprintable() and not {"/", "\\", ":"}.intersection(location)
-        if not plain or location in ("", ".", ".."):
+        if not plain or location in ("", ".", "..") or len(location.encode()) > 255:
             raise CheckpointError(
                 f"{where}: its values are in {location[:100]!a}; only files beside the graph are "
                 "read"

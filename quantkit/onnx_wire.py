@@ -11,9 +11,9 @@ from typing import Any
 
 from quantkit.errors import CheckpointError
 
-# Graphs without their weights take some MB: 80 blocks are about 60,000 fields.
+# Graphs without their weights take some MB; a block of a model is about 900 fields.
 LARGEST_GRAPH = 64 * 2**20
-_MOST_FIELDS = 400_000
+_MOST_FIELDS = 200_000
 _DEEPEST = 32
 # Packed integers take up to eight times their bytes.
 _MOST_PACKED = 8 * 2**20
@@ -39,7 +39,10 @@ def check_graph_size(path: Path, data: bytes, descriptor: Any) -> None:
             fields += 1
             if fields > _MOST_FIELDS:
                 raise _damaged(path, message, position, f"more than {_MOST_FIELDS} fields")
-            key, position = _varint(path, message, data, position, end)
+            key = data[position]
+            position += 1
+            if key > 0x7F:
+                key, position = _varint(path, message, data, position - 1, end)
             wire, field = key & 7, numbers.get(key >> 3)
             if wire == _VARINT:
                 _, position = _varint(path, message, data, position, end)

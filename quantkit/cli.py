@@ -16,7 +16,7 @@ import typer
 
 from quantkit import cli_compare, cli_eval
 from quantkit.cli_export import export
-from quantkit.cli_gguf import quantize_to_gguf
+from quantkit.cli_gguf import plan_gguf, quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def quantize(
     from quantkit.pipeline import run
     from quantkit.summary import outcome_json, outcome_text
 
-    if evaluate or fail_if:
+    if (evaluate or fail_if) and format_name != "gguf":
         cli_eval.check_wishes(text, fail_if or (), requantize=requantize)
     try:
         if format_name == "gguf":
@@ -178,6 +178,9 @@ def plan(
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
     from quantkit.summary import plan_json, plan_text
 
+    if format_name == "gguf":
+        plan_gguf(model, context.params)
+        return
     job = _job(model, context.params)
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
 

@@ -1,7 +1,8 @@
 """Where weights come from: tensors by name, read in byte ranges from the files of a checkpoint.
 
 `Source` is what the rest of quantkit reads; `FileSource` is a directory of safetensors,
-`quantkit.live.LiveSource` a Hugging Face model in memory.  Nothing is memory-mapped.
+`quantkit.live.LiveSource` a Hugging Face model in memory, and GGUF and ONNX files have their own.
+Nothing is memory-mapped.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 import torch
 
+from quantkit.containers import container_of, is_onnx
 from quantkit.errors import CheckpointError
-from quantkit.gguf_file import is_gguf
 from quantkit.gguf_source import GgufSource
 from quantkit.hub import SIDE_FILES, download
+from quantkit.onnx_source import OnnxSource
 from quantkit.source import Reader, Source
 from quantkit.tensorfile import (
     INDEX,
@@ -145,13 +147,13 @@ def open_source(
 
         return LiveSource(model_or_path)
     path = Path(model_or_path).expanduser()
+    if (file := container_of(path)) is not None:
+        return OnnxSource(file) if is_onnx(file) else GgufSource(file)
     if path.is_dir():
         return FileSource(path, trust_remote_code=trust_remote_code)
-    if is_gguf(path):
-        return GgufSource(path)
     if path.exists():
         raise CheckpointError(
-            f"{path}: this is a file, and no GGUF; give the directory of the model"
+            f"{path}: this is a file, and no GGUF or ONNX; give the directory of the model"
         )
     name = os.fspath(model_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):

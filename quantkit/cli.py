@@ -16,7 +16,7 @@ import typer
 
 from quantkit import cli_compare, cli_eval
 from quantkit.cli_export import export
-from quantkit.cli_gguf import quantize_to_gguf
+from quantkit.cli_gguf import plan_gguf, quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Directory or Hub name of a Hugging Face causal LM.")]
-Checkpoint = Annotated[Path, typer.Argument(help="Directory of a checkpoint.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Directory of a checkpoint, or a GGUF or ONNX file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 MethodOption = Annotated[str | None, typer.Option("--method", help="See `quantkit methods`.")]
@@ -176,6 +178,9 @@ def plan(
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
     from quantkit.summary import plan_json, plan_text
 
+    if format_name == "gguf":
+        plan_gguf(model, context.params)
+        return
     job = _job(model, context.params)
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
 
@@ -197,14 +202,21 @@ def verify(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option("--runtime", help="transformers or vllm: let it run the checkpoint too."),
+        typer.Option(
+            "--runtime",
+            help="transformers, vllm, llama.cpp or onnxruntime: let it run the checkpoint too.",
+        ),
+    ] = None,
+    runtime_python: Annotated[
+        Path | None,
+        typer.Option("--runtime-python", help="Interpreter that has the runtime, if not this one."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
     from quantkit.verify import verify as verify_checkpoint
 
-    result = verify_checkpoint(out, against=against, runtime=runtime)
+    result = verify_checkpoint(out, against=against, runtime=runtime, runtime_python=runtime_python)
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)

@@ -15,7 +15,19 @@ if TYPE_CHECKING:
     from quantkit.gguf_export import GgufExport
 
 
+# Options that only some formats have a use for; "" stands for all formats of safetensors.
+_TAKEN = {
+    "allow_rounding": ("gguf", ""),
+    "allow_unreadable": ("",),
+    "max_shard_size": ("",),
+    "accuracy_level": ("onnx",),
+    "triton_repository": ("onnx",),
+    "trust_remote_code": ("onnx", ""),
+}
+
+
 def export(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="Directory of a quantized checkpoint.")],
     format_name: Annotated[
         str, typer.Option("--format", help="See `quantkit formats`; or gguf, onnx.")
@@ -49,6 +61,7 @@ def export(
     ] = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without quantizing anew."""
+    _check_options(context, format_name)
     target = _target(path, format_name, out, triton_repository)
     if format_name == "onnx":
         from quantkit.onnx_export import export_onnx
@@ -80,10 +93,21 @@ def export(
     typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else done.text())
 
 
+def _check_options(context: typer.Context, format_name: str) -> None:
+    """OutputError naming an option that was given and that the format would not heed."""
+    kind = format_name if format_name in ("gguf", "onnx") else ""
+    for name, kinds in _TAKEN.items():
+        source = context.get_parameter_source(name)
+        if kind not in kinds and source is not None and source.name == "COMMANDLINE":
+            able = " or ".join(found or "a format of safetensors" for found in kinds)
+            raise OutputError(
+                f"--{name.replace('_', '-')} goes with --format {able}, not {format_name}, where "
+                "it would change nothing; leave it out"
+            )
+
+
 def _target(path: Path, format_name: str, out: Path | None, repository: Path | None) -> Path:
     """The directory to write.  OutputError unless exactly one place is given."""
-    if repository is not None and format_name != "onnx":
-        raise OutputError(f"--triton-repository goes with --format onnx, not {format_name}")
     if out is not None and repository is None:
         return out
     if repository is not None and out is None:

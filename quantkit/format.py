@@ -37,6 +37,7 @@ _ENTRY_POINTS = "quantkit.formats"
 _READ_ONLY: Mapping[str, tuple[str, str]] = {
     "fp8": ("_fp8_blocks", "Fp8Blocks"),
     "mxfp4": ("_mxfp4", "Mxfp4"),
+    "onnx": ("_onnx", "OnnxWeights"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.budget import format_size
 from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError
@@ -46,12 +47,15 @@ class GgufExport:
     types    ggml's type -> tensors of it
     rounded  weights whose minima were rounded to float16
     notes    what llama.cpp will do otherwise than transformers
+    peak_bytes, predicted_bytes   resident memory of a run that quantized, else None
     """
 
     out: Path
     types: Mapping[str, int]
     rounded: tuple[str, ...]
     notes: tuple[str, ...]
+    peak_bytes: int | None = None
+    predicted_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -61,6 +65,8 @@ class GgufExport:
             "types": dict(self.types),
             "rounded": list(self.rounded),
             "notes": list(self.notes),
+            "peak_rss_bytes": self.peak_bytes,
+            "predicted_peak_bytes": self.predicted_bytes,
         }
 
     def text(self) -> str:
@@ -70,6 +76,9 @@ class GgufExport:
         if self.rounded:
             lines.append(f"rounded    minima of {len(self.rounded)} weights, to float16")
         lines += [f"note       {note}" for note in self.notes]
+        if self.peak_bytes is not None and self.predicted_bytes is not None:
+            predicted = format_size(self.predicted_bytes)
+            lines.append(f"peak RAM   {format_size(self.peak_bytes)} ({predicted} predicted)")
         lines.append(f"serve it   ollama create NAME -f {self.out / OLLAMA_FILE}")
         return "\n".join(lines)
 

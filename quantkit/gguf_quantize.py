@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quantkit.budget import peak_rss, release_free_memory
 from quantkit.calibrated import BATCH_TOKENS
-from quantkit.calibration import Calibration, CalibrationSource, load_calibration
-from quantkit.checkpoint import open_source, refuse_quantized
+from quantkit.calibration import CalibrationSource
 from quantkit.disk import disk_errors, sync_directory, write_file
-from quantkit.errors import RecipeError
 from quantkit.gather import StatsBook, gather
 from quantkit.gguf_blocks import BLOCK_TYPES, pack
-from quantkit.gguf_container import PlannedTensor, import_gguf, write_gguf
+from quantkit.gguf_container import PlannedTensor, write_gguf
 from quantkit.gguf_export import (
     MODEL_FILE,
     OLLAMA_FILE,
@@ -36,28 +36,26 @@ from quantkit.gguf_export import (
     dense_tensor,
     general_entries,
     modelfile,
-    place_tensors,
     row_order,
 )
-from quantkit.gguf_families import Family, family_of
-from quantkit.gguf_metadata import describe
+from quantkit.gguf_job import (
+    CHUNK,
+    NEEDS,
+    GgufJob,
+    GgufRequest,
+    dense_kind,
+    prepare_gguf,
+    recipe_type,
+)
 from quantkit.gguf_names import Place
-from quantkit.gguf_recipe import RECIPES, Choice, Weight, check_recipe, choose_types
 from quantkit.gguf_solve import solve_blocks
-from quantkit.gguf_tokenizer import describe_tokenizer
 from quantkit.hidden import HiddenStore
-from quantkit.models import CausalModel, TapCallback
+from quantkit.manifest import RUN
+from quantkit.models import TapCallback
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.refs import BlockCall, WeightRef
-from quantkit.stats import Needs, Stats
+from quantkit.stats import Stats
 from quantkit.tensorfile import tensor_bytes
-from quantkit.tokenizer import load_tokenizer
-from quantkit.version import __version__
-
-METHODS = ("gptq", "rtn")
-# Weights solved together: bounds memory, and a function of the shape alone.
-_CHUNK = 1 << 23
-_NEEDS = Needs(moments=True, gram=-1)
 
 
 def quantize_gguf(
@@ -71,82 +69,80 @@ def quantize_gguf(
     seq_len: int = 2048,
     seed: int = 0,
     revision: str | None = None,
+    skip: Sequence[str] = (),
+    head: str | None = None,
+    max_ram: int | None = None,
+    requantize: bool = False,
     fresh: bool = False,
     progress: bool = True,
 ) -> GgufExport:
     """Writes `out` with model.gguf (embeddings and head quantized too) and a Modelfile.
 
     `scheme` is a recipe of gguf_recipe.py; method "rtn" needs no calibration text and takes nearest
-    codes.  Holds one block, its Gram matrices and a chunk of rows.  Raises a QuantkitError before
-    anything is written if the model, the recipe or the text does not do.
+    codes.  Holds one block, its Gram matrices (in passes that fit `max_ram`) and a chunk of rows.
+    Raises a QuantkitError before anything is written if the model, the recipe, the text or the
+    memory does not do.
     """
-    check_recipe(scheme)
-    if method not in METHODS:
-        raise RecipeError(f"method {method!r}: with --format gguf it is one of {METHODS}")
-    import_gguf()
-    source = open_source(model_path, revision=revision)
-    refuse_quantized(source)
-    model = CausalModel.open(source, trust_remote_code=False, dtype=torch.float32)
-    config = model.text_config
-    family = family_of(str(config.model_type))
-    described = describe(family, config)
-    tokens = None
-    if method == "gptq":
-        tokens = load_calibration(
-            calibration,
-            tokenizer=load_tokenizer(source),
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            max_length=getattr(config, "max_position_embeddings", None),
-            vocab_size=config.vocab_size,
-        )
-    placed = place_tensors(source.names(), family, model.head_tied)
-    types = _types(scheme, placed, model, family, config)
-    tokenizer_entries = describe_tokenizer(source, config.vocab_size)
-    fingerprint = {
-        "model": source.fingerprint(),
-        "format": "gguf",
-        "scheme": scheme,
-        "method": method,
-        "calibration": "none" if tokens is None else tokens.fingerprint,
-        "threads": str(torch.get_num_threads()),
-        "torch version": torch.__version__,
-        "quantkit version": __version__,
-    }
+    request = GgufRequest(
+        scheme=scheme,
+        method=method,
+        calibration=calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        revision=revision,
+        skip=tuple(skip),
+        head=head,
+        max_ram=max_ram,
+        requantize=requantize,
+    )
+    name = Path(model_path).resolve().name
+    return run_gguf(prepare_gguf(model_path, request), out, name, fresh=fresh, progress=progress)
+
+
+def run_gguf(
+    job: GgufJob,
+    out: str | os.PathLike[str],
+    name: str,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+) -> GgufExport:
+    """Does the job: goes on where a killed run stopped, leaves a complete output as it is.
+
+    `name` is the model's, for the file's metadata.
+    """
+    began = time.monotonic()
+    source, family, config = job.model.source, job.family, job.config
     with OutputDirectory(Path(out)) as output, contextlib.ExitStack() as stack:
-        fallbacks = tuple(
-            f"{name}: {choice.fallback} does not divide its rows, {choice.type} is written"
-            for name, choice in types.items()
-            if choice.fallback is not None
-        )
-        labels = [choice.type for choice in types.values()]
+        labels = [choice.type for choice in job.types.values()]
         counts = {label: labels.count(label) for label in sorted(set(labels))}
-        notes = described.notes + fallbacks
-        result = GgufExport(out=output.out, types=counts, rounded=(), notes=notes)
+        result = GgufExport(out=output.out, types=counts, rounded=(), notes=job.notes)
         if output.state is OutputState.COMPLETE and not fresh:
-            output.check_complete(fingerprint)
+            output.check_complete(job.fingerprint)
             return result
-        journal = output.begin(fingerprint, fresh=fresh)
+        journal = output.begin(job.fingerprint, fresh=fresh)
         done = {str(entry["step"]): entry for entry in journal.records()}
-        work = _Work(model, tokens, types, placed, family, config, output.scratch, stack)
+        resumed = len(done)
+        work = _Work(job, output.scratch, stack)
         with tqdm(total=len(work.steps), unit="step", disable=None if progress else True) as bar:
             for step in work.steps:
                 if step not in done:
                     bar.set_description(step)
                     done[step] = {"step": step, "weights": work.run(step)}
                     journal.append(done[step])
+                    release_free_memory()
                 bar.update()
         tensors = [
-            work.stored(target, types[target].type, members)
-            if target in types and types[target].type in BLOCK_TYPES
+            work.stored(target, job.types[target].type, members)
+            if target in job.types and job.types[target].type in BLOCK_TYPES
             else dense_tensor(
-                target, members, source, family, config, "F16" if target in types else None
+                target, members, source, family, config, dense_kind(job.types, target)
             )
-            for target, members in placed.items()
+            for target, members in job.placed.items()
         ]
-        if described.rope_factors is not None:
-            factors = described.rope_factors
+        if job.described.rope_factors is not None:
+            factors = job.described.rope_factors
             data = factors.view(torch.uint8)
             shape = tuple(factors.shape)
             tensors.append(
@@ -154,62 +150,37 @@ def quantize_gguf(
                     name="rope_freqs.weight", type="F32", shape=shape, pieces=lambda: iter((data,))
                 )
             )
-        name = Path(model_path).resolve().name
         entries = (
-            *general_entries(name, RECIPES[scheme][1]),
-            *described.entries,
-            *tokenizer_entries,
+            *general_entries(name, recipe_type(job.request.scheme)),
+            *job.described.entries,
+            *job.tokenizer,
         )
         write_gguf(output.partial / MODEL_FILE, family.architecture, entries, tensors)
         report = {
-            "method": method,
-            "scheme": scheme,
-            "calibration": None if tokens is None else tokens.record.to_dict(),
-            "fingerprint": fingerprint,
-            "types": {target: choice.type for target, choice in types.items()},
-            "notes": list(notes),
+            "method": job.request.method,
+            "scheme": job.request.scheme,
+            "calibration": None if job.tokens is None else job.tokens.record.to_dict(),
+            "fingerprint": dict(job.fingerprint),
+            "types": {target: choice.type for target, choice in job.types.items()},
+            "notes": list(job.notes),
             "weights": [entry for step in work.steps for entry in done[step]["weights"]],
+        }
+        peak, predicted = peak_rss(), job.prediction.peak(job.request.max_ram)
+        run = {
+            "seconds": round(time.monotonic() - began, 3),
+            "predicted_seconds": round(job.prediction.seconds, 1),
+            "peak_rss_bytes": peak,
+            "predicted_peak_bytes": predicted,
+            "max_ram_bytes": job.request.max_ram,
+            "steps_before_resume": resumed,
         }
         with disk_errors(output.partial):
             (output.partial / "quantkit").mkdir(exist_ok=True)
-            text = json.dumps(report, indent=2) + "\n"
-            write_file(output.partial / "quantkit" / "report.json", text.encode())
+            for file, content in (("quantkit/report.json", report), (RUN, run)):
+                write_file(output.partial / file, (json.dumps(content, indent=2) + "\n").encode())
             write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
         output.finish()
-        return result
-
-
-def _types(
-    scheme: str,
-    placed: Mapping[str, list[tuple[str, Place]]],
-    model: CausalModel,
-    family: Family,
-    config: Any,
-) -> dict[str, Choice]:
-    """The type of every matrix that is quantized: the blocks', the embedding, the head."""
-    refs = [ref for index in range(model.num_blocks) for ref in model.weights(index)]
-    shapes = {ref.name: ref.shape for ref in refs if ref.role != "router"}
-    weights = []
-    for target, members in placed.items():
-        name, place = members[0]
-        if place.stem in ("token_embd", "output") and target.endswith(".weight"):
-            columns = model.source.info(name).shape[1]
-        elif name in shapes:
-            columns = shapes[name][1]
-        else:
-            continue
-        block = int(target.split(".")[1]) if target.startswith("blk.") else -1
-        weights.append(Weight(name=target, stem=place.stem, block=block, columns=columns))
-    heads = getattr(config, "num_attention_heads", 1)
-    return choose_types(
-        scheme,
-        weights,
-        layers=getattr(config, family.block_count),
-        heads=heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        experts=getattr(config, "num_local_experts", 0) if family.experts else 0,
-        tied=model.head_tied,
-    )
+        return replace(result, peak_bytes=peak, predicted_bytes=predicted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,29 +193,24 @@ class _Batch:
 class _Work:
     """The steps "embed", "block 0"..., "head" and "embedding"; holds one block at a time."""
 
-    def __init__(
-        self,
-        model: CausalModel,
-        tokens: Calibration | None,
-        types: Mapping[str, Choice],
-        placed: Mapping[str, list[tuple[str, Place]]],
-        family: Family,
-        config: Any,
-        scratch: Path,
-        stack: contextlib.ExitStack,
-    ) -> None:
-        self.model, self.tokens, self.scratch = model, tokens, scratch
-        self.family, self.config = family, config
+    def __init__(self, job: GgufJob, scratch: Path, stack: contextlib.ExitStack) -> None:
+        self.model, self.tokens, self.scratch = job.model, job.tokens, scratch
+        self.family, self.config = job.family, job.config
+        self.budget = job.prediction.gram_budget(job.request.max_ram)
         self.packed = scratch / "packed"
         self.packed.mkdir(exist_ok=True)
         self.chosen = {
-            name: (types[target].type, place)
-            for target, members in placed.items()
+            name: (job.types[target].type, place)
+            for target, members in job.placed.items()
             for name, place in members
-            if target in types
+            if target in job.types
         }
+        model, tokens = job.model, job.tokens
         self.steps = [f"block {index}" for index in range(model.num_blocks)]
-        self.steps += ["head"] if model.head_tied else ["head", "embedding"]
+        if model.head.name in self.chosen:
+            self.steps.append("head")
+        if not model.head_tied and self._embedding() is not None:
+            self.steps.append("embedding")
         self.hidden: HiddenStore | None = None
         self.batches: list[_Batch] = []
         self.calls: dict[int, tuple[BlockCall, ...]] = {}
@@ -275,11 +241,15 @@ class _Work:
             if step == "head":
                 return [self._head()]
             if step == "embedding":
-                name = next(
-                    n for n, (_, place) in self.chosen.items() if place.stem == "token_embd"
-                )
+                name = self._embedding()
+                assert name is not None
                 return [self._solve(name, self._shapes[name], self._read(name), None)]
             return self._block(int(step.removeprefix("block ")))
+
+    def _embedding(self) -> str | None:
+        """The checkpoint's name of the table of embeddings, if it is to be quantized."""
+        found = (n for n, (_, place) in self.chosen.items() if place.stem == "token_embd")
+        return next(found, None)
 
     def stored(self, target: str, kind: str, members: list[tuple[str, Place]]) -> PlannedTensor:
         """The tensor whose rows lie packed in the scratch directory."""
@@ -332,11 +302,11 @@ class _Work:
         if self.hidden is None:
             return None
         return gather(
-            dict.fromkeys(groups, _NEEDS),
+            dict.fromkeys(groups, NEEDS),
             {key: refs[0].shape[1] for key, refs in groups.items()},
             lambda _first, callback: self._forward(index, block, callback),
             directory=self.scratch,
-            budget=None,
+            budget=self.budget,
             stream="quantized",
             device="cpu",
             label=self.model.block_path(index),
@@ -367,7 +337,7 @@ class _Work:
         head = self.model.head
         stats = None
         if self.hidden is not None:
-            stats = Stats.empty(head.shape[1], _NEEDS)
+            stats = Stats.empty(head.shape[1], NEEDS)
             for batch in self.batches:
                 hidden = self.hidden.read(self.model.num_blocks, batch.start, batch.stop)
                 x = self.model.head_hidden(hidden)
@@ -399,7 +369,7 @@ class _Work:
         kind, (rows, columns) = BLOCK_TYPES[label], shape
         packed = torch.empty(rows, columns // kind.size * kind.num_bytes, dtype=torch.uint8)
         degraded, error, size = None, 0.0, 0.0
-        step = max(1, _CHUNK // columns)
+        step = max(1, CHUNK // columns)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             weight = read(part).to(torch.float32).contiguous()

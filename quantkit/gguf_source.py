@@ -74,6 +74,10 @@ class GgufSource(Reader):
         dtype = _DENSE.get(part.tensor.type, torch.float32)
         return TensorInfo(name=name, dtype=dtype, shape=shape)
 
+    def type_of(self, name: str) -> str:
+        """Ggml's type of a tensor, as in "Q4_K"; CheckpointError if there is none of this name."""
+        return self._part(name).tensor.type
+
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor, decoded; fresh memory."""
         part = self._part(name)

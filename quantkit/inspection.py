@@ -14,11 +14,13 @@ from typing import Any
 
 from quantkit.budget import format_size
 from quantkit.checkpoint import FileSource, open_source
+from quantkit.containers import container_of, is_onnx
 from quantkit.errors import QuantkitError
 from quantkit.finished import refuse_unfinished
 from quantkit.format import StoredWeight, format_of
 from quantkit.gguf_blocks import BLOCK_TYPES
-from quantkit.gguf_file import is_gguf, read_gguf
+from quantkit.gguf_file import read_gguf
+from quantkit.onnx_inspection import describe_onnx
 from quantkit.source import Source
 
 _REPORT = "quantkit/report.json"
@@ -138,7 +140,8 @@ class Inspection:
         rows = [("tensors", "count", "scheme", "size", "bits")]
         for group in self.groups:
             scheme = group.scheme or group.dtype
-            size, bits = format_size(group.num_bytes), f"{group.bits_per_weight:.3f}"
+            size = format_size(group.num_bytes)
+            bits = f"{group.bits_per_weight:.3f}" if group.parameters else ""
             rows.append((group.pattern, str(group.count), scheme, size, bits))
         alone = self.bits_per_quantized_weight
         among = "" if alone is None else f", {alone:.3f} among the quantized"
@@ -167,8 +170,8 @@ def inspect(path: str | Path) -> Inspection:
     CheckpointError if this is no checkpoint, or an unfinished one.
     """
     refuse_unfinished(Path(path))
-    if is_gguf(Path(path)):
-        return _inspect_gguf(Path(path))
+    if (file := container_of(Path(path))) is not None:
+        return _inspect_onnx(file) if is_onnx(file) else _inspect_gguf(file)
     source = open_source(path)
     directory = source.path if isinstance(source, FileSource) else Path(path)
     config = source.config
@@ -230,6 +233,24 @@ def _inspect_gguf(path: Path) -> Inspection:
     )
 
 
+def _inspect_onnx(path: Path) -> Inspection:
+    """What an ONNX graph holds, by the checkpoint's names if they are known."""
+    content = describe_onnx(path)
+    found: dict[tuple[str, str | None, str], list[tuple[int, int]]] = {}
+    for item in content.items:
+        kind = (_pattern(item.name), item.scheme, item.dtype)
+        found.setdefault(kind, []).append((item.parameters, item.num_bytes))
+    notes = list(content.notes)
+    return Inspection(
+        path=path,
+        model_type=content.model_type,
+        format=content.format,
+        groups=_sorted_groups(found),
+        provenance=_provenance(content.home, notes),
+        notes=tuple(notes),
+    )
+
+
 def _quantization_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     for part in (config, config.get("text_config")):
         for key in ("quantization_config", "compression_config"):
@@ -268,6 +289,13 @@ def _groups(
         found.setdefault((_pattern(name), None, _dtype(info.dtype)), []).append(
             (parameters, info.nbytes)
         )
+    return _sorted_groups(found)
+
+
+def _sorted_groups(
+    found: Mapping[tuple[str, str | None, str], Sequence[tuple[int, int]]],
+) -> tuple[Group, ...]:
+    """(pattern, scheme, dtype) -> (parameters, bytes) of each tensor, in the order of names."""
     return tuple(
         Group(
             pattern=pattern,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import CheckpointError
-from quantkit.onnx_file import OnnxFile, attribute
-from quantkit.onnx_nbits import Blocks, Packed, blocks_of, unpack
+from quantkit.onnx_file import OnnxFile
+from quantkit.onnx_matrices import module_name, read_nbits
+from quantkit.onnx_names import Part
+from quantkit.onnx_nbits import Blocks, blocks_of
 from quantkit.onnx_rewrite import int8_codes
 from quantkit.onnx_rows import RowIndex, Run
 from quantkit.tensor import QuantizedTensor
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """How many nodes hold quantized weights, and the first difference, None if there is none."""
+    """How many nodes hold quantized weights, and the first difference, None if there is none.
+
+    parts  weight -> where its rows are, in their order; only if there is no difference
+    """
 
     nodes: int
     difference: str | None
+    parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict)
 
 
 def check_graph(
@@ -36,6 +42,7 @@ def check_graph(
     file = OnnxFile(folder)
     found: list[Run] = []
     nodes = 0
+    places: dict[str, list[Part]] = {}
     for node, matrix in _matrices(file):
         nodes += 1
         values = matrix.decode() if isinstance(matrix, Blocks) else matrix.values()
@@ -48,11 +55,26 @@ def check_graph(
             kind = _difference(matrix, row, stop, run, weights(run.weight))
             if kind is not None:
                 return Checked(nodes=nodes, difference=f"{node.name}: {kind} of {run.weight}")
+            part = Part(node=module_name(node), row=row, start=run.start, stop=run.stop)
+            places.setdefault(run.weight, []).append(part)
             row = stop
         found += runs
     lost = index.unused(iter(found))
     missing = None if lost is None else f"{lost}: in no quantized node of the graph"
-    return Checked(nodes=nodes, difference=missing)
+    parts = {weight: _in_order(found) for weight, found in places.items()}
+    return Checked(nodes=nodes, difference=missing, parts=parts)
+
+
+def _in_order(parts: list[Part]) -> tuple[Part, ...]:
+    """The parts of a weight by its rows; of rows that are there twice, one place."""
+    found: list[Part] = []
+    covered = 0
+    for part in sorted(parts, key=lambda part: (part.start, -part.stop)):
+        if part.start <= covered < part.stop:
+            row = part.row + covered - part.start
+            found.append(Part(node=part.node, row=row, start=covered, stop=part.stop))
+            covered = part.stop
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +102,6 @@ def _matrices(file: OnnxFile) -> Iterator[tuple[NodeProto, Blocks | _Rows]]:
             if codes.ndim != 2 or codes.dtype != torch.int8 or scale.shape != codes.shape[1:]:
                 raise CheckpointError(f"{node.name}: its weight is no int8 matrix with row scales")
             yield node, _Rows(codes=codes.T.contiguous(), scale=scale)
-
-
-def read_nbits(file: OnnxFile, node: NodeProto) -> Blocks:
-    """The weight of a MatMulNBits node.  CheckpointError for what is not read."""
-    if len(node.input) < 3 or any(name for name in node.input[4:]):
-        raise CheckpointError(
-            f"{node.name}: activation order and biases in MatMulNBits are not read"
-        )
-    zeros = node.input[3] if len(node.input) > 3 and node.input[3] else None
-    packed = Packed(
-        codes=file.read(node.input[1]),
-        scales=file.read(node.input[2]).float(),
-        zeros=None if zeros is None else file.read(zeros),
-    )
-    shape = attribute(node, "N"), attribute(node, "K")
-    return unpack(
-        node.name,
-        packed,
-        bits=attribute(node, "bits"),
-        size=attribute(node, "block_size"),
-        shape=shape,
-    )
 
 
 def _difference(

@@ -24,17 +24,21 @@ from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError, OutputError
 from quantkit.export import Exported, export
+from quantkit.finish import REPORT
 from quantkit.finished import refuse_unfinished
+from quantkit.folds import FOLDS_FILE
 from quantkit.format import make_format
 from quantkit.onnx_builder import build_graph, require_builder
-from quantkit.onnx_check import check_graph
-from quantkit.onnx_file import DATA, MODEL
+from quantkit.onnx_check import Checked, check_graph
+from quantkit.onnx_file import DATA, MODEL, OnnxFile
+from quantkit.onnx_names import NAMES, Names, QuantizedPlace, find_kept
 from quantkit.onnx_rewrite import rewrite
 from quantkit.onnx_rows import RowIndex
 from quantkit.onnx_triton import model_config
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.scheme import Scheme
 from quantkit.store import ShardWriter, plan_shards
+from quantkit.tensor import PlainScale
 from quantkit.tensorfile import TensorInfo
 from quantkit.unpacked import Unpacked
 
@@ -100,10 +104,13 @@ def export_onnx(
                 trust_remote_code=trust_remote_code,
                 progress=progress,
             )
-            built, details = work.build()
+            built, details, checked = work.build()
             target = output.partial / _TRITON_VERSION if triton else output.partial
             _place(built, target)
             write_file(_made(output.partial / DETAILS), _json({**details, "versions": versions}))
+            names = _names(view, OnnxFile(target), checked)
+            write_file(output.partial / NAMES, names.to_json())
+            _copy_provenance(path, output.partial, fingerprint)
             if triton:
                 config = model_config(target, name=output.out.name)
                 write_file(output.partial / "config.pbtxt", config.encode())
@@ -133,22 +140,23 @@ class _Work:
     trust_remote_code: bool
     progress: bool
 
-    def build(self) -> tuple[Path, dict[str, object]]:
-        """A directory with the checked graph and its files, and how it was made."""
+    def build(self) -> tuple[Path, dict[str, object], Checked]:
+        """A directory with the checked graph and its files, how it was made, what is where."""
         index = self._index()
         packed, reason = _packed_format(self.view)
         if packed is not None:
             built = self._from_packed(packed)
             checked = check_graph(built, index, self.view.tensor)
             if checked.difference is None:
-                return built, {"road": packed, "quantized nodes": checked.nodes}
+                return built, {"road": packed, "quantized nodes": checked.nodes}, checked
             reason = f"the builder changed {checked.difference}"
             logger.warning("onnx: not through %s: %s", packed, reason)
         built = self._from_float(index)
         checked = check_graph(built, index, self.view.tensor)
         if checked.difference is not None:
             raise FormatError(f"format onnx: the graph differs: {checked.difference}")
-        return built, {"road": "float32", "because": reason, "quantized nodes": checked.nodes}
+        details = {"road": "float32", "because": reason, "quantized nodes": checked.nodes}
+        return built, details, checked
 
     def _index(self) -> RowIndex:
         index = RowIndex()
@@ -297,6 +305,40 @@ def _copy_side_files(view: Unpacked, folder: Path) -> None:
                 shutil.copyfile(content, target)
             else:
                 write_file(target, content)
+
+
+def _names(view: Unpacked, file: OnnxFile, checked: Checked) -> Names:
+    """Which numbers of the finished graph are which tensor of the checkpoint."""
+    quantized = {}
+    for name, weight in view.stored.items():
+        scale = view.tensor(name).scale
+        assert isinstance(scale, PlainScale)
+        quantized[name] = QuantizedPlace(
+            scheme=weight.scheme,
+            shape=weight.shape,
+            dtype=weight.dtype,
+            scale_dtype=scale.tensor.dtype,
+            parts=checked.parts[name],
+        )
+    others = [name for name in view.names() if name not in view.stored]
+    kept = find_kept(file, view, others)
+    lost = tuple(name for name in others if name not in kept)
+    return Names(config=view.config, quantized=quantized, kept=kept, lost=lost)
+
+
+def _copy_provenance(path: Path, partial: Path, fingerprint: Mapping[str, str]) -> None:
+    """Writes how the checkpoint was made, and what its transforms did, beside the graph."""
+    try:
+        report = json.loads((path / REPORT).read_bytes())
+        told = {key: report[key] for key in ("method", "scheme", "calibration")}
+        made = {**report["fingerprint"], **fingerprint}
+    # Another tool's checkpoint has no report, or another file of that name.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    write_file(partial / REPORT, _json({**told, "fingerprint": made}))
+    if (path / FOLDS_FILE).is_file():
+        with disk_errors(partial):
+            shutil.copyfile(path / FOLDS_FILE, partial / FOLDS_FILE)
 
 
 def _place(built: Path, target: Path) -> None:

@@ -138,11 +138,11 @@ def predict(
         grams=grams,
         solve=solve,
         disk=plan.layout.num_bytes + hidden + spill,
-        seconds=products / _products_per_second() + plan.layout.num_bytes / 2e8,
+        seconds=products / products_per_second() + plan.layout.num_bytes / 2e8,
     )
 
 
-def _products_per_second() -> float:
+def products_per_second() -> float:
     """Floating point operations per second of a float32 matrix product on this machine."""
     size, repeats = 512, 3
     a = torch.ones(size, size)

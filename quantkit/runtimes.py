@@ -10,14 +10,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from quantkit import runtime_readers
+from quantkit.containers import container_of, is_onnx
 from quantkit.errors import CheckpointError
 from quantkit.loading import load
 
@@ -26,8 +29,27 @@ _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 32
 # Runtimes compute in 16 bits, which moves logits of this size by about 0.06 each.
 _TIE = 0.30
 _LEAST_AGREEMENT = 0.9
-_PACKAGES = {"transformers": "transformers", "vllm": "vllm"}
-RUNTIMES = tuple(_PACKAGES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runtime:
+    """Its Python module, the package that brings it, and which kind of checkpoint it reads."""
+
+    module: str
+    package: str
+    reads: str
+
+
+_RUNTIMES: Mapping[str, _Runtime] = {
+    "transformers": _Runtime(
+        module="transformers", package="transformers", reads="directory of safetensors"
+    ),
+    "vllm": _Runtime(module="vllm", package="vllm", reads="directory of safetensors"),
+    "llama.cpp": _Runtime(module="llama_cpp", package="llama-cpp-python", reads="GGUF file"),
+    "onnxruntime": _Runtime(module="onnxruntime", package="onnxruntime", reads="ONNX model"),
+}
+_EXPORTS = {"GGUF file": "gguf", "ONNX model": "onnx"}
+RUNTIMES = tuple(_RUNTIMES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,23 +78,22 @@ class Agreement:
         )
 
 
-def compare_runtime(path: Path, runtime: str) -> Agreement:
+def compare_runtime(path: Path, runtime: str, *, python: Path | None = None) -> Agreement:
     """The agreement of a runtime's greedy tokens with quantkit's own model of the checkpoint.
 
-    Runs the runtime in a process of its own.  Raises CheckpointError if the runtime is unknown, is
-    not installed or cannot load the checkpoint, with its own words.
+    Runs the runtime in a process of its own, of the interpreter `python` if the runtime is not
+    installed beside quantkit.  Raises CheckpointError if the runtime is unknown, does not read
+    this kind of checkpoint, is not installed, or cannot load the checkpoint, with its own words.
     """
-    if runtime not in _PACKAGES:
-        raise CheckpointError(f"--runtime {runtime!r}: known are {', '.join(_PACKAGES)}")
-    if importlib.util.find_spec(_PACKAGES[runtime]) is None:
-        raise CheckpointError(
-            f"--runtime {runtime}: the package {_PACKAGES[runtime]} is not installed here; install "
-            "it, or verify where it is"
-        )
+    given = _checked(path, runtime)
+    if python is None:
+        _check_installed(runtime)
+    elif shutil.which(python) is None:
+        raise CheckpointError(f"--runtime-python {python}: there is no such program")
     model = load(path, dtype=torch.float32)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompts = _prompts(vocabulary)
-    version, continuations = _ask(path, runtime, prompts)
+    version, continuations = _ask(given, runtime, prompts, python or Path(sys.executable))
     agreed, worst = 0, 0.0
     for prompt, tokens in zip(prompts, continuations, strict=True):
         ids = torch.tensor([[*prompt, *tokens]])
@@ -91,18 +112,48 @@ def compare_runtime(path: Path, runtime: str) -> Agreement:
     )
 
 
+def _checked(path: Path, runtime: str) -> Path:
+    """What the runtime is given: the directory, or the file in it."""
+    if runtime not in _RUNTIMES:
+        raise CheckpointError(f"--runtime {runtime!r}: known are {', '.join(_RUNTIMES)}")
+    wanted = _RUNTIMES[runtime].reads
+    file = container_of(path)
+    kind = "directory of safetensors"
+    if file is not None:
+        kind = "ONNX model" if is_onnx(file) else "GGUF file"
+    if kind == wanted:
+        return file or path
+    if wanted in _EXPORTS and file is None:
+        advice = f"export it: quantkit export {path} --format {_EXPORTS[wanted]} --out DIR"
+    else:
+        able = [name for name, other in _RUNTIMES.items() if other.reads == kind]
+        advice = f"this is for --runtime {' or '.join(able)}"
+    raise CheckpointError(f"{path}: a {kind}, and {runtime} is given a {wanted}; {advice}")
+
+
+def _check_installed(runtime: str) -> None:
+    if importlib.util.find_spec(_RUNTIMES[runtime].module) is None:
+        raise CheckpointError(
+            f"--runtime {runtime}: the package {_RUNTIMES[runtime].package} is not installed here; "
+            "install it, or name an interpreter that has it with --runtime-python"
+        )
+
+
 def _prompts(vocabulary: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
     return [row.tolist() for row in ids]
 
 
-def _ask(path: Path, runtime: str, prompts: Sequence[Sequence[int]]) -> tuple[str, list[list[int]]]:
+def _ask(
+    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path
+) -> tuple[str, list[list[int]]]:
     """The runtime's version and its continuations, from a process that may crash."""
     request = json.dumps({"path": str(path.resolve()), "prompts": prompts, "count": _NEW_TOKENS})
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [sys.executable, "-m", "quantkit.runtimes", runtime],
+        # -P: the script's directory has modules named like others' packages.
+        [python, "-P", runtime_readers.__file__, runtime],
         input=request,
         capture_output=True,
         text=True,
@@ -117,48 +168,3 @@ def _ask(path: Path, runtime: str, prompts: Sequence[Sequence[int]]) -> tuple[st
         )
     answer = json.loads(lines[-1])
     return str(answer["version"]), [list(map(int, tokens)) for tokens in answer["tokens"]]
-
-
-def _transformers(path: str, prompts: list[list[int]], count: int) -> tuple[str, list[list[int]]]:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        found.append(out[0, len(prompt) :].tolist())
-    return transformers.__version__, found
-
-
-def _vllm(path: str, prompts: list[list[int]], count: int) -> tuple[str, list[list[int]]]:
-    import vllm  # type: ignore[import-not-found]
-
-    engine = vllm.LLM(path, enforce_eager=True, max_model_len=len(prompts[0]) + count + 1)
-    sampling = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = engine.generate(asked, sampling, use_tqdm=False)
-    return str(vllm.__version__), [list(out.outputs[0].token_ids) for out in outputs]
-
-
-_READERS: dict[str, Callable[[str, list[list[int]], int], tuple[str, list[list[int]]]]] = {
-    "transformers": _transformers,
-    "vllm": _vllm,
-}
-
-
-def _main() -> None:
-    request = json.load(sys.stdin)
-    version, tokens = _READERS[sys.argv[1]](request["path"], request["prompts"], request["count"])
-    print(json.dumps({"version": version, "tokens": tokens}))
-
-
-if __name__ == "__main__":
-    _main()

@@ -7,85 +7,28 @@ Letters: O out features, I in features, G groups per row.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantkit.checkpoint import FileSource, open_source
+from quantkit.checks import Check, VerifyResult, finite_problems, read_folds, value_problems
 from quantkit.compare import Vectors, compare_copied, compare_quantized, compare_rescaled
-from quantkit.errors import CheckpointError, NumericsError, QuantkitError
+from quantkit.containers import container_of
+from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.folds import FOLDS_FILE
 from quantkit.format import FormatReader, StoredWeight, format_of
-from quantkit.grid import IntegerGrid, grid_of
 from quantkit.manifest import verify_manifest
 from quantkit.runtimes import compare_runtime
 from quantkit.source import Source
 from quantkit.split_experts import split_experts
 from quantkit.tensor import QuantizedTensor
-from quantkit.tensorfile import read_header, read_into
 from quantkit.unpacked import Unpacked
+from quantkit.verify_container import container_checks
 
 REPORT = "quantkit/report.json"
 FATES = ("quantized", "rescaled", "kept", "copied")
-_SHOWN = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One question asked: `detail` says what was looked at, `problems` what is wrong."""
-
-    name: str
-    detail: str
-    problems: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """True if nothing is wrong."""
-        return not self.problems
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyResult:
-    """Every check of a checkpoint, in the order they were made."""
-
-    path: Path
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True if all checks passed."""
-        return all(check.ok for check in self.checks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "path": str(self.path),
-            "ok": self.ok,
-            "checks": [
-                {
-                    "name": check.name,
-                    "ok": check.ok,
-                    "detail": check.detail,
-                    "problems": list(check.problems),
-                }
-                for check in self.checks
-            ],
-        }
-
-    def text(self) -> str:
-        """For people: one line per check, then its problems."""
-        lines = []
-        for check in self.checks:
-            lines.append(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<10}  {check.detail}")
-            lines += [f"        {problem}" for problem in check.problems[:_SHOWN]]
-            if len(check.problems) > _SHOWN:
-                lines.append(f"        and {len(check.problems) - _SHOWN} more")
-        lines.append(f"{self.path}: {'all checks passed' if self.ok else 'verification FAILED'}")
-        return "\n".join(lines)
 
 
 def verify(
@@ -93,28 +36,40 @@ def verify(
     *,
     against: object = None,
     runtime: str | None = None,
+    runtime_python: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyResult:
     """All checks of the checkpoint at `out`; `against` is its source: path, Hub name or live model.
 
-    `runtime` names a program (transformers, vllm) that is asked to load and run it too.  What is
-    wrong with `out` is in the result.  Raises CheckpointError if `out` is no directory, `against`
-    cannot be opened, or the runtime is not installed or cannot load `out`.
+    `out` is a directory, or a GGUF or ONNX file.  `runtime` names a program (transformers, vllm,
+    llama.cpp, onnxruntime) that is asked to load and run it too, in `runtime_python`'s environment
+    if it is not in this one.  What is wrong with `out` is in the result.  Raises CheckpointError
+    if there is no `out`, `against` cannot be opened, or the runtime is not installed, does not
+    read this kind of checkpoint or cannot load it.
     """
     path = Path(out)
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; give the output of quantkit quantize")
+    file = container_of(path)
+    if file is None and not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such directory; give the output of quantkit quantize, or a GGUF or ONNX "
+            "file"
+        )
     reference: Source | None = None
     if against is not None:
         reference = _open_original(against, revision, trust_remote_code)
-    problems = verify_manifest(path)
-    checks = [Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))]
-    opened = _open(path, checks)
-    if opened is not None:
-        checks += [_coverage(opened), *_numbers(opened, reference)]
-        if runtime is not None and all(check.ok for check in checks):
-            checks.append(_runtime(path, runtime))
+    if file is not None:
+        checks = container_checks(path, file, reference, trust_remote_code=trust_remote_code)
+        readable = True
+    else:
+        problems = verify_manifest(path)
+        checks = [Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))]
+        opened = _open(path, checks)
+        readable = opened is not None
+        if opened is not None:
+            checks += [_coverage(opened), *_numbers(opened, reference)]
+    if runtime is not None and readable and all(check.ok for check in checks):
+        checks.append(_runtime(path, runtime, runtime_python))
     return VerifyResult(path=path, checks=tuple(checks))
 
 
@@ -126,8 +81,8 @@ def _open_original(against: object, revision: str | None, trust_remote_code: boo
     return split_experts(source, trust_remote_code=trust_remote_code)
 
 
-def _runtime(path: Path, runtime: str) -> Check:
-    found = compare_runtime(path, runtime)
+def _runtime(path: Path, runtime: str, python: Path | None) -> Check:
+    found = compare_runtime(path, runtime, python=python)
     return Check(
         name="runtime",
         detail=f"{found.runtime} {found.version}: {found.agreed} of {found.tokens} greedy tokens "
@@ -196,7 +151,7 @@ def _open(path: Path, checks: list[Check]) -> _Opened | None:
             stored=stored,
             entries=read_entries(report),
             unties_head=bool(report.get("unties_head", False)),
-            vectors=Vectors(_read_folds(path / FOLDS_FILE)),
+            vectors=Vectors(read_folds(path / FOLDS_FILE)),
         )
     except QuantkitError as error:
         checks.append(Check(name="headers", detail="cannot be read", problems=(str(error),)))
@@ -289,14 +244,14 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
         except CheckpointError as error:
             tally.numbers.append(str(error))
             continue
-        tally.numbers += _value_problems(name, tensor)
+        tally.numbers += value_problems(name, tensor)
         if reference is not None:
             _compare_weight(opened, reference, name, tensor, tally)
     kept = [entry for entry in opened.entries if entry.fate != "quantized"]
     present = set(opened.source.names()) - set(opened.stored)
     for entry in kept:
         if entry.name in present and entry.fate != "copied":
-            tally.numbers += _finite_problems(entry.name, opened.source)
+            tally.numbers += finite_problems(entry.name, opened.source)
     yield Check(
         name="numbers",
         detail=f"scales and codes of {len(opened.stored)} weights; {len(kept)} other tensors",
@@ -319,35 +274,6 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
         detail=f"largest relative error of a weight {tally.worst:.4f} ({tally.worst_name})",
         problems=tuple(tally.source),
     )
-
-
-def _value_problems(name: str, tensor: QuantizedTensor) -> Iterator[str]:
-    """Scales that are not finite, codes or zeros outside the scheme's range."""
-    try:
-        tensor.check(name)
-    except NumericsError as error:
-        yield str(error)
-    grid = grid_of(tensor.scheme)
-    if not isinstance(grid, IntegerGrid) or not tensor.codes.numel():
-        return
-    if int(tensor.codes.min()) < grid.low:
-        yield f"{name}: a code below {grid.low}, the lowest that {tensor.scheme.name} has"
-    if tensor.zero is not None and int(tensor.zero.max()) > grid.high:
-        yield f"{name}: a zero above {grid.high}"
-    if not bool(tensor.scale.values().all()):
-        yield f"{name}: a scale is zero"
-
-
-def _finite_problems(name: str, source: Source) -> Iterator[str]:
-    info = source.info(name)
-    if not info.dtype.is_floating_point or info.dtype.itemsize == 1:
-        return
-    step = 4 * 2**20
-    for start in range(0, info.numel, step):
-        piece = source.read_flat(name, start, min(start + step, info.numel))
-        if not all(bool(edge.isfinite()) for edge in torch.aminmax(piece)):
-            yield f"{name}: holds NaN or infinity"
-            return
 
 
 def _compare_weight(
@@ -385,20 +311,3 @@ def _name_problems(opened: _Opened, reference: Source) -> Iterator[str]:
         yield f"{name}: in the source, but the report gives it no fate"
     for name in sorted(ours - theirs):
         yield f"{name}: in the report, but not in the source"
-
-
-def _read_folds(path: Path) -> dict[str, torch.Tensor]:
-    """All fold vectors; none if nothing was folded."""
-    if not path.is_file():
-        return {}
-    found = {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for stored in read_header(path):
-            buffer = torch.empty(stored.info.shape, dtype=stored.info.dtype)
-            if read_into(descriptor, buffer, stored.offset) < buffer.nbytes:
-                raise CheckpointError(f"{path}: the file was cut short")
-            found[stored.info.name] = buffer
-    finally:
-        os.close(descriptor)
-    return found

@@ -15,8 +15,13 @@ from quantkit.onnx_nbits import blocks_of, pack
 from quantkit.unpacked import Unpacked
 
 
-def float_graph(folder: Path, matrices: Mapping[str, Tensor]) -> None:
-    """Writes a graph with one product x_NAME [batch, I] by each matrix [O, I]; float32."""
+def float_graph(
+    folder: Path, matrices: Mapping[str, Tensor], others: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes a graph with one product x_NAME [batch, I] by each matrix [O, I]; float32.
+
+    `others` are tensors that it only hands through.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     inputs, outputs, nodes, entries = [], [], [], []
     with DataWriter(folder) as writer:
@@ -33,6 +38,7 @@ def float_graph(folder: Path, matrices: Mapping[str, Tensor]) -> None:
                     name=f"/{name}/MatMul",
                 )
             )
+        _keep(others or {}, writer, nodes, entries, outputs)
         inputs = list({value.name: value for value in inputs}.values())
         graph = helper.make_graph(nodes, "main_graph", inputs, outputs, entries)
         writer.finish(_model(graph))
@@ -69,8 +75,27 @@ def nbits_graph(folder: Path, checkpoint: Path) -> None:
                     block_size=blocks.size,
                 )
             )
+        others = {name: view.read(name) for name in view.names() if name not in view.stored}
+        _keep(others, writer, nodes, entries, outputs)
         inputs = list({value.name: value for value in inputs}.values())
         writer.finish(_model(helper.make_graph(nodes, "main_graph", inputs, outputs, entries)))
+
+
+def _keep(
+    tensors: Mapping[str, Tensor],
+    writer: DataWriter,
+    nodes: list[onnx.NodeProto],
+    entries: list[TensorProto],
+    outputs: list[onnx.ValueInfoProto],
+) -> None:
+    """Adds tensors as initializers, matrices [I, O] as the builder has them."""
+    for name, tensor in tensors.items():
+        value = tensor.float()
+        entries.append(
+            writer.put(f"{name}.kept", value.T.contiguous() if value.ndim == 2 else value)
+        )
+        nodes.append(helper.make_node("Identity", [f"{name}.kept"], [f"{name}.out"]))
+        outputs.append(helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, None))
 
 
 def _value(name: str, columns: int) -> onnx.ValueInfoProto:

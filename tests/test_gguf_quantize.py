@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_jobs as jobs
 import torch
 from typer.testing import CliRunner
 
 import quantkit
+import quantkit.gather
 import quantkit.gguf_quantize
+from quantkit.checkpoint import open_source
 from quantkit.demo.files import demo_path
-from quantkit.errors import RecipeError, SchemeError
+from quantkit.errors import CheckpointError, QuantkitError, RecipeError, SchemeError
 from quantkit.gguf_export import MODEL_FILE
 from quantkit.gguf_file import read_gguf
-from quantkit.gguf_quantize import quantize_gguf
+from quantkit.gguf_job import GgufRequest, prepare_gguf
+from quantkit.gguf_quantize import quantize_gguf, run_gguf
+from quantkit.inspection import inspect
+from quantkit.verify import verify
 
 pytest.importorskip("gguf")
 from test_gguf_export import save_model
@@ -30,7 +38,8 @@ def token_rows(count: int = 8, length: int = 64) -> list[list[int]]:
 
 def quantize(out: Path, **options: Any) -> Any:
     chosen: dict[str, Any] = {"calibration": token_rows(), "samples": 8, "seq_len": 64}
-    return quantize_gguf(str(demo_path()), out, progress=False, **(chosen | options))
+    model = str(options.pop("model", demo_path()))
+    return quantize_gguf(model, out, progress=False, **(chosen | options))
 
 
 def divergence(path: Path) -> float:
@@ -118,8 +127,19 @@ def test_recipes_and_methods_that_do_not_exist_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--scheme", "q4_0", "--skip", "*down*"], "--skip is not taken"),
         ([], "needs a --scheme"),
+        (["--scheme", "q4_0", "--recipe", "mine.yaml"], "--recipe is not taken"),
+        (["--scheme", "q4_0", "--set", "rounding.damp=1"], "--set is not taken"),
+        (["--scheme", "q4_0", "--max-vram", "1GB"], "--max-vram is not taken"),
+        (["--scheme", "q4_0", "--max-shard-size", "1GB"], "--max-shard-size is not taken"),
+        (["--scheme", "q4_0", "--trust-remote-code"], "--trust-remote-code is not taken"),
+        (["--scheme", "q4_0", "--allow-unreadable"], "--allow-unreadable is not taken"),
+        (["--scheme", "q4_0", "--device", "cuda"], "quantized on the CPU"),
+        (["--scheme", "q4_0", "--eval"], "quantkit eval MODEL OUT/model.gguf"),
+        (["--scheme", "q4_0", "--fail-if", "kl>1"], "quantkit eval MODEL OUT/model.gguf"),
+        (["--scheme", "q4_0", "--skip", "*nothing*"], "matches no tensor"),
+        (["--scheme", "q4_0", "--lm-head", "w8a16_row"], "q8_0, .* or f16"),
+        (["--scheme", "q4_0", "--max-ram", "100MB"], "the smallest that works is --max-ram"),
     ],
 )
 def test_the_command_refuses_what_it_does_not_take(
@@ -127,6 +147,97 @@ def test_the_command_refuses_what_it_does_not_take(
 ) -> None:
     from quantkit.cli import app
 
-    command = ["quantize", str(demo_path()), "--format", "gguf", "--out", str(tmp_path / "o")]
-    result = CliRunner().invoke(app, [*command, *options])
-    assert isinstance(result.exception, RecipeError) and message in str(result.exception)
+    line = [str(demo_path()), "--format", "gguf", *options, "--method", "rtn"]
+    for command in (["quantize", *line, "--out", str(tmp_path / "o")], ["plan", *line]):
+        if command[0] == "plan" and {"--eval", "--fail-if"} & set(options):
+            continue
+        result = CliRunner().invoke(app, command)
+        assert isinstance(result.exception, QuantkitError), result.output
+        assert re.search(message, str(result.exception))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_skipped_stays_and_the_head_gets_its_own_type(tmp_path: Path) -> None:
+    skip = ("*.layers.1.*", "model.layers.0.mlp.down_proj")
+    done = quantize(tmp_path / "out", scheme="q4_k_m", method="rtn", skip=skip, head="q8_0")
+    types = {name: t.type for name, t in read_gguf(done.out / MODEL_FILE).tensors.items()}
+    assert types["blk.1.attn_q.weight"] == types["blk.0.ffn_down.weight"] == "BF16"
+    assert types["blk.0.ffn_up.weight"] == "Q4_K"
+    # The demo's head is its embedding.
+    assert types["token_embd.weight"] == "Q8_0"
+    source, file = open_source(demo_path()), open_source(done.out)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(source.read(name), file.read(name))
+    assert verify(done.out, against=demo_path()).ok
+
+
+def test_some_experts_of_a_layer_cannot_be_skipped(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "mixtral")
+    with pytest.raises(RecipeError, match="not all of its layer's experts"):
+        prepare_gguf(
+            str(source), GgufRequest(scheme="q8_0", method="rtn", skip=("*experts.0.w1*",))
+        )
+
+
+def test_the_plan_is_what_the_file_holds(tmp_path: Path) -> None:
+    request = GgufRequest(scheme="q3_k_m", method="rtn", skip=("*.layers.1.*",))
+    job = prepare_gguf(str(demo_path()), request)
+    done = run_gguf(job, tmp_path / "out", "demo", progress=False)
+    header = read_gguf(done.out / MODEL_FILE)
+    planned = {fate.name: (fate.type, fate.shape, fate.num_bytes) for fate in job.fates}
+    assert planned == {t.name: (t.type, t.shape, t.num_bytes) for t in header.tensors.values()}
+    assert job.bits_per_weight() == pytest.approx(inspect(done.out).bits_per_weight)
+    run = json.loads((done.out / "quantkit/run.json").read_text())
+    assert run["predicted_peak_bytes"] == job.prediction.largest
+    assert 0 < run["peak_rss_bytes"] == done.peak_bytes
+
+
+def test_plan_prints_every_tensors_fate_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantkit.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    line = ["plan", str(demo_path()), "--format", "gguf", "--scheme", "q4_k_m", "--method", "rtn"]
+    text = CliRunner().invoke(app, line).output
+    assert re.search(r"blk.0.attn_norm.weight +kept +F32 .* norm, bias or table", text)
+    assert re.search(r"blk.0.attn_q.weight +quantized +Q4_K .* recipe", text)
+    assert "peak RAM" in text and "bits       5.131 per weight" in text
+    data = json.loads(CliRunner().invoke(app, [*line, "--json"]).output)
+    assert len(data["tensors"]) == 38 and data["predicted"]["disk_bytes"] > data["output_bytes"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_memory_limit_means_more_passes_and_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    original = quantkit.gather.split_passes
+
+    def counted(sizes: Any, budget: int | None) -> Any:
+        found = original(sizes, budget)
+        passes.append(len(found))
+        return found
+
+    monkeypatch.setattr(quantkit.gather, "split_passes", counted)
+    options = {"calibration": token_rows(2, 32), "samples": 2, "seq_len": 32}
+    request = GgufRequest(scheme="q4_0", **options)
+    job = prepare_gguf(str(demo_path()), request)
+    run_gguf(job, tmp_path / "free", "demo", progress=False)
+    assert set(passes) == {1}
+    passes.clear()
+    tight = replace(job, request=replace(request, max_ram=job.prediction.smallest))
+    run_gguf(tight, tmp_path / "tight", "demo", progress=False)
+    assert min(passes) > 1
+    first, second = ((tmp_path / name / MODEL_FILE).read_bytes() for name in ("free", "tight"))
+    assert first == second
+
+
+def test_a_quantized_model_is_taken_if_asked_for(tmp_path: Path) -> None:
+    checkpoint = jobs.finish(jobs.make_job(demo_path(), "rtn", "w8a16_row"), tmp_path / "q").out
+    with pytest.raises(CheckpointError, match="--requantize"):
+        quantize(tmp_path / "out", model=checkpoint, scheme="q8_0", method="rtn")
+    done = quantize(
+        tmp_path / "out", model=checkpoint, scheme="q8_0", method="rtn", requantize=True
+    )
+    assert divergence(done.out / MODEL_FILE) < 1e-3

@@ -71,7 +71,8 @@ class Builder:
         else:
             assert source.config["dtype"] == "float32"
             names = [n for n in source.names() if len(source.info(n).shape) == 2]
-            float_graph(out, {name: source.read(name) for name in names})
+            others = {n: source.read(n) for n in source.names() if n not in names}
+            float_graph(out, {name: source.read(name) for name in names}, others)
         (out / "genai_config.json").write_text("{}")
 
 
@@ -171,6 +172,11 @@ def test_the_command_writes_a_model_into_a_triton_repository(
         (("--format", "onnx", "--out", "a", "--triton-repository", "b"), "give either --out or"),
         (("--format", "gptq", "--triton-repository", "b"), "goes with --format onnx"),
         (("--format", "onnx", "--out", "a", "--accuracy-level", "3"), "accuracy level 3"),
+        (("--format", "onnx", "--out", "a", "--allow-rounding"), "--allow-rounding goes with"),
+        (("--format", "onnx", "--out", "a", "--max-shard-size", "5GB"), "--max-shard-size goes"),
+        (("--format", "gguf", "--out", "a", "--allow-unreadable"), "a format of safetensors, not"),
+        (("--format", "gguf", "--out", "a", "--trust-remote-code"), "--trust-remote-code goes"),
+        (("--format", "gptq", "--out", "a", "--accuracy-level", "4"), "goes with --format onnx"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_graphs import float_graph
 from test_onnx_nbits import sample
 
-from quantkit.errors import CheckpointError, FormatError, QuantkitError
+from quantkit.errors import CheckpointError, FormatError
 from quantkit.nn import QuantLinear
 from quantkit.onnx_check import check_graph
 from quantkit.onnx_file import DATA, MODEL, OnnxFile
@@ -153,7 +152,7 @@ def edited(good: Path, **fields: str) -> bytes:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"location": "../../secret"}, "not in model.onnx.data"),
+        ({"location": "../../secret"}, "only files beside the graph are read"),
         ({"offset": "1000000"}, "cut short"),
         ({"offset": "-4"}, "cut short"),
         ({"length": str(2**60)}, "bytes are not a"),
@@ -188,26 +187,6 @@ def test_what_is_no_model_is_refused(good: Path, tmp_path: Path, content: bytes)
         OnnxFile(damaged(good, tmp_path, content, None))
     with pytest.raises(CheckpointError, match="there is no such file"):
         OnnxFile(tmp_path / "nowhere")
-
-
-def test_mutated_files_are_read_or_refused_never_worse(good: Path, tmp_path: Path) -> None:
-    weights = {"up": sample("w4a16_g32_asym"), "down": sample("w8a8_row", seed=1)}
-    index = indexed(weights)
-    whole = (good / MODEL).read_bytes()
-    generator = random.Random(0)
-    refused = 0
-    for _ in range(600):
-        content = bytearray(whole)
-        for _ in range(generator.randint(1, 4)):
-            content[generator.randrange(len(content))] = generator.randrange(256)
-        if generator.random() < 0.2:
-            del content[generator.randrange(len(content)) :]
-        folder = damaged(good, tmp_path, bytes(content), None)
-        try:
-            refused += check_graph(folder, index, weights.__getitem__).difference is not None
-        except QuantkitError:
-            refused += 1
-    assert refused > 100
 
 
 def test_the_servers_configuration_lists_every_input_and_output(good: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_jobs as jobs
@@ -12,7 +14,9 @@ import torch
 
 import quantkit
 from quantkit import runtimes
+from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError
+from quantkit.gguf_export import export_gguf
 from quantkit.verify import verify
 
 
@@ -28,7 +32,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jobs.finish(jobs.make_job(model), tmp_path_factory.mktemp("out") / "out").out
 
 
-def continuations(path: Path, runtime: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def continuations(
+    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path
+) -> list[list[int]]:
     """What quantkit's own model would say: a runtime that reads the checkpoint right."""
     model = quantkit.load(path, dtype=torch.float32)
     found = []
@@ -64,11 +70,53 @@ def test_a_runtime_that_misreads_it_fails(out: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_unknown_and_missing_runtimes_are_named(out: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'tgi': known are transformers, vllm"):
+    known = r"'tgi': known are transformers, vllm, llama.cpp, onnxruntime"
+    with pytest.raises(CheckpointError, match=known):
         verify(out, runtime="tgi")
     if importlib.util.find_spec("vllm") is None:
         with pytest.raises(CheckpointError, match="the package vllm is not installed here"):
             verify(out, runtime="vllm")
+    with pytest.raises(CheckpointError, match="no-python: there is no such program"):
+        verify(out, runtime="vllm", runtime_python=Path("no-python"))
+
+
+@pytest.mark.parametrize(("runtime", "form"), [("llama.cpp", "gguf"), ("onnxruntime", "onnx")])
+def test_a_directory_of_safetensors_is_to_be_exported_first(
+    out: Path, runtime: str, form: str
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"export it: quantkit export .* --format {form}"):
+        verify(out, runtime=runtime)
+
+
+def test_a_gguf_file_is_given_to_llama_cpp_alone(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    done = export_gguf(demo_path(), tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"a GGUF file, .* this is for --runtime llama.cpp"):
+        verify(done.out, runtime="vllm")
+    with pytest.raises(CheckpointError, match=r"a GGUF file, and onnxruntime is given a ONNX"):
+        verify(done.out, runtime="onnxruntime")
+    if importlib.util.find_spec("llama_cpp") is None:
+        with pytest.raises(CheckpointError, match="the package llama-cpp-python is not installed"):
+            verify(done.out, runtime="llama.cpp")
+
+
+def test_a_gguf_file_is_judged_by_quantkits_own_reading_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp itself is asked in the interop suite; a stand-in here."""
+    pytest.importorskip("gguf")
+    done = export_gguf(demo_path(), tmp_path / "out")
+    asked: list[Path] = []
+
+    def stand_in(*given: Any) -> tuple[str, list[list[int]]]:
+        asked.append(given[0])
+        return "1.0", continuations(*given)
+
+    monkeypatch.setattr(runtimes, "_ask", stand_in)
+    result = verify(done.out, runtime="llama.cpp", runtime_python=Path(sys.executable))
+    assert result.ok, result.text()
+    assert asked == [done.out / "model.gguf"]
+    assert result.checks[-1].detail.startswith("llama.cpp 1.0: 32 of 32 greedy tokens")
 
 
 @pytest.mark.skipif(

@@ -23,6 +23,12 @@ QUANTIZED: dict[str, tuple[str, ...]] = {
 # The owner's numbers of the same recipes (llama_ftype).
 FILE_TYPES = {"q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
 
+# Tokenizers as sentencepiece makes them: Llama 2's adds a space and <s>, Gemma's neither here.
+SENTENCEPIECE: dict[str, dict[str, bool]] = {
+    "llama": {"adds_space": True, "starts": True},
+    "gemma": {"adds_space": False, "starts": False},
+}
+
 _BASE: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -2,12 +2,14 @@
 
     make_gguf.py ROOT [SOURCE]
 
-runs in quantkit's own environment with the `gguf` package.  SOURCE replaces the demo model.
+runs in quantkit's own environment with the `gguf` package.  SOURCE (or the directory that the
+environment variable QUANTKIT_INTEROP_MODEL names) replaces the demo model.
 
     ROOT/gguf/NAME/model.gguf            the file
     ROOT/gguf/NAME/expected.safetensors  input_ids [P, T] and float32 logits [P, T, V] by
                                          `quantkit.load` of the checkpoint the file is made of
     ROOT/gguf/NAME/prompts.json          prompts and their tokens
+    ROOT/gguf/spm-NAME/texts.json        texts and their tokens, by sentencepiece-like tokenizers
 
     ROOT/gguf/judge.safetensors          windows [N, T] of text and their original logits [N, T, V]
     ROOT/gguf/importance.json            GGUF name -> mean square of each input channel
@@ -19,6 +21,7 @@ what llama.cpp's imatrix tool gathers, from the text that the quantized cases ar
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,18 +35,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import quantkit
 from quantkit.calibration import load_calibration
 from quantkit.demo import demo_path
+from quantkit.demo.corpus import heldout_text
 from quantkit.gguf_export import export_gguf
 from quantkit.gguf_families import family_of
 from quantkit.gguf_names import place_of
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import MAX_NEW_TOKENS, PROMPTS
-from gguf_cases import EXPORTED, FAMILIES, PERPLEXITY_TOKENS, QUANTIZED
+from gguf_cases import EXPORTED, FAMILIES, PERPLEXITY_TOKENS, QUANTIZED, SENTENCEPIECE
+from spm import TEXTS, sentencepiece_tokenizer
 
 
 def main() -> None:
     root = Path(sys.argv[1]) / "gguf"
-    demo = Path(sys.argv[2]) if len(sys.argv) > 2 else demo_path()
+    named = sys.argv[2] if len(sys.argv) > 2 else os.environ.get("QUANTKIT_INTEROP_MODEL")
+    demo = Path(named) if named else demo_path()
     root.mkdir(parents=True, exist_ok=True)
     for name, options in EXPORTED.items():
         checkpoint = demo
@@ -57,8 +63,21 @@ def main() -> None:
     for name, sizes in FAMILIES.items():
         # llama.cpp guesses tokens from names that contain "phi3".
         short = name.replace("phi3", "phi")
-        _random_model(root / f"{short}-source", name, sizes, demo)
+        _random_model(root / f"{short}-source", name, sizes, AutoTokenizer.from_pretrained(demo))
         _export(root / f"{short}-source", root / f"tiny-{short}", demo)
+    for name, options in SENTENCEPIECE.items():
+        _sentencepiece(root / f"spm-{name}-source", root / f"spm-{name}", options)
+
+
+def _sentencepiece(source: Path, out: Path, options: dict[str, bool]) -> None:
+    """A tiny model with a tokenizer of its own, and the tokens that transformers gives."""
+    tokenizer = sentencepiece_tokenizer(heldout_text(), **options)
+    _random_model(source, "llama", FAMILIES["llama"], tokenizer)
+    shutil.rmtree(out, ignore_errors=True)
+    export_gguf(source, out)
+    read = AutoTokenizer.from_pretrained(source)
+    told = [{"text": text, "ids": read(text)["input_ids"]} for text in TEXTS]
+    (out / "texts.json").write_text(json.dumps(told), encoding="utf-8")
 
 
 def _run(*arguments: str) -> None:
@@ -123,8 +142,9 @@ def _judge(demo: Path, root: Path) -> None:
         if isinstance(module, torch.nn.Linear):
             place = place_of(family, f"{path}.weight")
             assert place is not None
-            # The demo's head is its embedding, and llama.cpp knows it by that name.
-            target = "token_embd.weight" if place.stem == "output" else place.name
+            # A tied head, such as the demo's, is the embedding, whose name llama.cpp knows it by.
+            tied = place.stem == "output" and model.config.tie_word_embeddings
+            target = "token_embd.weight" if tied else place.name
             handles.append(module.register_forward_pre_hook(observe(target)))
     with torch.no_grad():
         model(input_ids=windows[:16], use_cache=False)
@@ -138,8 +158,7 @@ def _judge(demo: Path, root: Path) -> None:
     save_file({"input_ids": judged, "logits": logits}, root / "judge.safetensors")
 
 
-def _random_model(directory: Path, model_type: str, sizes: dict[str, Any], demo: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(demo)
+def _random_model(directory: Path, model_type: str, sizes: dict[str, Any], tokenizer: Any) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **sizes, vocab_size=len(tokenizer))
     model = AutoModelForCausalLM.from_config(config).float()

@@ -11,7 +11,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_cases import EXPORTED, FAMILIES, FILE_TYPES, QUANTIZED
+from gguf_cases import EXPORTED, FAMILIES, FILE_TYPES, QUANTIZED, SENTENCEPIECE
 from safetensors.numpy import load_file
 
 # Logits of bfloat16 and 8-bit activations (llama.cpp rounds both) are off by up to about this much.
@@ -49,6 +49,16 @@ def test_text_becomes_the_same_tokens(root: Path, name: str) -> None:
     for prompt in json.loads((root / "gguf" / name / "prompts.json").read_text()):
         found = model.tokenize(prompt["text"].encode(), add_bos=True, special=False)
         assert found == prompt["ids"]
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_sentencepiece_tokenizers_cut_text_the_same(root: Path, name: str) -> None:
+    """Byte fallback, spaces, newlines and letters that the tokenizer never saw."""
+    folder = root / "gguf" / f"spm-{name}"
+    model = opened(folder / "model.gguf")
+    for told in json.loads((folder / "texts.json").read_text()):
+        found = model.tokenize(told["text"].encode(), add_bos=True, special=False)
+        assert found == told["ids"], told["text"]
 
 
 @pytest.mark.parametrize("name", TINY)

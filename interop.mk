@@ -54,6 +54,8 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed
 	$(VENV)/bin/python tests/interop/make_gguf.py $(CHECKPOINTS) $(QUANTKIT_INTEROP_MODEL)
 	$(INTEROP)/llama/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_llama_cpp.py
+	QUANTKIT_LLAMA_PYTHON=$(CURDIR)/$(INTEROP)/llama/bin/python $(VENV)/bin/python -P \
+		$(INTEROP_PYTEST) -rP tests/interop/test_verify_llama_cpp.py
 
 # Without the parts that nobody here uses; -O1 for C++ halves the time (the kernels are C, -O3).
 $(INTEROP)/llama/.installed: constraints-interop-llama.txt

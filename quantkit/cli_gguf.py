@@ -14,6 +14,10 @@ from quantkit.errors import RecipeError
 if TYPE_CHECKING:
     from quantkit.gguf_job import GgufJob, GgufRequest
 
+_UNMEASURED = (
+    "reports are made of directories of safetensors; llama.cpp's own llama-perplexity "
+    "--kl-divergence measures the finished file"
+)
 # Options of `quantize` and `plan` that gguf has no use for, and what to do instead.
 _OTHERS = {
     "recipe": "its recipes are fixed and named by --scheme",
@@ -21,8 +25,8 @@ _OTHERS = {
     "max_vram": "it is quantized on the CPU; --max-ram limits it",
     "trust_remote_code": "the families that gguf is written for are transformers' own",
     "allow_unreadable": "llama.cpp reads all that is written",
-    "evaluate": "evaluate the finished file: quantkit eval MODEL OUT/model.gguf --out REPORT",
-    "fail_if": "evaluate the finished file: quantkit eval MODEL OUT/model.gguf --out REPORT",
+    "evaluate": _UNMEASURED,
+    "fail_if": _UNMEASURED,
 }
 
 

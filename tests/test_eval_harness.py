@@ -18,7 +18,8 @@ import tiny_jobs as jobs
 import torch
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.evaluation import evaluate
-from quantkit_eval.harness import HarnessTask, LogLine, load_harness_tasks, verdicts
+from quantkit_eval.harness import LogLine, verdicts
+from quantkit_eval.harness_tasks import HarnessTask, load_harness_tasks
 from quantkit_eval.records import Report
 from quantkit_eval.setting import EvaluationRequest
 from quantkit_eval.statistics import mcnemar, paired_drop
@@ -217,6 +218,29 @@ def test_tasks_that_cannot_be_asked_are_refused(folder: Path, spec: str, message
     with pytest.raises(EvaluationError) as caught:
         load_harness_tasks(spec.format(folder=folder).split(","))
     assert message in str(caught.value)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("doc_to_target: gold\n", "cannot load pick_word: TypeError"),
+        ("", "question 3 of pick_word has no gold answer (-1)"),
+    ],
+    ids=["no target", "hidden label"],
+)
+def test_questions_without_gold_answers_are_refused(
+    tmp_path: Path, change: str, message: str
+) -> None:
+    hidden = [{**row, "gold": -1 if n == 3 else row["gold"]} for n, row in enumerate(rows())]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in hidden))
+    (tmp_path / "pick.yaml").write_text(PICK.format(folder=tmp_path).replace(change, ""))
+    with pytest.raises(EvaluationError) as caught:
+        load_harness_tasks([f"lm-eval:{tmp_path / 'pick.yaml'}"])
+    assert message in str(caught.value) and "gold answer" in str(caught.value)
+    # Asked for three only, the fourth is not missed.
+    if not change:
+        assert load_harness_tasks([f"lm-eval:{tmp_path}"], limit=3)[0].name == "pick_word"
 
 
 def test_missing_lm_eval_says_what_to_install(

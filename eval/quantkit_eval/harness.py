@@ -1,47 +1,30 @@
-"""Tasks of lm-evaluation-harness, asked question by question (the extra `[tasks]`).
+"""Tasks of lm-evaluation-harness asked of models, question by question.
 
-https://github.com/EleutherAI/lm-evaluation-harness.  Its own standard errors treat two models as
+Its own standard errors treat two models as
 unrelated; here only its logs are used, and the questions are paired.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib.metadata
 import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from quantkit_eval.errors import EvaluationError
+from quantkit_eval.harness_tasks import HarnessTask, rises
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PREFIX = "lm-eval:"
 # lm-eval's own seeds, so that few-shot examples are those of its published numbers.
 _PYTHON_SEED, _OTHER_SEED = 0, 1234
-
-
-@dataclass(frozen=True, kw_only=True)
-class HarnessTask:
-    """One `lm-eval:` of `--tasks`: a task, or a group of tasks that are pooled.
-
-    name       what the report calls it
-    members    lm-eval's task objects by their names
-    metric     the score of a question, filter: lm-eval's filter of responses; None: its first
-    """
-
-    name: str
-    members: dict[str, Any]
-    metric: str | None
-    filter: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +47,6 @@ class Verdicts:
     filter: str
     labels: tuple[str, ...]
     right: tuple[tuple[bool, ...], ...]
-
-
-def load_harness_tasks(specs: Sequence[str]) -> tuple[HarnessTask, ...]:
-    """The tasks of `lm-eval:NAME`, `lm-eval:FILE.yaml` and `lm-eval:DIRECTORY` of YAML files.
-
-    `:METRIC` and `:METRIC:FILTER` may follow.  Reads the tasks' data, from the Hub if they lie
-    there.  Raises EvaluationError for what cannot be asked of a causal model question by question.
-    """
-    if not specs:
-        return ()
-    _require()
-    found: list[HarnessTask] = []
-    for spec in specs:
-        found += _load(spec)
-    members = [member for task in found for member in task.members]
-    if twice := sorted({name for name in members if members.count(name) > 1}):
-        raise EvaluationError(f"--tasks: lm-eval's {twice[0]} is asked for twice; name it once")
-    return tuple(found)
 
 
 def ask(
@@ -174,102 +139,10 @@ def description(task: HarnessTask, asked: Verdicts) -> str:
     return ", ".join(parts)
 
 
-def _require() -> None:
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise EvaluationError(
-            f'--tasks {PREFIX}...: needs lm-evaluation-harness: pip install "quantkit[tasks]" '
-            f"({error})"
-        ) from error
-
-
-def _load(spec: str) -> list[HarnessTask]:
-    """The tasks of one spec: a directory gives one for each of its YAML tasks."""
-    from lm_eval.tasks import TaskManager
-
-    name, metric, filter_name = _split(spec)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        manager = TaskManager(include_path=str(path), include_defaults=False)
-        names = list(manager.all_subtasks)
-        if not names:
-            raise EvaluationError(f"--tasks {spec}: no YAML file in it defines an lm-eval task")
-        wanted = {each: each for each in names}
-    elif path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise EvaluationError(f"--tasks {spec}: there is no such file")
-        manager = TaskManager(include_defaults=False)
-        wanted = {"": str(path)}
-    else:
-        manager = TaskManager()
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=4)
-            raise EvaluationError(
-                f"--tasks {spec}: lm-eval has no task {name!r}; "
-                + (f"near are {', '.join(near)}" if near else "see `lm-eval ls tasks`")
-            )
-        wanted = {name: name}
-    found = []
-    for title, each in wanted.items():
-        try:
-            members = dict(manager.load([each])["tasks"])
-        # Whatever a task's own code, its data set or the network may raise.
-        except Exception as error:
-            text = (str(error).strip().splitlines() or [""])[0]
-            raise EvaluationError(
-                f"--tasks {spec}: lm-eval cannot load {each}: {type(error).__name__}: {text}"
-            ) from error
-        for member, task in members.items():
-            _check(spec, member, task, metric, filter_name)
-        found.append(
-            HarnessTask(
-                name=title or next(iter(members)),
-                members=members,
-                metric=metric,
-                filter=filter_name,
-            )
-        )
-    return found
-
-
-def _split(spec: str) -> tuple[str, str | None, str | None]:
-    """Name or path, metric and filter."""
-    name, *more = spec.removeprefix(PREFIX).split(":")
-    if not name or len(more) > 2 or not all(more):
-        raise EvaluationError(
-            f"--tasks {spec!r}: write {PREFIX}NAME, {PREFIX}NAME:METRIC or "
-            f"{PREFIX}NAME:METRIC:FILTER; NAME may be a YAML file or a directory of them"
-        )
-    metric, filter_name = [*more, None, None][:2]
-    return name, metric, filter_name
-
-
-def _check(spec: str, name: str, task: Any, metric: str | None, filter_name: str | None) -> None:
-    """Raises EvaluationError for what shows before models run."""
-    if task.get_config("output_type") == "loglikelihood_rolling":
-        raise EvaluationError(
-            f"--tasks {spec}: {name} is the perplexity of documents, not questions; use --text"
-        )
-    if getattr(task, "UNSAFE_CODE", False):
-        raise EvaluationError(f"--tasks {spec}: {name} runs code that models write; not done here")
-    known = [found for found in task.aggregation() if _rises(task, found)]
-    if metric is not None and metric not in known:
-        raise EvaluationError(
-            f"--tasks {spec}: {name} has no metric {metric!r} of which more is better; it has "
-            f"{', '.join(known)}"
-        )
-    filters = [part["name"] for part in task.get_config("filter_list") or ()] or ["none"]
-    if filter_name is not None and filter_name not in filters:
-        raise EvaluationError(
-            f"--tasks {spec}: {name} has no filter {filter_name!r}; it has {', '.join(filters)}"
-        )
-
-
 def _metric(task: HarnessTask, logs: Sequence[Sequence[LogLine]]) -> str:
     """The metric asked for, or the first that is 0 or 1 for every question of every model."""
     known = list(dict.fromkeys(metric for line in logs[0] for metric in line.scores))
-    rising = [m for m in known if all(_rises(member, m) for member in task.members.values())]
+    rising = [m for m in known if all(rises(member, m) for member in task.members.values())]
     for metric in rising if task.metric is None else [task.metric]:
         if all(_is_binary(line.scores.get(metric)) for log in logs for line in log):
             return metric
@@ -278,10 +151,6 @@ def _metric(task: HarnessTask, logs: Sequence[Sequence[LogLine]]) -> str:
         f"--tasks: {task.name}: {given} 0 or 1 for each question, so answers cannot be paired; "
         f"it has {', '.join(known)}"
     )
-
-
-def _rises(task: Any, metric: str) -> bool:
-    return bool(task.higher_is_better().get(metric, True))
 
 
 def _is_binary(score: object) -> bool:

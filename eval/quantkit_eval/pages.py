@@ -224,7 +224,7 @@ def _render(template: str, report: Report, *, autoescape: bool, **more: Any) -> 
         ),
         share=lambda share: "median" if share == 0.5 else f"{100 * share:g} %",
         p_value=lambda p: f"{p:.2g}" if p >= 0.0005 else f"{p:.0e}",
-        visible=lambda text: text.replace("\n", "⏎").replace(" ", "␣"),
+        visible=lambda text: visible(text).replace(" ", "␣"),
         anchor=lambda candidate: re.sub(r"[^\w-]+", "-", candidate.identity.name),
         common=_common_prefix,
         worst_weights=worst_weights,
@@ -243,7 +243,19 @@ def _common_prefix(first: str, second: str) -> int:
 
 
 def _protocol_rows(protocol: Protocol) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), repr(value)) for name, value in to_json(protocol).items()]
+    shown = {True: "yes", False: "no", None: "none"}
+    return [
+        (
+            name.replace("_", " "),
+            shown[value] if value is None or isinstance(value, bool) else visible(str(value)),
+        )
+        for name, value in to_json(protocol).items()
+    ]
+
+
+def visible(text: str) -> str:
+    """A text of a few characters, so that line ends in it can be seen."""
+    return text.replace("\n", "⏎")
 
 
 def _task_table(candidate: Candidate) -> str:

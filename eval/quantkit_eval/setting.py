@@ -12,7 +12,7 @@ from quantkit.source import Source
 from quantkit.tokenizer import load_tokenizer
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
-from quantkit_eval.harness import HarnessTask
+from quantkit_eval.harness_tasks import HarnessTask
 from quantkit_eval.perplexity import window_sequences
 from quantkit_eval.records import Fact, TextUsed
 from quantkit_eval.sequences import Workload, make_workload

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.harness import PREFIX, HarnessTask, load_harness_tasks
+from quantkit_eval.harness_tasks import PREFIX, HarnessTask, load_harness_tasks
 from quantkit_eval.tasks import ALL, Item, choice_item, exact_item, example_items
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def parse_tasks(
         items += found
         for item in found:
             sources[item.task] = source
-    harness = load_harness_tasks([name for name in names if name.startswith(PREFIX)])
+    harness = load_harness_tasks([name for name in names if name.startswith(PREFIX)], limit=limit)
     for task in harness:
         if task.name in sources or task.name == ALL:
             raise EvaluationError(f"--tasks: two tasks are called {task.name!r}; rename one")

@@ -101,7 +101,7 @@ def run_whole(request: EvaluationRequest, setting: Setting) -> Whole:
             del model
             release_free_memory()
     return Whole(
-        prompts=tuple(setting.tokenizer.decode(row) for row in ids),
+        prompts=tuple(setting.tokenizer.decode(row, skip_special_tokens=True) for row in ids),
         texts=tuple(texts) if ids else (),
         logs=tuple(logs),
         note=note,

@@ -102,9 +102,14 @@ def _spelling(limit: str) -> tuple[str, Callable[[float], str]]:
     if metric.startswith("task:"):
         task = limit.partition(":")[2].partition("<")[0].strip()
         name = "all tasks together" if task == "all" else task
-        return f"Accuracy on {name}", lambda drop: f"{-100 * drop + 0.0:+.2f} pt"
+        return f"Accuracy on {name}", _points
     names = {"k": "KL divergence", "p": "Perplexity", "d": "Damaged weights"}
     return names[metric[0]], lambda value: f"{value:.4g}"
+
+
+def _points(drop: float) -> str:
+    text = f"{-100 * drop:+.2f}"
+    return f"{text if float(text) else '0.00'} pt"
 
 
 def _percent(share: float) -> str:

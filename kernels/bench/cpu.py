@@ -37,7 +37,7 @@ def main() -> None:
     made = products(rows, columns)
     report = {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "level": isa.level(),
             "bfloat16_instructions": isa.fast_bfloat16(),
             "int8_instructions": isa.fast_int8(),
@@ -106,7 +106,8 @@ def timed(made: dict[str, Product], x: Tensor, rounds: int) -> dict[str, list[fl
     return seconds
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the system gives it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cpu import processor
 from quantkit_kernels import isa
 from torch import nn
 from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
@@ -111,7 +111,7 @@ def main() -> None:
     length = Length(prompt=16, new=8 if chosen.quick else chosen.new, repeats=chosen.repeats)
     report: dict[str, Any] = {
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "level": isa.level(),
             "bfloat16_instructions": isa.fast_bfloat16(),
             "threads": chosen.threads,

@@ -10,11 +10,13 @@ checkpoint is read by transformers, in the interpreter that made it or that --re
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 from judging import Judge, Quality
@@ -77,7 +79,7 @@ def main() -> None:
         pythons[name] = python
         rows.append(_peer_run(name, python, script, more, readers.get(name), judge, options))
         _show(rows[-1])
-    figures = {
+    setting = {
         "model": Path(options.model).name,
         "calibration": {"samples": options.samples, "seq_len": options.seq_len},
         "evaluation": {
@@ -85,9 +87,24 @@ def main() -> None:
             "tokens": options.eval_tokens,
             "seq_len": options.eval_seq_len,
         },
-        "rows": rows,
     }
-    common.write_result(options.name, figures, pythons=pythons)
+    kept = _with_earlier(rows, options.name, setting) if options.update else {"rows": rows}
+    common.write_result(options.name, {**setting, **kept}, pythons=pythons)
+
+
+def _with_earlier(rows: list[Row], name: str, setting: dict[str, Any]) -> dict[str, Any]:
+    """These rows in place of an earlier run's of the same labels, and what made the others."""
+    earlier = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    figures = earlier.pop("figures")
+    if any(figures[key] != value for key, value in setting.items()):
+        raise SystemExit(f"--update: {name}.json was measured on another model, text or size")
+    new = {row.name: row for row in rows}
+    kept = [row["name"] for row in figures["rows"] if row["name"] not in new]
+    merged = [new.pop(row["name"], row) for row in figures["rows"]]
+    return {
+        "rows": [*merged, *new.values()],
+        "earlier": [*figures.get("earlier", ()), {**earlier, "rows": kept}],
+    }
 
 
 def _ours(name: str, text: str, judge: Judge, options: argparse.Namespace) -> Row:
@@ -181,6 +198,9 @@ def _options() -> argparse.Namespace:
     common.calibration_arguments(parser, samples=128, seq_len=256)
     common.evaluation_arguments(parser)
     parser.add_argument("--only", nargs="+", help="labels of the methods to run (default: all)")
+    parser.add_argument(
+        "--update", action="store_true", help="replace these rows of the results, keep the others"
+    )
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=DIR")
     parser.add_argument("--peer-run", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--reader", action="append", default=[], metavar="NAME=PYTHON")

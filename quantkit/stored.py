@@ -34,7 +34,8 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     scale = tensor.scale.tensor
     # Out of range would be zero or infinite, which is no rounding any more.
     limits = torch.finfo(dtype)
-    rounded = scale.float().clamp(limits.tiny, limits.max).to(dtype)
+    magnitude = scale.float().abs().clamp(limits.tiny, limits.max)
+    rounded = magnitude.copysign(scale.float()).to(dtype)
     changed = int((rounded.float() != scale.float()).sum())
     if not changed:
         return tensor, None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 from format_samples import MemorySource, planned
 
 from quantkit.errors import FormatError
 from quantkit.format import default_format, format_of, make_format
 from quantkit.scheme import Scheme
+from quantkit.stored import round_scale
+from quantkit.tensor import PlainScale, QuantizedTensor
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,21 @@ def test_kept_experts_and_mixed_symmetry_stop_transformers() -> None:
     other = planned("model.layers.1.a.weight", (384, 384), "w4a16_g128_asym")
     assert chosen.readers([dense, other], "llama")["transformers"] is not None
     assert chosen.readers([dense, other], "llama")["vllm"] is None
+
+
+def test_negative_scales_keep_their_sign_when_they_are_rounded() -> None:
+    scale = torch.tensor([[-0.1, 0.1], [-1e-9, 1e9]])
+    tensor = QuantizedTensor(
+        codes=torch.zeros(2, 64, dtype=torch.uint8),
+        scale=PlainScale(tensor=scale),
+        zero=None,
+        scheme=Scheme.parse("w4a16_g32"),
+        dtype=torch.float32,
+    )
+    rounded, told = round_scale(tensor, torch.float16)
+    assert told is not None and "4 of 4 scales" in told
+    limits = torch.finfo(torch.float16)
+    expected = torch.tensor([[-0.1, 0.1], [-limits.tiny, limits.max]]).half().float()
+    assert torch.equal(rounded.scale.values(), expected)
+    exact = dataclasses.replace(tensor, scale=PlainScale(tensor=-torch.ones(2, 2)))
+    assert round_scale(exact, torch.float16) == (exact, None)

@@ -61,3 +61,34 @@ def test_results_carry_their_evidence(
     assert {"command", "commit", "hardware", "versions"} <= set(written)
     assert set(written["versions"]) == {"quantkit", "peer"}
     assert written["hardware"]["cores"] >= 1
+
+
+def test_rows_measured_anew_keep_what_made_the_others(
+    common: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    setting = {"model": "m"}
+
+    def write(commit: str, **new: int) -> dict[str, Any]:
+        rows = {name: {"name": name, "kl": kl} for name, kl in new.items()}
+        path = tmp_path / "x.json"
+        if path.exists():
+            figures = common.with_earlier("x", setting, "rows", "name", rows)
+        else:
+            figures = {"rows": list(rows.values())}
+        path.write_text(json.dumps({"commit": commit, "figures": {**setting, **figures}}))
+        return figures
+
+    write("first", a=1, b=2, c=3)
+    write("second", b=20, d=40)
+    figures = write("third", d=400)
+    assert {row["name"]: row["kl"] for row in figures["rows"]} == {
+        "a": 1,
+        "b": 20,
+        "c": 3,
+        "d": 400,
+    }
+    made = [(run["commit"], run["rows"]) for run in figures["earlier"]]
+    assert made == [("first", ["a", "c"]), ("second", ["b"])]
+    with pytest.raises(SystemExit, match="model"):
+        common.with_earlier("x", {"model": "other"}, "rows", "name", {})

@@ -10,7 +10,6 @@ checkpoint is read by transformers, in the interpreter that made it or that --re
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import tempfile
@@ -88,23 +87,11 @@ def main() -> None:
             "seq_len": options.eval_seq_len,
         },
     }
-    kept = _with_earlier(rows, options.name, setting) if options.update else {"rows": rows}
-    common.write_result(options.name, {**setting, **kept}, pythons=pythons)
-
-
-def _with_earlier(rows: list[Row], name: str, setting: dict[str, Any]) -> dict[str, Any]:
-    """These rows in place of an earlier run's of the same labels, and what made the others."""
-    earlier = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    figures = earlier.pop("figures")
-    if any(figures[key] != value for key, value in setting.items()):
-        raise SystemExit(f"--update: {name}.json was measured on another model, text or size")
-    new = {row.name: row for row in rows}
-    kept = [row["name"] for row in figures["rows"] if row["name"] not in new]
-    merged = [new.pop(row["name"], row) for row in figures["rows"]]
-    return {
-        "rows": [*merged, *new.values()],
-        "earlier": [*figures.get("earlier", ()), {**earlier, "rows": kept}],
-    }
+    measured: dict[str, Any] = {"rows": rows}
+    if options.update:
+        new = {row.name: row for row in rows}
+        measured = common.with_earlier(options.name, setting, "rows", "name", new)
+    common.write_result(options.name, {**setting, **measured}, pythons=pythons)
 
 
 def _ours(name: str, text: str, judge: Judge, options: argparse.Namespace) -> Row:

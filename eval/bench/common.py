@@ -163,6 +163,31 @@ def write_result(name: str, figures: Any, *, pythons: Mapping[str, str] | None =
     return path
 
 
+def with_earlier(
+    name: str, setting: Mapping[str, Any], rows: str, label: str, new: Mapping[str, Any]
+) -> dict[str, Any]:
+    """New rows by label, in place of an earlier result's where those have the same label.
+
+    The list is under the key `rows`; "earlier" says which rows are another run's, and what made
+    them.  Raises SystemExit if that was measured in another setting.
+    """
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    figures = result.pop("figures")
+    for key, value in setting.items():
+        if figures[key] != value:
+            raise SystemExit(f"--update: {name}.json was measured with {key} {figures[key]}")
+    old = {row[label]: row for row in figures[rows]}
+    earlier = list(figures.get("earlier", ()))
+    older = {name for run in earlier for name in run["rows"]}
+    earlier.append({**result, "rows": [name for name in old if name not in older]})
+    for run in earlier:
+        run["rows"] = [name for name in run["rows"] if name not in new]
+    return {
+        rows: list({**old, **new}.values()),
+        "earlier": [run for run in earlier if run["rows"]],
+    }
+
+
 def to_json(value: Any) -> Any:
     """Dataclasses as dicts, recursively; numbers to six significant digits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import common
 
@@ -39,17 +40,19 @@ def main() -> None:
             file=sys.stderr,
         )
         # After each method: a run of hours that is cut short has measured something.
-        figures = {
+        setting = {
             "model": Path(options.model).name,
             "model_bytes": _weights(Path(options.model)),
             "max_ram_bytes": measured[0].max_ram_bytes,
             "samples": options.samples,
             "seq_len": options.seq_len,
             "threads": options.threads,
-            "all_within": all(one.within for one in measured),
-            "methods": measured,
         }
-        common.write_result(options.name, figures)
+        figures: dict[str, Any] = {"methods": measured}
+        if options.update:
+            new = {one.method: one for one in measured}
+            figures = common.with_earlier(options.name, setting, "methods", "method", new)
+        common.write_result(options.name, {**setting, **figures})
 
 
 def _measure(method: str, options: argparse.Namespace) -> Measured:
@@ -91,6 +94,9 @@ def _options() -> argparse.Namespace:
         nargs="+",
         default=["rtn", "int8", "int8:w8a8_row", "nf4", "gptq", "awq", "smoothquant", "best"],
         help="method, or method:scheme",
+    )
+    parser.add_argument(
+        "--update", action="store_true", help="replace these rows of the results, keep the others"
     )
     common.calibration_arguments(parser, samples=16, seq_len=512)
     return parser.parse_args()

@@ -88,8 +88,9 @@ def test_int8_rows_give_the_logits_of_quantkit(root: Path) -> None:
     difference = (actual - found["logits"]).abs()
     print(f"logits differ by {difference.mean():.4f} on average, {difference.max():.4f} at most")
     assert difference.mean().item() < 0.05
-    agreed = (actual.argmax(-1) == found["logits"].argmax(-1)).float().mean().item()
-    assert agreed > 0.95
+    # Where another token comes first, quantkit's own logits hold the two for nearly equal.
+    chosen = found["logits"].gather(-1, actual.argmax(-1, keepdim=True))[..., 0]
+    assert float((found["logits"].amax(-1) - chosen).max()) < 0.15
 
 
 def loaded(root: Path, name: str) -> PreTrainedModel:

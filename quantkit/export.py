@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from tqdm import tqdm
 from quantkit import __version__
 from quantkit.budget import release_free_memory
 from quantkit.checkpoint import open_source
-from quantkit.disk import disk_errors
 from quantkit.errors import FormatError
 from quantkit.finish import REPORT, write_finished_files
 from quantkit.finished import refuse_unfinished
-from quantkit.folds import FOLDS_FILE
+from quantkit.folds import copy_folds
 from quantkit.format import code_of
 from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
@@ -252,10 +250,7 @@ def _finish(
         recipe=report.get("recipe"),
         run={},
     )
-    folds = path / FOLDS_FILE
-    if folds.is_file():
-        with disk_errors(partial):
-            shutil.copyfile(folds, partial / FOLDS_FILE)
+    copy_folds(path, partial)
 
 
 def _report(path: Path) -> dict[str, Any]:

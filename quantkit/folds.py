@@ -7,11 +7,14 @@ done.  Letters: I in features, C producer channels.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from quantkit.disk import disk_errors
 from quantkit.refs import ScaleGroup, WeightRef
 
 FOLDS_FILE = "quantkit/folds.safetensors"
@@ -29,6 +32,14 @@ def fold_shapes(
             # An expert's tensor is [O, I] whichever way the parameter lies.
             flipped = group.transposed and group.expert is None
             yield f"{name}:rows", shape[-1] if flipped else shape[0]
+
+
+def copy_folds(source_dir: Path, partial: Path) -> None:
+    """Keeps a checkpoint's vectors beside what is exported from it; nothing if it has none."""
+    if (source_dir / FOLDS_FILE).is_file():
+        with disk_errors(partial):
+            (partial / FOLDS_FILE).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source_dir / FOLDS_FILE, partial / FOLDS_FILE)
 
 
 class FoldVectors:

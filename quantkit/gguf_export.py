@@ -18,6 +18,7 @@ from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError
 from quantkit.finished import refuse_unfinished
+from quantkit.folds import copy_folds
 from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.gguf_codes import block_type_of, is_exact, to_blocks, why_not
 from quantkit.gguf_container import PlannedTensor, import_gguf, write_gguf
@@ -140,6 +141,7 @@ def export_gguf(
         write_gguf(output.partial / MODEL_FILE, family.architecture, entries, tensors)
         with disk_errors(output.partial):
             write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
+        copy_folds(Path(source_dir), output.partial)
         output.finish()
         return result
 

@@ -26,7 +26,7 @@ from quantkit.errors import FormatError, OutputError
 from quantkit.export import Exported, export
 from quantkit.finish import REPORT
 from quantkit.finished import refuse_unfinished
-from quantkit.folds import FOLDS_FILE
+from quantkit.folds import copy_folds
 from quantkit.format import make_format
 from quantkit.onnx_builder import build_graph, require_builder
 from quantkit.onnx_check import Checked, check_graph
@@ -336,9 +336,7 @@ def _copy_provenance(path: Path, partial: Path, fingerprint: Mapping[str, str]) 
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     write_file(partial / REPORT, _json({**told, "fingerprint": made}))
-    if (path / FOLDS_FILE).is_file():
-        with disk_errors(partial):
-            shutil.copyfile(path / FOLDS_FILE, partial / FOLDS_FILE)
+    copy_folds(path, partial)
 
 
 def _place(built: Path, target: Path) -> None:

@@ -57,7 +57,7 @@ def verify(
         )
     reference: Source | None = None
     if against is not None:
-        reference = _open_original(against, revision, trust_remote_code)
+        reference = open_source(against, revision=revision, trust_remote_code=trust_remote_code)
     if file is not None:
         checks = container_checks(path, file, reference, trust_remote_code=trust_remote_code)
         readable = True
@@ -67,15 +67,15 @@ def verify(
         opened = _open(path, checks)
         readable = opened is not None
         if opened is not None:
-            checks += [_coverage(opened), *_numbers(opened, reference)]
+            original = None if reference is None else _original(reference, trust_remote_code)
+            checks += [_coverage(opened), *_numbers(opened, original)]
     if runtime is not None and readable and all(check.ok for check in checks):
         checks.append(_runtime(path, runtime, runtime_python))
     return VerifyResult(path=path, checks=tuple(checks))
 
 
-def _open_original(against: object, revision: str | None, trust_remote_code: bool) -> Source:
+def _original(source: Source, trust_remote_code: bool) -> Source:
     """The source as `quantize` saw it: decoded if it was quantized, its experts one by one."""
-    source = open_source(against, revision=revision, trust_remote_code=trust_remote_code)
     if isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=trust_remote_code)
     return split_experts(source, trust_remote_code=trust_remote_code)

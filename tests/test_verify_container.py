@@ -60,9 +60,16 @@ def test_shifted_norms_transposed_weights_and_experts_pass(tmp_path: Path, kind:
     assert result.checks[-1].detail.startswith("largest relative error of a tensor 0.000")
 
 
-@pytest.mark.parametrize("scheme", ["w4a16_g32", "w4a16_g32_asym"])
-def test_a_file_exported_from_a_checkpoint_holds_its_numbers(tmp_path: Path, scheme: str) -> None:
-    checkpoint = jobs.finish(jobs.make_job(demo_path(), "rtn", scheme), tmp_path / "q").out
+@pytest.mark.parametrize(
+    "method, scheme", [("rtn", "w4a16_g32"), ("rtn", "w4a16_g32_asym"), ("awq", "w4a16_g32")]
+)
+def test_a_file_exported_from_a_checkpoint_holds_its_numbers(
+    tmp_path: Path, method: str, scheme: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The same words again, and other words after them.\n" * 500)
+    job = jobs.make_job(demo_path(), method, scheme, text=text)
+    checkpoint = jobs.finish(job, tmp_path / "q").out
     done = export_gguf(checkpoint, tmp_path / "out", allow_rounding=True)
     for against in (checkpoint, demo_path()):
         result = verify(done.out, against=against)

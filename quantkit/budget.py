@@ -12,6 +12,7 @@ from quantkit.errors import BudgetError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SPARE_MIB = 8
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 
 
@@ -32,6 +33,16 @@ def format_size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.2f} {unit}"
         num_bytes /= 1024
     raise AssertionError("unreachable")
+
+
+def with_spare(needed: int) -> int:
+    """Bytes to ask for next time, a whole number of MiB: `needed` and a little more.
+
+    The process itself is part of what is needed and weighs a MiB or two more in one run than
+    in the next (where libraries are mapped, what the interpreter cached), so the bare figure of
+    one run may be refused by the next.
+    """
+    return (-(-needed // 2**20) + _SPARE_MIB) * 2**20
 
 
 def current_rss() -> int:

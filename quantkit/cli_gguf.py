@@ -82,6 +82,8 @@ def _request(options: Mapping[str, Any]) -> GgufRequest:
 
 
 def _plan_json(job: GgufJob) -> dict[str, Any]:
+    from quantkit.budget import with_spare
+
     need, limit = job.prediction, job.request.max_ram
     return {
         "method": job.request.method,
@@ -93,7 +95,7 @@ def _plan_json(job: GgufJob) -> dict[str, Any]:
         "output_bytes": job.num_bytes,
         "predicted": {
             "peak_ram_bytes": need.peak(limit),
-            "smallest_max_ram_bytes": need.smallest,
+            "smallest_max_ram_bytes": with_spare(need.smallest),
             "disk_bytes": need.disk,
             "seconds": round(need.seconds, 1),
         },

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.budget import current_rss, format_size
+from quantkit.budget import current_rss, format_size, with_spare
 from quantkit.calibrated import BATCH_TOKENS
 from quantkit.calibration import Calibration
 from quantkit.errors import BudgetError
@@ -90,7 +90,7 @@ class Prediction:
                 f"{format_size(self.smallest)} (process {format_size(self.base)}, one block "
                 f"{format_size(self.block)}, activations {format_size(self.forward)}, statistics "
                 f"{format_size(self.gram)}, solving {format_size(self.solve)}); the smallest "
-                f"that works is --max-ram {-(-self.smallest // 2**20)}MiB"
+                f"that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
             )
 
 

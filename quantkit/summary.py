@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from quantkit.budget import format_size
+from quantkit.budget import format_size, with_spare
 from quantkit.finish import REPORT
 from quantkit.manifest import RUN
 from quantkit.pipeline import Job, Outcome
@@ -25,7 +25,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "output_bytes": plan.layout.num_bytes,
         "predicted": {
             "peak_ram_bytes": need.peak(job.max_ram),
-            "smallest_max_ram_bytes": need.smallest,
+            "smallest_max_ram_bytes": with_spare(need.smallest),
             "disk_bytes": need.disk,
             "seconds": round(need.seconds, 1),
         },

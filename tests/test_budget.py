@@ -84,7 +84,7 @@ def test_a_budget_below_the_smallest_names_it() -> None:
     big = dataclasses.replace(PREDICTION, base=3 * 2**20)
     big.check(big.smallest)
     big.check(None)
-    with pytest.raises(BudgetError, match=r"the smallest that works is --max-ram 4MiB"):
+    with pytest.raises(BudgetError, match=r"the smallest that works is --max-ram 12MiB"):
         big.check(big.smallest - 1)
     big.check_vram(big.smallest - big.base)
     with pytest.raises(BudgetError, match=r"the smallest that works is --max-vram 1MiB"):

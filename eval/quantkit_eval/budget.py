@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.budget import current_rss, format_size
+from quantkit.budget import current_rss, format_size, with_spare
 from quantkit.errors import BudgetError
 from quantkit_eval.layers import SAMPLED_TOKENS
 from quantkit_eval.stream import ModelStream
@@ -34,7 +34,8 @@ def check_budget(streams: Sequence[ModelStream], max_ram: int | None) -> int | N
         raise BudgetError(
             f"--max-ram {format_size(max_ram)} is too small: evaluating needs "
             f"{format_size(needed)} (process {format_size(fixed)}, one block with its activations "
-            f"{format_size(blocks)}); the smallest that works is --max-ram {-(-needed // 2**20)}MiB"
+            f"{format_size(blocks)}); the smallest that works is --max-ram "
+            f"{with_spare(needed) // 2**20}MiB"
         )
     return max_ram - fixed - scores - scoring
 

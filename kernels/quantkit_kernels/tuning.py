@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from quantkit_kernels.native import cache_folder
+
 # Above this many rows the tensor cores are busy whatever the weight's width: decode once instead.
 DECODE_ROWS = 256
 # Row counts that are tuned; others use the nearest.
@@ -170,13 +172,11 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def cache_path(device: str) -> Path:
-    """Where tables made here are kept: $QUANTKIT_CACHE, else ~/.cache/quantkit."""
+    """Where the table made here is kept."""
     import triton
 
-    folder = os.environ.get("QUANTKIT_CACHE")
-    base = Path(folder) if folder else Path.home() / ".cache" / "quantkit"
     version = torch.__version__.split("+")[0]
-    return base / f"{device}-torch{version}-triton{triton.__version__}.json"
+    return cache_folder() / f"{device}-torch{version}-triton{triton.__version__}.json"
 
 
 def shipped_path(device: str) -> Path:

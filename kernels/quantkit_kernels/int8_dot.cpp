@@ -1,0 +1,325 @@
+// quantkit::int8_dot on x86: 4- and 8-bit integer weights times activations rounded to int8.
+//
+// x is rounded in blocks of 32 columns, as int8_dot.py says.  Integer sums of a block are exact;
+// blocks are added in float32.  Eight rows of the weight, a panel, lie side by side, so that every
+// 32-bit lane of a 256-bit register belongs to one row and holds four of its columns:
+//
+//   4 bit, 128 bytes a block   register j = 0..3, byte 4r+c: row r, columns 8j+c low, 8j+4+c high
+//   8 bit, 256 bytes a block   register j = 0..7, byte 4r+c: row r, column 4j+c
+//
+// VNNI adds four products to a lane at once.  Without it vpmaddubsw adds pairs into 16 bits: 4-bit
+// codes cannot overflow them within a block (8 · 2 · 15 · 127 < 2^15); 8-bit codes are taken as |w|
+// and x with the sign of w (2 · 128 · 127 < 2^15), and widened after every product.
+#include <immintrin.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+// The dot product of four unsigned with four signed bytes, added to every lane.
+#if defined(QUANTKIT_PLAIN_DOT)
+static inline __m256i plain_dot(__m256i sum, __m256i u8, __m256i s8) {  // to test the road on AVX2
+  alignas(32) int32_t lanes[8];
+  alignas(32) uint8_t left[32];
+  alignas(32) int8_t right[32];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(left), u8);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(right), s8);
+  for (int i = 0; i < 32; ++i) lanes[i / 4] += left[i] * right[i];
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
+}
+#define QUANTKIT_DOT plain_dot
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define QUANTKIT_DOT _mm256_dpbusd_epi32
+#elif defined(__AVXVNNI__)
+#define QUANTKIT_DOT _mm256_dpbusd_avx_epi32
+#endif
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kBlock = 32;
+constexpr int64_t kLanes = 8;
+// Rows of x multiplied by a block of weights that was loaded once.
+constexpr int64_t kRows = 4;
+// Multiply-adds that are worth a thread's while.
+constexpr int64_t kGrain = 1 << 17;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+inline __m256 load8(const float* from) { return _mm256_loadu_ps(from); }
+inline __m256 load8(const BFloat16* from) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m256 load8(const Half* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline __m256 load8(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+}
+
+inline void store(float value, float* to) { *to = value; }
+inline void store(float value, Half* to) {
+  to->bits = static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store(float value, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline __m256i four_columns(const int8_t* x) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// x [M, K] in whole blocks: codes, the scale of each block, and the sum of its codes.
+struct Rounded {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, sum;
+
+  template <class T>
+  void block(const T* x, int64_t index) {
+    const __m256i no_sign = _mm256_set1_epi32(0x7fffffff);
+    __m256 v[4];
+    // As integers the magnitudes are ordered alike, and a NaN is the largest of all.
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < 4; ++i) {
+      v[i] = load8(x + 8 * i);
+      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v[i]), no_sign));
+    }
+    alignas(32) float lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), max_lanes(most));
+    const float largest = lanes[0];
+    scale[index] = largest / 127.0f;
+    const __m256 by = _mm256_set1_ps(largest > 0x1p-100f ? 127.0f / largest : 0.0f);
+    __m256i q[4];
+    for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], by));
+    const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes.data() + index * kBlock), bytes);
+    const __m256i ones = _mm256_set1_epi8(1);
+    const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), _mm256_set1_epi16(1));
+    alignas(32) int32_t sums[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(sums), fours);
+    int32_t total = 0;
+    for (int32_t one : sums) total += one;
+    sum[index] = static_cast<float>(total);
+  }
+
+  // The last block of a row, filled up with zeros.
+  template <class T>
+  void short_block(const T* x, int64_t width, int64_t index) {
+    T whole[kBlock] = {};
+    std::memcpy(whole, x, width * sizeof(T));
+    block(whole, index);
+  }
+
+  static __m256i max_lanes(__m256i v) {
+    v = _mm256_max_epi32(v, _mm256_permute2x128_si256(v, v, 1));
+    v = _mm256_max_epi32(v, _mm256_shuffle_epi32(v, 0x4e));
+    return _mm256_max_epi32(v, _mm256_shuffle_epi32(v, 0xb1));
+  }
+};
+
+// Eight rows by 32 columns of the weight in registers; their products are with code - kShift.
+template <int kBits>
+struct Block {
+  static constexpr int64_t kBytes = 32 * kBits;
+#ifdef QUANTKIT_DOT
+  static constexpr float kShift = 0;
+#else
+  static constexpr float kShift = kBits == 8 ? 128 : 0;
+#endif
+  __m256i part[8];
+
+  explicit Block(const uint8_t* packed) {
+    const __m256i* from = reinterpret_cast<const __m256i*>(packed);
+    if constexpr (kBits == 4) {
+      const __m256i low = _mm256_set1_epi8(15);
+      for (int j = 0; j < 4; ++j) {
+        const __m256i both = _mm256_loadu_si256(from + j);
+        part[2 * j] = _mm256_and_si256(both, low);
+        part[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+      }
+    } else {
+      const __m256i shift = _mm256_set1_epi8(kShift == 0 ? 0 : static_cast<char>(-128));
+      for (int j = 0; j < 8; ++j)
+        part[j] = _mm256_xor_si256(_mm256_loadu_si256(from + j), shift);
+    }
+  }
+
+  __m256i dot(const int8_t* x) const {
+#ifdef QUANTKIT_DOT
+    __m256i sum = _mm256_setzero_si256();
+    for (int j = 0; j < 8; ++j) sum = QUANTKIT_DOT(sum, part[j], four_columns(x + 4 * j));
+    return sum;
+#else
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_setzero_si256();
+    for (int j = 0; j < 8; ++j) {
+      const __m256i four = four_columns(x + 4 * j);
+      if constexpr (kBits == 4) {
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(part[j], four));
+      } else {
+        const __m256i size = _mm256_abs_epi8(part[j]), signed_x = _mm256_sign_epi8(four, part[j]);
+        const __m256i pairs = _mm256_maddubs_epi16(size, signed_x);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+      }
+    }
+    return kBits == 4 ? _mm256_madd_epi16(sum, ones) : sum;
+#endif
+  }
+};
+
+struct Weight {
+  const uint8_t* packed;  // [N/8, K/32, bytes]
+  const void* scale;      // [N/8, G, 8]
+  const uint8_t* zero;    // [N/8, G, 8], or null where all are in the middle of the grid
+  int64_t blocks, group_blocks, groups;
+};
+
+// kCount rows of x, from `first` on, times the eight rows of a panel.
+template <int kBits, class Scale, int kCount>
+void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, __m256* out) {
+  const uint8_t* packed = w.packed + panel * w.blocks * Block<kBits>::kBytes;
+  __m256 total[kCount];
+  for (int m = 0; m < kCount; ++m) total[m] = _mm256_setzero_ps();
+  for (int64_t group = 0, block = 0; group < w.groups; ++group) {
+    const int64_t at = (panel * w.groups + group) * kLanes;
+    const __m256 scale = load8(static_cast<const Scale*>(w.scale) + at);
+    __m256 zero = w.zero ? load8(w.zero + at) : _mm256_set1_ps(1 << (kBits - 1));
+    zero = _mm256_sub_ps(zero, _mm256_set1_ps(Block<kBits>::kShift));
+    const int64_t end = std::min(block + w.group_blocks, w.blocks);
+    for (; block < end; ++block, packed += Block<kBits>::kBytes) {
+      for (int64_t line = 0; line < Block<kBits>::kBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(packed) + 1024 + line, _MM_HINT_T0);
+      const Block<kBits> weights(packed);
+      for (int m = 0; m < kCount; ++m) {
+        const int64_t where = (first + m) * w.blocks + block;
+        const __m256 products = _mm256_cvtepi32_ps(weights.dot(x.codes.data() + where * kBlock));
+        const __m256 centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(x.sum[where]), products);
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[where]));
+        total[m] = _mm256_fmadd_ps(centred, both, total[m]);
+      }
+    }
+  }
+  for (int m = 0; m < kCount; ++m) out[m] = total[m];
+}
+
+using Multiply = void (*)(const Weight&, int64_t, const Rounded&, int64_t, __m256*);
+
+template <int kBits, class Scale>
+const Multiply* by_count() {
+  static constexpr Multiply table[kRows] = {
+      multiply<kBits, Scale, 1>, multiply<kBits, Scale, 2>, multiply<kBits, Scale, 3>,
+      multiply<kBits, Scale, 4>};
+  return table;
+}
+
+template <int kBits>
+const Multiply* by_scale(ScalarType scale) {
+  if (scale == ScalarType::BFloat16) return by_count<kBits, BFloat16>();
+  return scale == ScalarType::Half ? by_count<kBits, Half>() : by_count<kBits, float>();
+}
+
+template <class T>
+void run(const Weight& w, const Multiply* products, const void* x_data, int64_t rows,
+         int64_t columns, const std::vector<float>& bias, void* out_data, int64_t n) {
+  const T* x = static_cast<const T*>(x_data);
+  T* out = static_cast<T*>(out_data);
+  static thread_local Rounded kept;
+  Rounded& rounded = kept;  // that of this thread, also inside the loops of others
+  rounded.codes.resize(rows * w.blocks * kBlock);
+  rounded.scale.resize(rows * w.blocks);
+  rounded.sum.resize(rows * w.blocks);
+  const int64_t whole = columns / kBlock;
+  torch::stable::parallel_for(
+      0, rows, std::max<int64_t>(1, kGrain / 8 / columns), [&](int64_t from, int64_t to) {
+        for (int64_t m = from; m < to; ++m) {
+          const T* row = x + m * columns;
+          for (int64_t b = 0; b < whole; ++b) rounded.block(row + b * kBlock, m * w.blocks + b);
+          if (whole < w.blocks)
+            rounded.short_block(row + whole * kBlock, columns - whole * kBlock,
+                                m * w.blocks + whole);
+        }
+      });
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kLanes * columns * rows));
+  torch::stable::parallel_for(
+      0, (n + kLanes - 1) / kLanes, grain, [&](int64_t from, int64_t to) {
+        for (int64_t panel = from; panel < to; ++panel) {
+          const int64_t row = panel * kLanes, width = std::min(kLanes, n - row);
+          for (int64_t first = 0; first < rows; first += kRows) {
+            const int64_t count = std::min(kRows, rows - first);
+            __m256 sums[kRows];
+            products[count - 1](w, panel, rounded, first, sums);
+            for (int64_t m = 0; m < count; ++m) {
+              alignas(32) float lanes[kLanes];
+              _mm256_store_ps(lanes, sums[m]);
+              T* to_row = out + (first + m) * n + row;
+              for (int64_t lane = 0; lane < width; ++lane)
+                store(lanes[lane] + (bias.empty() ? 0.0f : bias[row + lane]), to_row + lane);
+            }
+          }
+        }
+      });
+}
+
+}  // namespace
+
+// x [..., K] in float32, bfloat16 or float16 -> [..., out_features] in the same dtype.
+Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
+                std::optional<Tensor> bias, int64_t bits, int64_t group_size,
+                int64_t out_features) {
+  const int64_t columns = x.size(-1);
+  const int64_t rows = columns ? x.numel() / columns : 0;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (rows == 0) return out;
+  const Tensor flat = x.is_contiguous() ? x : torch::stable::contiguous(x);
+  const int64_t blocks = packed.size(1);
+  STD_TORCH_CHECK((columns + kBlock - 1) / kBlock == blocks, "quantkit::int8_dot: x has ", columns,
+                  " columns, the weight ", blocks, " blocks of 32");
+  const Weight weight{static_cast<const uint8_t*>(packed.const_data_ptr()), scale.const_data_ptr(),
+                      zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, blocks,
+                      group_size ? group_size / kBlock : blocks, scale.size(1)};
+  std::vector<float> added;
+  if (bias) {
+    const Tensor wide = torch::stable::to(*bias, ScalarType::Float);
+    const Tensor dense = torch::stable::contiguous(wide);
+    const float* from = static_cast<const float*>(dense.const_data_ptr());
+    added.assign(from, from + out_features);
+  }
+  const Multiply* products =
+      bits == 4 ? by_scale<4>(scale.scalar_type()) : by_scale<8>(scale.scalar_type());
+  const void* data = flat.const_data_ptr();
+  void* to = out.mutable_data_ptr();
+  const ScalarType dtype = x.scalar_type();
+  if (dtype == ScalarType::BFloat16)
+    run<BFloat16>(weight, products, data, rows, columns, added, to, out_features);
+  else if (dtype == ScalarType::Half)
+    run<Half>(weight, products, data, rows, columns, added, to, out_features);
+  else
+    run<float>(weight, products, data, rows, columns, added, to, out_features);
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) { m.impl("int8_dot", TORCH_BOX(&int8_dot)); }

@@ -1,0 +1,169 @@
+"""quantkit::int8_dot: 4- and 8-bit integer weights, activations rounded to int8; CPUs only.
+
+Every 32 columns of a row of x share a float32 scale, max |x| / 127; the products of a block are
+integers, its sum is scaled by both scales and added in float32.  llama.cpp's Q8_0 activations and
+ONNX Runtime's MatMulNBits with accuracy level 4 do the same.  Finer than W8A8's one scale per row.
+
+M rows of x, N rows of the weight, K columns, G groups per row.
+weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels import isa, layout, native
+
+BLOCK = 32
+# Rows of the weight side by side.
+_LANES = 8
+# Smaller than any activation that matters, and 127 / x is finite above it.
+_TINY = 2.0**-100
+
+torch.library.define(
+    "quantkit::int8_dot",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
+    "int group_size, int out_features) -> Tensor",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight as int8_dot.cpp reads it; group_size 0 means one group per row.
+
+    `packed` uint8 [N/8, K/32, 32 · bits]; `scale` [N/8, G, 8] in 16 bits where that is exact, else
+    float32; `zero` uint8 [N/8, G, 8] or None.  N and K are filled up to whole panels and blocks.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group_size: int
+
+
+def unavailable() -> str | None:
+    """Why this machine cannot run the op, or None; the first call may compile for some seconds."""
+    if isa.level() == "default":
+        return "int8 activations need an x86 CPU with AVX2"
+    return native.load("int8_dot")
+
+
+def supported(*, bits: int, group_size: int | None, dtype: torch.dtype) -> str | None:
+    """Why a weight cannot run here, or None if it can; group_size None is a whole row."""
+    if bits not in (4, 8):
+        return f"{bits}-bit weights have no kernel"
+    if group_size is not None and group_size % BLOCK:
+        return f"group size {group_size}: int8 activations need multiples of {BLOCK} or whole rows"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{dtype} activations: the kernel takes float32, bfloat16 and float16"
+    return unavailable()
+
+
+def pack(
+    codes_NK: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    group_size: int | None,
+    bits: int,
+) -> Packed:
+    """A supported weight of codes uint8 [N, K]."""
+    rows, columns = codes_NK.shape
+    panels, blocks = layout.up(rows, _LANES) // _LANES, layout.up(columns, BLOCK) // BLOCK
+    codes = codes_NK.new_zeros(panels * _LANES, blocks * BLOCK)
+    codes[:rows, :columns] = codes_NK
+    # Four columns of each row next to each other: [panel, block, four, row, column].
+    fours = codes.view(panels, _LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
+    if bits == 4:
+        fours = fours[:, :, 0::2] | (fours[:, :, 1::2] << 4)
+    return Packed(
+        packed=fours.reshape(panels, blocks, BLOCK * bits),
+        scale=_lanes(_short(scale_NG)),
+        zero=None if zero_NG is None else _lanes(zero_NG),
+        group_size=group_size or 0,
+    )
+
+
+def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """Codes uint8 [N, K], the inverse of `pack`."""
+    panels, blocks, _ = packed.shape
+    fours = packed.view(panels, blocks, -1, _LANES, 4)
+    if bits == 4:
+        fours = torch.stack((fours & 15, fours >> 4), dim=3).flatten(2, 3)
+    codes = fours.permute(0, 3, 1, 2, 4).reshape(panels * _LANES, blocks * BLOCK)
+    return codes[: shape[0], : shape[1]].contiguous()
+
+
+def round_activations(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes [M, K/32, 32] of x, K filled up with zeros, and float32 scales [M, K/32]."""
+    missing = -x_MK.shape[1] % BLOCK
+    wide = torch.nn.functional.pad(x_MK.to(torch.float32), (0, missing))
+    blocks = wide.view(x_MK.shape[0], -1, BLOCK)
+    largest = blocks.abs().amax(dim=-1)
+    # A tensor, because torch takes a number over a tensor for the number times a reciprocal.
+    by = torch.where(largest > _TINY, torch.tensor(127.0) / largest, 0)
+    return torch.round(blocks * by[..., None]).to(torch.int8), largest / 127
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    """The op in plain PyTorch: x rounded and decoded, times the decoded weight, in float32."""
+    columns = x.shape[-1]
+    codes = unpack(packed, bits, (out_features, columns)).to(torch.float32)
+    group = torch.arange(columns) // (group_size or columns)
+    middle = float(2 ** (bits - 1))
+    offset = middle if zero is None else _rows(zero, out_features).to(torch.float32)[:, group]
+    weight = (codes - offset) * _rows(scale, out_features).to(torch.float32)[:, group]
+    rounded, scales = round_activations(x.reshape(-1, columns))
+    decoded = (rounded.to(torch.float32) * scales[..., None]).flatten(1)[:, :columns]
+    wide = None if bias is None else bias.to(torch.float32)
+    out = torch.nn.functional.linear(decoded, weight, wide)
+    return out.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _short(scale: Tensor) -> Tensor:
+    """The scale in bfloat16 or float16 if one of them holds it exactly, else in float32."""
+    wide = scale.to(torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(wide.to(dtype).to(torch.float32), wide):
+            return wide.to(dtype)
+    return wide
+
+
+def _lanes(per_group: Tensor) -> Tensor:
+    """[N, G] as [N/8, G, 8], filled up with zeros."""
+    whole = per_group.new_zeros(layout.up(per_group.shape[0], _LANES), per_group.shape[1])
+    whole[: per_group.shape[0]] = per_group
+    return whole.view(-1, _LANES, per_group.shape[1]).transpose(1, 2).contiguous()
+
+
+def _rows(lanes: Tensor, out_features: int) -> Tensor:
+    """The inverse of `_lanes`."""
+    return lanes.transpose(1, 2).flatten(0, 1)[:out_features]
+
+
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+# The CPU implementation is int8_dot.cpp's: `native.load` registers it.
+torch.library.register_fake("quantkit::int8_dot", _fake)

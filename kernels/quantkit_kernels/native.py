@@ -1,0 +1,104 @@
+"""C++ sources of this package, compiled on first use by the compiler that torch.compile needs.
+
+A library is kept under $QUANTKIT_CACHE, else ~/.cache/quantkit, by its source, the compiler, torch
+and the processor; building takes seconds, loading nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+# torch's stable ABI has had parallel_for since then.
+_FIRST_TORCH = (2, 10)
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+@functools.cache
+def load(name: str, flags: tuple[str, ...] = ()) -> str | None:
+    """Compiles NAME.cpp if that was not done before, and registers its ops; why it cannot, or None.
+
+    A process loads a source once, whatever the flags.
+    """
+    source = Path(__file__).with_name(f"{name}.cpp")
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < _FIRST_TORCH:
+        return f"torch {torch.__version__}: building {source.name} needs 2.10 or newer"
+    compiler = _compiler()
+    if compiler is None:
+        return (
+            f"no C++ compiler to build {source.name}: install g++ or clang++, or name one in $CXX"
+        )
+    library = _library_path(source, compiler, flags)
+    if not library.exists():
+        reason = _build(source, library, compiler, flags)
+        if reason is not None:
+            return reason
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{library} does not load: {error.__cause__ or error}"
+    return None
+
+
+def cache_folder() -> Path:
+    """Where what was made on this machine is kept: $QUANTKIT_CACHE, else ~/.cache/quantkit."""
+    folder = os.environ.get("QUANTKIT_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "quantkit"
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    candidates = (named,) if named else _COMPILERS
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _library_path(source: Path, compiler: str, flags: tuple[str, ...]) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    parts = (
+        source.read_text(encoding="utf-8"),
+        compiler,
+        version.stdout,
+        torch.__version__,
+        platform.machine(),
+        _processor_flags(),
+        *flags,
+    )
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return cache_folder() / f"{source.stem}-{digest[:16]}.so"
+
+
+def _processor_flags() -> str:
+    """The instruction sets that -march=native sees; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _build(source: Path, library: Path, compiler: str, flags: tuple[str, ...]) -> str | None:
+    torch_folder = Path(torch.__file__).parent
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes may build at once: each writes a file of its own, and the last one stays.
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        partial = Path(folder) / library.name
+        command = [
+            compiler, "-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", *flags,
+            f"-I{torch_folder / 'include'}", str(source), "-o", str(partial),
+            f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            return f"{compiler} cannot build {source.name}: {(errors or [done.stderr])[0][:300]}"
+        os.replace(partial, library)
+    return None

@@ -1,0 +1,195 @@
+"""quantkit::int8_dot, compiled here, against its reference and float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kernel_cases as cases
+import pytest
+import torch
+from quantkit_kernels import int8_dot, isa, native
+
+ROOT = Path(__file__).parent.parent
+ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Built without the processor's own dot product, the same loops as with VNNI.
+PLAIN = "QUANTKIT_TEST_PLAIN_DOT"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def built() -> None:
+    if os.environ.get(PLAIN):
+        assert native.load("int8_dot", ("-DQUANTKIT_PLAIN_DOT", "-O1")) is None
+    elif reason := int8_dot.unavailable():
+        pytest.skip(reason)
+
+
+def run(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, bits: int, rows: int) -> Any:
+    parts = (weight.packed, weight.scale, weight.zero)
+    return torch.ops.quantkit.int8_dot(x, *parts, bias, bits, weight.group_size, rows)
+
+
+def plain(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, bits: int, rows: int) -> Any:
+    parts = (weight.packed, weight.scale, weight.zero)
+    return int8_dot.reference(x, *parts, bias, bits, weight.group_size, rows)
+
+
+@pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
+@pytest.mark.parametrize("group", [32, 64, 128, None], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_compiled_op_equals_the_reference(bits: int, group: int | None, asym: bool) -> None:
+    shape = (37, 384 if group else 333)
+    codes, scale, zero = cases.int_weight(shape, group, bits=bits, asym=asym)
+    weight = int8_dot.pack(codes, scale, zero, group, bits)
+    for dtype, rounding in ROUNDING.items():
+        bias = torch.randn(shape[0]).to(dtype)
+        for rows in (0, 1, 3, 4, 5, 17, 64):
+            x = cases.activations((rows, shape[1]), dtype, seed=rows)
+            found = run(x, weight, bias, bits, shape[0])
+            assert found.dtype == dtype and found.shape == (rows, shape[0])
+            if rows:
+                wanted = plain(x.float(), weight, bias.float(), bits, shape[0])
+                assert cases.relative_error(found, wanted) < rounding
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_only_rounding_the_activations_is_lost(bits: int) -> None:
+    codes, scale, zero = cases.int_weight((64, 512), 64, bits=bits, asym=True)
+    weight = int8_dot.pack(codes, scale, zero, 64, bits)
+    x = cases.activations((5, 512), torch.float32)
+    wanted = cases.expected(x, cases.decoded(codes, scale, zero, bits=bits))
+    found = run(x, weight, None, bits, 64)
+    # A uniform error of half a step, 1/254 of a block's largest value, in each of 512 products.
+    assert 1e-4 < cases.relative_error(found, wanted) < 1e-2
+    rounded, scales = int8_dot.round_activations(x)
+    decoded = (rounded.double() * scales.double()[..., None]).flatten(1)
+    assert ((decoded - x.double()).abs().view(5, -1, 32) <= scales.double()[..., None] / 1.99).all()
+    exact = cases.expected(decoded, cases.decoded(codes, scale, zero, bits=bits))
+    assert cases.relative_error(found, exact) < 2**-20
+
+
+@pytest.mark.parametrize("extreme", ["codes", "activations"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sums_of_the_largest_products_do_not_overflow(bits: int, extreme: str) -> None:
+    codes = torch.full((8, 64), 2**bits - 1, dtype=torch.uint8)
+    if extreme == "activations":
+        codes[:, ::2] = 0
+    x = torch.ones(1, 64) * 3
+    x[:, 1::2] *= -1 if extreme == "activations" else 1
+    scale, zero = torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.uint8)
+    weight = int8_dot.pack(codes, scale, zero, None, bits)
+    found = run(x, weight, None, bits, 8)
+    assert torch.equal(found, plain(x, weight, None, bits, 8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packing_has_an_inverse(bits: int) -> None:
+    codes, scale, _ = cases.int_weight((37, 333), None, bits=bits)
+    weight = int8_dot.pack(codes, scale, None, None, bits)
+    assert torch.equal(int8_dot.unpack(weight.packed, bits, (37, 333)), codes)
+
+
+def test_scales_are_kept_exactly_in_the_fewest_bits() -> None:
+    codes, scale, _ = cases.int_weight((16, 64), 32)
+    for value, dtype in ((scale, torch.bfloat16), (scale / 3, torch.float32)):
+        assert int8_dot.pack(codes, value, None, 32, 4).scale.dtype == dtype
+    half = (scale / 3).half().float()
+    weight = int8_dot.pack(codes, half, None, 32, 4)
+    assert weight.scale.dtype == torch.float16
+    x = cases.activations((2, 64), torch.float32)
+    found = run(x, weight, None, 4, 16)
+    assert cases.relative_error(found, plain(x, weight, None, 4, 16)) < 2**-20
+
+
+def test_shapes_and_strides_of_activations() -> None:
+    codes, scale, _ = cases.int_weight((9, 96), 32)
+    weight = int8_dot.pack(codes, scale, None, 32, 4)
+    x = cases.activations((2, 96, 5), torch.bfloat16).transpose(1, 2)
+    found = run(x, weight, None, 4, 9)
+    assert found.shape == (2, 5, 9) and found.is_contiguous()
+    assert torch.equal(found, run(x.contiguous(), weight, None, 4, 9))
+    assert run(x[0, 0], weight, None, 4, 9).shape == (9,)
+    with pytest.raises(RuntimeError, match="x has 64 columns, the weight 3 blocks of 32"):
+        run(x[..., :64], weight, None, 4, 9)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_activations_that_are_no_numbers_show_in_the_result(bad: float) -> None:
+    codes, scale, _ = cases.int_weight((8, 64), 32)
+    weight = int8_dot.pack(codes, scale, None, 32, 4)
+    x = cases.activations((2, 64), torch.bfloat16)
+    for column in (0, 13, 63):
+        y = x.clone()
+        y[1, column] = bad
+        found = run(y, weight, None, 4, 8)
+        assert not found[1].isfinite().any()
+        assert torch.equal(found[0], run(x, weight, None, 4, 8)[0])
+
+
+def test_zeros_and_denormal_activations() -> None:
+    codes, scale, _ = cases.int_weight((8, 64), 32)
+    weight = int8_dot.pack(codes, scale, None, 32, 4)
+    for value in (0.0, 1e-40):
+        assert (run(torch.full((1, 64), value), weight, None, 4, 8) == 0).all()
+
+
+def test_the_op_is_well_formed() -> None:
+    codes, scale, zero = cases.int_weight((16, 64), 32, asym=True)
+    weight = int8_dot.pack(codes, scale, zero, 32, 4)
+    x = cases.activations((3, 64), torch.bfloat16)
+    parts = (weight.packed, weight.scale, weight.zero)
+    arguments = (x, *parts, torch.randn(16), 4, weight.group_size, 16)
+    torch.library.opcheck(torch.ops.quantkit.int8_dot, arguments)
+
+
+@pytest.mark.skipif(PLAIN in os.environ, reason="it is what runs now")
+def test_the_loops_with_a_dot_product_of_four() -> None:
+    environment = {**os.environ, PLAIN: "1"}
+    folders = os.pathsep.join(str(ROOT / name) for name in ("kernels", "tests"))
+    environment["PYTHONPATH"] = folders + os.pathsep + environment.get("PYTHONPATH", "")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "reference or overflow"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> str:
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", compiler)
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    assert reason is not None
+    assert list((tmp_path / "cache").glob("**/*")) == []
+    return reason
+
+
+def test_no_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = refused(tmp_path, monkeypatch, "/no/such/compiler")
+    assert "install g++ or clang++" in reason and "$CXX" in reason
+
+
+def test_what_the_compiler_says_is_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'x: fatal error: no' >&2; exit 1; }\n")
+    fake.chmod(0o755)
+    assert "fatal error: no" in refused(tmp_path, monkeypatch, str(fake))
+
+
+def test_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "level", lambda: "default")
+    assert "AVX2" in str(int8_dot.supported(bits=4, group_size=32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "word"),
+    [(3, 32, torch.bfloat16, "3-bit"), (4, 16, torch.bfloat16, "group size 16"),
+     (4, 32, torch.float64, "float64")],
+)  # fmt: skip
+def test_weights_it_cannot_take(bits: int, group: int, dtype: torch.dtype, word: str) -> None:
+    assert word in str(int8_dot.supported(bits=bits, group_size=group, dtype=dtype))

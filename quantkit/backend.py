@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
+from quantkit_kernels import int8_dot
 from quantkit_kernels.device import Device
 from torch import Tensor
 
 from quantkit.errors import BackendError
-from quantkit.packed import kernel_class
+from quantkit.packed import RoundedInputKernel, kernel_class
 from quantkit.reference import ReferenceKernel
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
 
-Backend = Literal["auto", "triton", "cpu", "reference"]
+Backend = Literal["auto", "triton", "cpu", "cpu-int8", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
@@ -41,7 +42,7 @@ class WeightKernel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """A kernel, and why it is the reference although more was asked for (None: it is not)."""
+    """A kernel, and why it is not the one that the backend is for (None: it is)."""
 
     kernel: WeightKernel
     reason: str | None
@@ -57,8 +58,12 @@ def check_backend(backend: str, device: torch.device | str) -> Backend:
             f"backend triton runs on CUDA devices, the model is on {kind}; "
             "use auto, cpu or reference, or load it with device='cuda'"
         )
-    if backend == "cpu" and kind != "cpu":
-        raise BackendError(f"backend cpu: the model is on {kind}; use auto, triton or reference")
+    if backend in ("cpu", "cpu-int8") and kind != "cpu":
+        raise BackendError(
+            f"backend {backend}: the model is on {kind}; use auto, triton or reference"
+        )
+    if backend == "cpu-int8" and (reason := int8_dot.unavailable()):
+        raise BackendError(f"backend cpu-int8: {reason}; use auto, cpu or reference")
     return cast(Backend, backend)
 
 
@@ -70,13 +75,18 @@ def choose_kernel(tensor: QuantizedTensor, backend: Backend, dtype: torch.dtype)
     if kind not in ("cpu", "cuda"):
         return Chosen(kernel=ReferenceKernel(tensor), reason=f"no kernels for {kind} devices")
     device: Device = "triton" if kind == "cuda" else "cpu"
+    missed = None
+    if backend == "cpu-int8":
+        missed = RoundedInputKernel.supported(tensor, dtype, device)
+        if missed is None:
+            return Chosen(kernel=RoundedInputKernel(tensor, device), reason=None)
     make = kernel_class(tensor)
     if make is None:
         return Chosen(kernel=ReferenceKernel(tensor), reason=f"{tensor.scheme.name} has no kernel")
     reason = make.supported(tensor, dtype, device)
     if reason is not None:
         return Chosen(kernel=ReferenceKernel(tensor), reason=reason)
-    return Chosen(kernel=make(tensor, device), reason=None)
+    return Chosen(kernel=make(tensor, device), reason=missed)
 
 
 def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> QuantizedTensor:

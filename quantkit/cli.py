@@ -228,17 +228,24 @@ def generate(
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     backend: Annotated[
-        str, typer.Option("--backend", help="auto, triton, cpu or reference.")
+        str, typer.Option("--backend", help="auto, triton, cpu, cpu-int8 or reference.")
     ] = "auto",
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Multiply q/k/v, and gate with up, at once.")
+    ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the step of each token: pays off in long texts."),
     ] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.generation import generate_text
 
-    text = generate_text(path, prompt, max_new_tokens, backend=backend, fuse=fuse, device=device)
+    text = generate_text(
+        path, prompt, max_new_tokens,
+        backend=backend, fuse=fuse, device=device, compiled=compiled,
+    )  # fmt: skip
     typer.echo(text)
 
 

@@ -44,7 +44,7 @@ QuestionsOption = Annotated[
 ]
 BackendOption = Annotated[
     str,
-    typer.Option("--backend", help="auto, triton, cpu or reference: multiplies in whole models."),
+    typer.Option("--backend", help="auto, triton, cpu, cpu-int8 or reference, in whole models."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the demo's questions.")]

@@ -52,12 +52,13 @@ def load(
     """The model of a checkpoint, ready for `generate`; quantized layers stay so in memory.
 
     `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
-    triton (CUDA), cpu or reference (plain PyTorch); weights that have no kernel run on the
-    reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate with up, at once
-    where they have one scheme; results and what is saved stay the same.  An unquantized checkpoint
-    gives the plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError
-    for a quantized one in an unknown format, BackendError for a backend that cannot run on the
-    device.
+    triton (CUDA), cpu, cpu-int8 (the fastest: 4- and 8-bit integer weights times activations
+    rounded to int8, compiled on first use) or reference (plain PyTorch); weights that have no
+    kernel run on the reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate
+    with up, at once where they have one scheme; results and what is saved stay the same.  An
+    unquantized checkpoint gives the plain model.  Raises CheckpointError for an unfinished or
+    damaged output, FormatError for a quantized one in an unknown format, BackendError for a backend
+    that cannot run on the device.
     """
     chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
@@ -162,12 +163,15 @@ def replace_modules_(
     `tensor(name)` gives a quantized weight; `keep(path, old)` the value of a parameter that stays
     beside it (a bias, a fused projection with some experts kept).  Logs what has no kernel.
     """
-    fallbacks: Counter[str] = Counter()
+    fallbacks: Counter[tuple[str, str]] = Counter()
 
     def layer(name: str, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
         linear = QuantLinear(tensor(name), bias, backend=backend, dtype=dtype)
         if linear.fallback is not None:
-            fallbacks[f"{linear.scheme.name}: {linear.fallback}"] += 1
+            kernel = "the plain reference path"
+            if linear.kernel.name != "reference":
+                kernel = f"{linear.kernel.name} instead of {backend}"
+            fallbacks[kernel, f"{linear.scheme.name}: {linear.fallback}"] += 1
         return linear
 
     for target in targets_of(model, names, quantized):
@@ -177,8 +181,8 @@ def replace_modules_(
             new = _linear(target, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
         setattr(find_module(model, parent), leaf, new)
-    for reason, count in sorted(fallbacks.items()):
-        _LOG.warning("%d weights run on the plain reference path, %s", count, reason)
+    for (kernel, reason), count in sorted(fallbacks.items()):
+        _LOG.warning("%d weights run on %s, %s", count, kernel, reason)
 
 
 def targets_of(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[Target]:

@@ -32,8 +32,9 @@ class QuantLinear(nn.Module):
     """A linear layer on quantized numbers; replaces nn.Linear and, with [O, I] codes, Conv1D.
 
     `kernel` holds the weight in the layout of the backend and multiplies; `fallback` says why it is
-    the reference if something faster was asked for.  Casting the module (`.half()`, `.to(dtype)`)
-    casts the bias alone; moving it to another kind of device repacks the weight.
+    not the kernel that the backend is for, usually because only the reference takes the weight.
+    Casting the module (`.half()`, `.to(dtype)`) casts the bias alone; moving it to another kind of
+    device repacks the weight.
     """
 
     kernel: WeightKernel

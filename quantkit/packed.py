@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from quantkit_kernels import fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
 from quantkit_kernels.device import Device
 from torch import Tensor
 
@@ -142,6 +142,53 @@ class Int8Kernel(PackedKernel):
         """The product with x, whose columns are in the order of the codes."""
         out: Any = torch.ops.quantkit.w8a16(
             x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
+        )
+        return out
+
+
+class RoundedInputKernel(PackedKernel):
+    """4- and 8-bit integer weights on `quantkit::int8_dot`, which rounds activations to int8."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+    kernel_zero: Tensor | None
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        scheme = tensor.scheme
+        weight = int8_dot.pack(
+            tensor.codes, tensor.scale.values(), tensor.zero, scheme.group_size, scheme.bits
+        )
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+        self.register_buffer("kernel_zero", weight.zero)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        scheme = tensor.scheme
+        if device != "cpu":
+            return "activations are rounded to int8 on CPUs only"
+        if scheme.kind != "int" or scheme.activation_bits != 16:
+            return "activations are rounded to int8 for weight-only integers alone"
+        return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return int8_dot.unpack(self.packed, self.scheme.bits, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.int8_dot(
+            x,
+            self.packed,
+            self.kernel_scale,
+            self.kernel_zero,
+            bias,
+            self.scheme.bits,
+            self.group_size,
+            self.shape[0],
         )
         return out
 

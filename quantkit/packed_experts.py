@@ -68,8 +68,8 @@ class PackedExperts(StoredModule):
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, backend: Backend) -> str | None:
         """Why experts with such weights run one after the other, or None."""
         kind = tensor.codes.device.type
-        if backend == "reference" or kind not in ("cpu", "cuda"):
-            return "the reference runs one expert at a time"
+        if backend in ("reference", "cpu-int8") or kind not in ("cpu", "cuda"):
+            return f"backend {backend} runs one expert at a time"
         if tensor.scheme.kind != "int" or tensor.scheme.activation_bits != 16:
             return f"{tensor.scheme.name} has no kernel for many experts"
         if tensor.columns is not None or not isinstance(tensor.scale, PlainScale):

@@ -110,7 +110,12 @@ def test_loading_says_what_runs_on_the_reference_path(
 
 @pytest.mark.parametrize(
     ("backend", "device", "word"),
-    [("fast", "cpu", "allowed: auto"), ("triton", "cpu", "CUDA"), ("cpu", "cuda", "on cuda")],
+    [
+        ("fast", "cpu", "allowed: auto"),
+        ("triton", "cpu", "CUDA"),
+        ("cpu", "cuda", "on cuda"),
+        ("cpu-int8", "cuda", "on cuda"),
+    ],
 )
 def test_backends_that_cannot_run_are_refused(backend: str, device: str, word: str) -> None:
     with pytest.raises(BackendError, match=word):

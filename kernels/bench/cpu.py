@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quantkit_kernels import fp8a8, fp8a16, isa, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels import fp8a8, fp8a16, int8_dot, isa, nf4, w4a16, w8a8, w8a16
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -82,7 +82,7 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     floats8 = fp8a8.pack(floats, scale[:, 0])
     nothing = (None, None, None)
     ops = torch.ops.quantkit
-    return {
+    made: dict[str, Product] = {
         "bf16": lambda x: torch.nn.functional.linear(x, plain),
         "fp32": lambda x: torch.nn.functional.linear(x.float(), wide),
         "w4a16": lambda x: ops.w4a16(x, int4.packed, int4.scale, None, None, 128, rows),
@@ -92,6 +92,15 @@ def products(rows: int, columns: int) -> dict[str, Product]:
         "fp8a8": lambda x: ops.fp8a8(x, *floats8, None, rows),
         "nf4": lambda x: ops.nf4(x, normal.packed, normal.scale, *nothing, None, rows),
     }
+    if reason := int8_dot.unavailable():
+        print(f"int8_dot: {reason}", flush=True)
+        return made
+    dot4 = int8_dot.pack(four, scale, None, 128, 4)
+    dot8 = int8_dot.pack(eight, scale[:, :1], None, None, 8)
+    parts4, parts8 = ((dot.packed, dot.scale, None, None) for dot in (dot4, dot8))
+    made["int8_dot, w4"] = lambda x: ops.int8_dot(x, *parts4, 4, 128, rows)
+    made["int8_dot, w8"] = lambda x: ops.int8_dot(x, *parts8, 8, 0, rows)
+    return made
 
 
 def timed(made: dict[str, Product], x: Tensor, rounds: int) -> dict[str, list[float]]:

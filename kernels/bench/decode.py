@@ -10,6 +10,7 @@ transformers' own `generate`, greedily at batch 1: tokens per second count those
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -25,9 +26,11 @@ import torch
 from cpu import processor
 from quantkit_kernels import isa
 from torch import nn
-from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from quantkit.backend import Backend
 from quantkit.fused import fuse_
+from quantkit.generation import decoding_options
 from quantkit.nn import QuantLinear
 from quantkit.scheme import Scheme
 from quantkit.tensor import PlainScale, QuantizedTensor
@@ -72,6 +75,7 @@ class Run:
 
     scheme: str | None
     head: str | None = None
+    backend: Backend = "auto"
     fuse: bool = False
     static: bool = False
     compiled: bool = False
@@ -86,12 +90,17 @@ class Length:
     repeats: int = 2
 
 
+_rounded = functools.partial(Run, head="w8a16_row", backend="cpu-int8", fuse=True)
 ON_CPU = (
     Run(scheme=None),
     Run(scheme="w4a16_g32", head="w8a16_row"),
     Run(scheme="w4a16_g32", head="w8a16_row", fuse=True),
     Run(scheme="w4a16_g32", head="w8a16_row", fuse=True, static=True, compiled=True),
     Run(scheme="w8a16_row", head="w8a16_row", fuse=True),
+    _rounded(scheme="w4a16_g32"),
+    _rounded(scheme="w4a16_g32", static=True, compiled=True),
+    _rounded(scheme="w8a16_row"),
+    _rounded(scheme="w8a16_row", static=True, compiled=True),
 )
 
 
@@ -195,7 +204,7 @@ def random_model(config: LlamaConfig, run: Run, device: torch.device) -> nn.Modu
         if isinstance(module, nn.Linear) and scheme is not None:
             parent, _, leaf = path.rpartition(".")
             shape = (module.out_features, module.in_features)
-            layer = QuantLinear(random_tensor(scheme, shape, device), backend="auto")
+            layer = QuantLinear(random_tensor(scheme, shape, device), backend=run.backend)
             if layer.fallback is not None:
                 raise RuntimeError(f"{path}: {layer.fallback}")
             setattr(model.get_submodule(parent), leaf, layer)
@@ -246,11 +255,7 @@ def timed(model: Any, run: Run, length: Length) -> dict[str, float]:
     options["attention_mask"] = torch.ones_like(ids)
     if run.static:
         options["cache_implementation"] = "static"
-    if run.compiled:
-        compile_config = CompileConfig(mode="default")
-        # transformers compiles on GPUs only, unless it is told so.
-        compile_config._compile_all_devices = True
-        options["compile_config"] = compile_config
+    options.update(decoding_options(compiled=run.compiled))
     seconds: dict[int, list[float]] = {1: [], length.new + 1: []}
     # The first two runs compile and capture.
     for number in range(length.repeats + 2):

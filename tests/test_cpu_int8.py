@@ -1,0 +1,84 @@
+"""Backend cpu-int8: layers and models whose activations are rounded to int8."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from quantkit_kernels import int8_dot
+from test_loading import make_model, write_quantized
+from test_nn import make_tensor, same
+
+from quantkit.backend import check_backend
+from quantkit.errors import BackendError
+from quantkit.generation import decoding_options
+from quantkit.loading import load
+from quantkit.nn import QuantLinear
+
+
+@pytest.fixture
+def available() -> None:
+    if reason := int8_dot.unavailable():
+        pytest.skip(reason)
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize("name", ["w4a16_g32", "w4a16_row_asym", "w8a16_row", "w8a16_g32_asym"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rounded_activations_cost_little(name: str, dtype: torch.dtype) -> None:
+    tensor = make_tensor(name, (70, 192), dtype=torch.bfloat16)
+    order = torch.randperm(192, generator=torch.Generator().manual_seed(0))
+    tensor = dataclasses.replace(tensor, columns=order)
+    bias = torch.randn(70)
+    fast = QuantLinear(tensor, bias, backend="cpu-int8", dtype=dtype)
+    assert fast.fallback is None and fast.kernel.name == "cpu RoundedInputKernel"
+    assert same(fast.quantized_tensor, tensor)
+    x = torch.randn(3, 192).to(dtype)
+    wanted = QuantLinear(tensor, bias, dtype=torch.float32)(x.float())
+    assert (fast(x) - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+    compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
+    assert torch.equal(compiled(x), fast(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_model_decodes_as_with_float_activations(family: str, tmp_path: Path) -> None:
+    write_quantized(make_model(family), tmp_path / "out", "w4a16_g32", "compressed-tensors")
+    fast = load(tmp_path / "out", backend="cpu-int8", fuse=True, dtype=torch.float32)
+    plain = load(tmp_path / "out", backend="reference", dtype=torch.float32)
+    ids = torch.arange(3, 3 + 24).view(1, 24)
+    with torch.no_grad():
+        wanted, found = (model(ids).logits.log_softmax(-1) for model in (plain, fast))
+    divergence = (wanted.exp() * (wanted - found)).sum(-1)
+    assert 0 < divergence.mean() < 1e-4
+
+
+@pytest.mark.usefixtures("available")
+def test_weights_that_rounding_does_not_suit_say_what_they_run_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_quantized(make_model("llama"), tmp_path / "out", "nf4_b64", "bitsandbytes")
+    load(tmp_path / "out", backend="cpu-int8")
+    assert "weights run on cpu Nf4Kernel instead of cpu-int8, nf4_b64: activations" in caplog.text
+
+
+def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_dot, "unavailable", lambda: "no C++ compiler")
+    with pytest.raises(BackendError, match=r"cpu-int8: no C\+\+ compiler; use auto"):
+        check_backend("cpu-int8", "cpu")
+
+
+def test_a_compiled_step_decodes_the_same_tokens(tmp_path: Path) -> None:
+    write_quantized(make_model("llama"), tmp_path / "out", "w4a16_g32", "compressed-tensors")
+    model = load(tmp_path / "out")
+    ids = torch.arange(3, 3 + 10).view(1, 10)
+    plain = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
+    options = decoding_options(compiled=True)
+    options["compile_config"].backend = "eager"
+    found = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0, **options)
+    assert model._last_compile_config is options["compile_config"]
+    assert torch.equal(found, plain)
+    assert decoding_options(compiled=False) == {}

@@ -147,7 +147,7 @@ class Int8Kernel(PackedKernel):
 
 
 class RoundedInputKernel(PackedKernel):
-    """4- and 8-bit integer weights on `quantkit::int8_dot`, which rounds activations to int8."""
+    """Integer weights on `quantkit::int8_dot`, which rounds activations to int8."""
 
     packed: Tensor
     kernel_scale: Tensor
@@ -159,6 +159,7 @@ class RoundedInputKernel(PackedKernel):
         weight = int8_dot.pack(
             tensor.codes, tensor.scale.values(), tensor.zero, scheme.group_size, scheme.bits
         )
+        self.stored_bits = weight.bits
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
@@ -176,7 +177,7 @@ class RoundedInputKernel(PackedKernel):
 
     def codes(self) -> Tensor:
         """Codes uint8 [O, I] in fresh memory."""
-        return int8_dot.unpack(self.packed, self.scheme.bits, self.shape)
+        return int8_dot.unpack(self.packed, self.shape)
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
@@ -186,7 +187,7 @@ class RoundedInputKernel(PackedKernel):
             self.kernel_scale,
             self.kernel_zero,
             bias,
-            self.scheme.bits,
+            self.stored_bits,
             self.group_size,
             self.shape[0],
         )

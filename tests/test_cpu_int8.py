@@ -25,7 +25,7 @@ def available() -> None:
 
 
 @pytest.mark.usefixtures("available")
-@pytest.mark.parametrize("name", ["w4a16_g32", "w4a16_row_asym", "w8a16_row", "w8a16_g32_asym"])
+@pytest.mark.parametrize("name", ["w3a16_g32", "w4a16_row_asym", "w8a16_row", "w8a16_g32_asym"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rounded_activations_cost_little(name: str, dtype: torch.dtype) -> None:
     tensor = make_tensor(name, (70, 192), dtype=torch.bfloat16)

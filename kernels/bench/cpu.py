@@ -98,8 +98,8 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     dot4 = int8_dot.pack(four, scale, None, 128, 4)
     dot8 = int8_dot.pack(eight, scale[:, :1], None, None, 8)
     parts4, parts8 = ((dot.packed, dot.scale, None, None) for dot in (dot4, dot8))
-    made["int8_dot, w4"] = lambda x: ops.int8_dot(x, *parts4, 4, 128, rows)
-    made["int8_dot, w8"] = lambda x: ops.int8_dot(x, *parts8, 8, 0, rows)
+    made["int8_dot, w4"] = lambda x: ops.int8_dot(x, *parts4, dot4.bits, dot4.group_size, rows)
+    made["int8_dot, w8"] = lambda x: ops.int8_dot(x, *parts8, dot8.bits, dot8.group_size, rows)
     return made
 
 

@@ -1,11 +1,11 @@
-"""quantkit::int8_dot: 4- and 8-bit integer weights, activations rounded to int8; CPUs only.
+"""quantkit::int8_dot: integer weights of 2 to 8 bits, activations rounded to int8; CPUs only.
 
 Every 32 columns of a row of x share a float32 scale, max |x| / 127; the products of a block are
 integers, its sum is scaled by both scales and added in float32.  llama.cpp's Q8_0 activations and
 ONNX Runtime's MatMulNBits with accuracy level 4 do the same.  Finer than W8A8's one scale per row.
 
 M rows of x, N rows of the weight, K columns, G groups per row.
-weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.
+weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.  Codes lie in 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Packed:
     """A weight as int8_dot.cpp reads it; group_size 0 means one group per row.
 
     `packed` uint8 [N/8, K/32, 32 · bits]; `scale` [N/8, G, 8] in 16 bits where that is exact, else
-    float32; `zero` uint8 [N/8, G, 8] or None.  N and K are filled up to whole panels and blocks.
+    float32; `zero` uint8 [N/8, G, 8], or None for 2^(bits - 1).  N and K are filled up to whole
+    panels and blocks.  `bits` are those that a code lies in, 4 or 8.
     """
 
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
+    bits: int
     group_size: int
 
 
@@ -53,7 +55,7 @@ def unavailable() -> str | None:
 
 def supported(*, bits: int, group_size: int | None, dtype: torch.dtype) -> str | None:
     """Why a weight cannot run here, or None if it can; group_size None is a whole row."""
-    if bits not in (4, 8):
+    if not 2 <= bits <= 8:
         return f"{bits}-bit weights have no kernel"
     if group_size is not None and group_size % BLOCK:
         return f"group size {group_size}: int8 activations need multiples of {BLOCK} or whole rows"
@@ -69,28 +71,32 @@ def pack(
     group_size: int | None,
     bits: int,
 ) -> Packed:
-    """A supported weight of codes uint8 [N, K]."""
+    """A supported weight of codes uint8 [N, K] below 2^bits."""
+    stored = 4 if bits <= 4 else 8
+    if zero_NG is None and bits != stored:
+        zero_NG = torch.full_like(scale_NG, 2 ** (bits - 1), dtype=torch.uint8)
     rows, columns = codes_NK.shape
     panels, blocks = layout.up(rows, _LANES) // _LANES, layout.up(columns, BLOCK) // BLOCK
     codes = codes_NK.new_zeros(panels * _LANES, blocks * BLOCK)
     codes[:rows, :columns] = codes_NK
     # Four columns of each row next to each other: [panel, block, four, row, column].
     fours = codes.view(panels, _LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
-    if bits == 4:
+    if stored == 4:
         fours = fours[:, :, 0::2] | (fours[:, :, 1::2] << 4)
     return Packed(
-        packed=fours.reshape(panels, blocks, BLOCK * bits),
+        packed=fours.reshape(panels, blocks, BLOCK * stored),
         scale=_lanes(_short(scale_NG)),
         zero=None if zero_NG is None else _lanes(zero_NG),
+        bits=stored,
         group_size=group_size or 0,
     )
 
 
-def unpack(packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Codes uint8 [N, K], the inverse of `pack`."""
-    panels, blocks, _ = packed.shape
+    panels, blocks, size = packed.shape
     fours = packed.view(panels, blocks, -1, _LANES, 4)
-    if bits == 4:
+    if size == BLOCK * 4:
         fours = torch.stack((fours & 15, fours >> 4), dim=3).flatten(2, 3)
     codes = fours.permute(0, 3, 1, 2, 4).reshape(panels * _LANES, blocks * BLOCK)
     return codes[: shape[0], : shape[1]].contiguous()
@@ -119,7 +125,7 @@ def reference(
 ) -> Tensor:
     """The op in plain PyTorch: x rounded and decoded, times the decoded weight, in float32."""
     columns = x.shape[-1]
-    codes = unpack(packed, bits, (out_features, columns)).to(torch.float32)
+    codes = unpack(packed, (out_features, columns)).to(torch.float32)
     group = torch.arange(columns) // (group_size or columns)
     middle = float(2 ** (bits - 1))
     offset = middle if zero is None else _rows(zero, out_features).to(torch.float32)[:, group]

@@ -14,6 +14,7 @@ from quantkit_kernels import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
 from quantkit_kernels.device import Device
 from torch import Tensor
 
+from quantkit.grid import CodebookGrid, grid_of
 from quantkit.reference import StoredModule, StoredScale
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
 
@@ -147,23 +148,30 @@ class Int8Kernel(PackedKernel):
 
 
 class RoundedInputKernel(PackedKernel):
-    """Integer weights on `quantkit::int8_dot`, which rounds activations to int8."""
+    """Integers and codebooks on `quantkit::int8_dot`, which rounds activations to int8."""
 
     packed: Tensor
     kernel_scale: Tensor
     kernel_zero: Tensor | None
+    table: Tensor | None
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
-        scheme = tensor.scheme
-        weight = int8_dot.pack(
-            tensor.codes, tensor.scale.values(), tensor.zero, scheme.group_size, scheme.bits
-        )
+        scheme, scale = tensor.scheme, tensor.scale.values()
+        if scheme.kind == "int":
+            group, bits = scheme.group_size, scheme.bits
+            weight = int8_dot.pack(tensor.codes, scale, tensor.zero, group, bits)
+        else:
+            grid = grid_of(scheme)
+            assert isinstance(grid, CodebookGrid) and scheme.group_size is not None
+            per_row = scale.view(tensor.shape[0], -1)
+            weight = int8_dot.pack_codebook(tensor.codes, per_row, grid.values, scheme.group_size)
         self.stored_bits = weight.bits
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
         self.register_buffer("kernel_zero", weight.zero)
+        self.register_buffer("table", weight.table)
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -171,8 +179,10 @@ class RoundedInputKernel(PackedKernel):
         scheme = tensor.scheme
         if device != "cpu":
             return "activations are rounded to int8 on CPUs only"
-        if scheme.kind != "int" or scheme.activation_bits != 16:
-            return "activations are rounded to int8 for weight-only integers alone"
+        if scheme.kind == "fp8" or scheme.activation_bits != 16:
+            return "activations are rounded to int8 for weight-only integers and codebooks"
+        if scheme.flat and tensor.shape[1] % (scheme.group_size or 1):
+            return f"{tensor.shape[1]} columns: blocks of {scheme.group_size} straddle the rows"
         return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)
 
     def codes(self) -> Tensor:
@@ -186,6 +196,7 @@ class RoundedInputKernel(PackedKernel):
             self.packed,
             self.kernel_scale,
             self.kernel_zero,
+            self.table,
             bias,
             self.stored_bits,
             self.group_size,

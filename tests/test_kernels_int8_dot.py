@@ -12,6 +12,9 @@ import kernel_cases as cases
 import pytest
 import torch
 from quantkit_kernels import int8_dot, isa, native
+from quantkit_kernels.codebook import NF4
+
+from quantkit.grid import E2M1_VALUES, FP4_VALUES
 
 ROOT = Path(__file__).parent.parent
 ROUNDING = {torch.float32: 2**-20, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -28,12 +31,12 @@ def built() -> None:
 
 
 def run(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, rows: int) -> Any:
-    parts = (weight.packed, weight.scale, weight.zero)
+    parts = (weight.packed, weight.scale, weight.zero, weight.table)
     return torch.ops.quantkit.int8_dot(x, *parts, bias, weight.bits, weight.group_size, rows)
 
 
 def plain(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, rows: int) -> Any:
-    parts = (weight.packed, weight.scale, weight.zero)
+    parts = (weight.packed, weight.scale, weight.zero, weight.table)
     return int8_dot.reference(x, *parts, bias, weight.bits, weight.group_size, rows)
 
 
@@ -53,6 +56,34 @@ def test_the_compiled_op_equals_the_reference(bits: int, group: int | None, asym
             if rows:
                 wanted = plain(x.float(), weight, bias.float(), shape[0])
                 assert cases.relative_error(found, wanted) < rounding
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("values", [NF4, FP4_VALUES, E2M1_VALUES], ids=["nf4", "fp4", "e2m1"])
+def test_codebooks_equal_the_reference_and_their_values(
+    values: tuple[float, ...], group: int
+) -> None:
+    codes, scale, _ = cases.int_weight((37, 384), group)
+    weight = int8_dot.pack_codebook(codes, scale / 3, values, group)
+    assert torch.equal(int8_dot.unpack(weight.packed, (37, 384)), codes)
+    table = torch.tensor(values, dtype=torch.float64)
+    decoded = table[codes.long()] * (scale / 3).double().repeat_interleave(group, dim=1)
+    for rows in (1, 3, 5, 17):
+        x = cases.activations((rows, 384), torch.float32, seed=rows)
+        found = run(x, weight, None, 37)
+        assert cases.relative_error(found, plain(x, weight, None, 37)) < 2**-18
+        rounded, scales = int8_dot.round_activations(x)
+        y = (rounded.double() * scales.double()[..., None]).flatten(1)
+        # Values within half a step of 1/8191 of the largest.
+        assert cases.relative_error(found, cases.expected(y, decoded)) < 2**-12
+    nothing = torch.full_like(codes, values.index(0.0))
+    weight = int8_dot.pack_codebook(nothing, scale, values, group)
+    assert (run(x, weight, None, 37) == 0).all()
+    largest = torch.full_like(codes, int(table.abs().argmax()))
+    weight = int8_dot.pack_codebook(largest, scale, values, group)
+    x = torch.full((1, 384), 5.0)
+    found, wanted = run(x, weight, None, 37), plain(x, weight, None, 37)
+    assert cases.relative_error(found, wanted) < 2**-20
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -140,7 +171,7 @@ def test_the_op_is_well_formed() -> None:
     codes, scale, zero = cases.int_weight((16, 64), 32, asym=True)
     weight = int8_dot.pack(codes, scale, zero, 32, 4)
     x = cases.activations((3, 64), torch.bfloat16)
-    parts = (weight.packed, weight.scale, weight.zero)
+    parts = (weight.packed, weight.scale, weight.zero, None)
     arguments = (x, *parts, torch.randn(16), 4, weight.group_size, 16)
     torch.library.opcheck(torch.ops.quantkit.int8_dot, arguments)
 

@@ -1,6 +1,6 @@
-"""Writes the README's results section from eval/results: no figure there is typed by hand.
+"""Writes the figures of README and docs from results files: none there is typed by hand.
 
-readme.py            rewrites the text between the two results marks in README.md
+readme.py            rewrites the text between the marks in README.md and docs/kernels.md
 readme.py --check    exit code 1 if it would change
 """
 
@@ -12,8 +12,8 @@ import sys
 from typing import Any
 
 import common
+import kernel_figures
 
-_MARKS = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 # Labels in accuracy.json that the README shows, in its order, and what they are called there.
 _SHOWN = {
     "rtn": "rtn",
@@ -34,18 +34,30 @@ _SHOWN = {
 
 
 def main() -> None:
-    readme = common.ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    parts = (_accuracy(), _speed(), _memory(), _eval_memory(), _durability(), _outliers())
-    text = "\n".join(filter(None, parts))
-    new = _MARKS.sub(lambda marks: f"{marks[1]}{_heading(text)}{marks[2]}", old)
+    decoding = kernel_figures.decoding("kernels/bench/results").rstrip()
+    parts = (_accuracy(), _speed(), decoding, _memory(), _eval_memory(), _durability(), _outliers())
+    changed = [_rewrite("README.md", "results", "## Measured\n" + "\n".join(filter(None, parts)))]
+    for name, text in (
+        ("cpu", kernel_figures.products("../kernels/bench/results")),
+        ("decode", kernel_figures.decoding("../kernels/bench/results")),
+        ("rounding", kernel_figures.rounding("../eval/results")),
+    ):
+        changed.append(_rewrite("docs/kernels.md", name, text.strip()))
     if "--check" in sys.argv[1:]:
-        sys.exit(int(new != old))
-    readme.write_text(new, encoding="utf-8")
+        sys.exit(int(any(changed)))
 
 
-def _heading(text: str) -> str:
-    return f"## Measured\n{text}\n" if text else ""
+def _rewrite(name: str, mark: str, text: str) -> bool:
+    """Puts the text between two marks of a file unless only checking; whether that changes it."""
+    path = common.ROOT / name
+    old = path.read_text(encoding="utf-8")
+    marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    new, count = marks.subn(lambda found: f"{found[1]}{text}\n{found[2]}", old)
+    if count != 1:
+        raise ValueError(f"{name}: {count} pairs of marks <!-- {mark} --> and <!-- /{mark} -->")
+    if "--check" not in sys.argv[1:]:
+        path.write_text(new, encoding="utf-8")
+    return new != old
 
 
 def _figures(name: str) -> dict[str, Any] | None:

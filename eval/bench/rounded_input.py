@@ -120,7 +120,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["rtn:w4a16_g32", "gptq", "awq", "int8"],
+        default=["rtn:w4a16_g32", "gptq", "awq", "int8", "nf4"],
         help="method, or method:scheme",
     )
     parser.add_argument("--windows", type=int, default=64)

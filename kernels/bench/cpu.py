@@ -8,6 +8,7 @@ Each round times every implementation once, in turn, so that a busy machine slow
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from quantkit_kernels import fp8a8, fp8a16, int8_dot, isa, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.codebook import NF4
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -97,10 +99,17 @@ def products(rows: int, columns: int) -> dict[str, Product]:
         return made
     dot4 = int8_dot.pack(four, scale, None, 128, 4)
     dot8 = int8_dot.pack(eight, scale[:, :1], None, None, 8)
-    parts4, parts8 = ((dot.packed, dot.scale, None, None) for dot in (dot4, dot8))
-    made["int8_dot, w4"] = lambda x: ops.int8_dot(x, *parts4, dot4.bits, dot4.group_size, rows)
-    made["int8_dot, w8"] = lambda x: ops.int8_dot(x, *parts8, dot8.bits, dot8.group_size, rows)
+    scales = torch.rand(rows, columns // nf4.BLOCK, generator=draw)
+    dotn = int8_dot.pack_codebook(four, scales, NF4, nf4.BLOCK)
+    for name, dot in (("w4", dot4), ("w8", dot8), ("nf4", dotn)):
+        made[f"int8_dot, {name}"] = functools.partial(_rounded, dot, rows)
     return made
+
+
+def _rounded(dot: int8_dot.Packed, rows: int, x: Tensor) -> Tensor:
+    parts = (dot.packed, dot.scale, dot.zero, dot.table, None, dot.bits, dot.group_size, rows)
+    found: Tensor = torch.ops.quantkit.int8_dot(x, *parts)
+    return found
 
 
 def timed(made: dict[str, Product], x: Tensor, rounds: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-// quantkit::int8_dot on x86: 4- and 8-bit integer weights times activations rounded to int8.
+// quantkit::int8_dot on x86: 4- and 8-bit codes of weights times activations rounded to int8.
 //
 // x is rounded in blocks of 32 columns, as int8_dot.py says.  Integer sums of a block are exact;
 // blocks are added in float32.  Eight rows of the weight, a panel, lie side by side, so that every
@@ -10,6 +10,9 @@
 // VNNI adds four products to a lane at once.  Without it vpmaddubsw adds pairs into 16 bits: 4-bit
 // codes cannot overflow them within a block (8 · 2 · 15 · 127 < 2^15); 8-bit codes are taken as |w|
 // and x with the sign of w (2 · 128 · 127 < 2^15), and widened after every product.
+//
+// Codes of a codebook (NF4) are looked up as two digits of 7 bits, high · 128 + low, and each digit
+// is multiplied: 2 · 127 · 127 < 2^15.
 #include <immintrin.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -139,9 +142,18 @@ struct Rounded {
   }
 };
 
+struct Weight {
+  const uint8_t* packed;  // [N/8, K/32, bytes]
+  const void* scale;      // [N/8, G, 8]
+  const uint8_t* zero;    // [N/8, G, 8], or null where all are `middle`
+  const uint8_t* table;   // [2, 16]: the high and low digits of a codebook, or null
+  float middle;
+  int64_t blocks, group_blocks, groups;
+};
+
 // Eight rows by 32 columns of the weight in registers; their products are with code - kShift.
 template <int kBits>
-struct Block {
+struct Integers {
   static constexpr int64_t kBytes = 32 * kBits;
 #ifdef QUANTKIT_DOT
   static constexpr float kShift = 0;
@@ -150,7 +162,7 @@ struct Block {
 #endif
   __m256i part[8];
 
-  explicit Block(const uint8_t* packed) {
+  Integers(const Weight&, const uint8_t* packed) {
     const __m256i* from = reinterpret_cast<const __m256i*>(packed);
     if constexpr (kBits == 4) {
       const __m256i low = _mm256_set1_epi8(15);
@@ -189,29 +201,54 @@ struct Block {
   }
 };
 
-struct Weight {
-  const uint8_t* packed;  // [N/8, K/32, bytes]
-  const void* scale;      // [N/8, G, 8]
-  const uint8_t* zero;    // [N/8, G, 8], or null where all are in the middle of the grid
-  int64_t blocks, group_blocks, groups;
+// The same with codes that stand for sixteen values, which lie in 0..2^14 - 1.
+struct Codebook {
+  static constexpr int64_t kBytes = Integers<4>::kBytes;
+  static constexpr float kShift = 0;
+  Integers<4> codes;
+  __m256i high, low;
+
+  Codebook(const Weight& w, const uint8_t* packed) : codes(w, packed) {
+    const __m128i* table = reinterpret_cast<const __m128i*>(w.table);
+    high = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    low = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
+  }
+
+  __m256i dot(const int8_t* x) const {
+    __m256i highs = _mm256_setzero_si256(), lows = _mm256_setzero_si256();
+    for (int j = 0; j < 8; ++j) {
+      const __m256i four = four_columns(x + 4 * j);
+      const __m256i digit1 = _mm256_shuffle_epi8(high, codes.part[j]);
+      const __m256i digit0 = _mm256_shuffle_epi8(low, codes.part[j]);
+#ifdef QUANTKIT_DOT
+      highs = QUANTKIT_DOT(highs, digit1, four);
+      lows = QUANTKIT_DOT(lows, digit0, four);
+#else
+      const __m256i ones = _mm256_set1_epi16(1);
+      highs = _mm256_add_epi32(highs, _mm256_madd_epi16(_mm256_maddubs_epi16(digit1, four), ones));
+      lows = _mm256_add_epi32(lows, _mm256_madd_epi16(_mm256_maddubs_epi16(digit0, four), ones));
+#endif
+    }
+    return _mm256_add_epi32(_mm256_slli_epi32(highs, 7), lows);
+  }
 };
 
 // kCount rows of x, from `first` on, times the eight rows of a panel.
-template <int kBits, class Scale, int kCount>
+template <class Block, class Scale, int kCount>
 void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, __m256* out) {
-  const uint8_t* packed = w.packed + panel * w.blocks * Block<kBits>::kBytes;
+  const uint8_t* packed = w.packed + panel * w.blocks * Block::kBytes;
   __m256 total[kCount];
   for (int m = 0; m < kCount; ++m) total[m] = _mm256_setzero_ps();
   for (int64_t group = 0, block = 0; group < w.groups; ++group) {
     const int64_t at = (panel * w.groups + group) * kLanes;
     const __m256 scale = load8(static_cast<const Scale*>(w.scale) + at);
-    __m256 zero = w.zero ? load8(w.zero + at) : _mm256_set1_ps(1 << (kBits - 1));
-    zero = _mm256_sub_ps(zero, _mm256_set1_ps(Block<kBits>::kShift));
+    __m256 zero = w.zero ? load8(w.zero + at) : _mm256_set1_ps(w.middle);
+    zero = _mm256_sub_ps(zero, _mm256_set1_ps(Block::kShift));
     const int64_t end = std::min(block + w.group_blocks, w.blocks);
-    for (; block < end; ++block, packed += Block<kBits>::kBytes) {
-      for (int64_t line = 0; line < Block<kBits>::kBytes; line += 64)
+    for (; block < end; ++block, packed += Block::kBytes) {
+      for (int64_t line = 0; line < Block::kBytes; line += 64)
         _mm_prefetch(reinterpret_cast<const char*>(packed) + 1024 + line, _MM_HINT_T0);
-      const Block<kBits> weights(packed);
+      const Block weights(w, packed);
       for (int m = 0; m < kCount; ++m) {
         const int64_t where = (first + m) * w.blocks + block;
         const __m256 products = _mm256_cvtepi32_ps(weights.dot(x.codes.data() + where * kBlock));
@@ -226,18 +263,18 @@ void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, _
 
 using Multiply = void (*)(const Weight&, int64_t, const Rounded&, int64_t, __m256*);
 
-template <int kBits, class Scale>
+template <class Block, class Scale>
 const Multiply* by_count() {
   static constexpr Multiply table[kRows] = {
-      multiply<kBits, Scale, 1>, multiply<kBits, Scale, 2>, multiply<kBits, Scale, 3>,
-      multiply<kBits, Scale, 4>};
+      multiply<Block, Scale, 1>, multiply<Block, Scale, 2>, multiply<Block, Scale, 3>,
+      multiply<Block, Scale, 4>};
   return table;
 }
 
-template <int kBits>
+template <class Block>
 const Multiply* by_scale(ScalarType scale) {
-  if (scale == ScalarType::BFloat16) return by_count<kBits, BFloat16>();
-  return scale == ScalarType::Half ? by_count<kBits, Half>() : by_count<kBits, float>();
+  if (scale == ScalarType::BFloat16) return by_count<Block, BFloat16>();
+  return scale == ScalarType::Half ? by_count<Block, Half>() : by_count<Block, float>();
 }
 
 template <class T>
@@ -286,8 +323,8 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
 
 // x [..., K] in float32, bfloat16 or float16 -> [..., out_features] in the same dtype.
 Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
-                std::optional<Tensor> bias, int64_t bits, int64_t group_size,
-                int64_t out_features) {
+                std::optional<Tensor> table, std::optional<Tensor> bias, int64_t bits,
+                int64_t group_size, int64_t out_features) {
   const int64_t columns = x.size(-1);
   const int64_t rows = columns ? x.numel() / columns : 0;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
@@ -298,9 +335,12 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   const int64_t blocks = packed.size(1);
   STD_TORCH_CHECK((columns + kBlock - 1) / kBlock == blocks, "quantkit::int8_dot: x has ", columns,
                   " columns, the weight ", blocks, " blocks of 32");
-  const Weight weight{static_cast<const uint8_t*>(packed.const_data_ptr()), scale.const_data_ptr(),
-                      zero ? static_cast<const uint8_t*>(zero->const_data_ptr()) : nullptr, blocks,
-                      group_size ? group_size / kBlock : blocks, scale.size(1)};
+  const auto bytes = [](const std::optional<Tensor>& tensor) {
+    return tensor ? static_cast<const uint8_t*>(tensor->const_data_ptr()) : nullptr;
+  };
+  const float middle = table ? 8192.0f : bits == 4 ? 8.0f : 128.0f;
+  const Weight weight{bytes(packed), scale.const_data_ptr(), bytes(zero), bytes(table), middle,
+                      blocks, group_size ? group_size / kBlock : blocks, scale.size(1)};
   std::vector<float> added;
   if (bias) {
     const Tensor wide = torch::stable::to(*bias, ScalarType::Float);
@@ -308,8 +348,10 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
     const float* from = static_cast<const float*>(dense.const_data_ptr());
     added.assign(from, from + out_features);
   }
-  const Multiply* products =
-      bits == 4 ? by_scale<4>(scale.scalar_type()) : by_scale<8>(scale.scalar_type());
+  const ScalarType scales = scale.scalar_type();
+  const Multiply* products = table       ? by_scale<Codebook>(scales)
+                             : bits == 4 ? by_scale<Integers<4>>(scales)
+                                         : by_scale<Integers<8>>(scales);
   const void* data = flat.const_data_ptr();
   void* to = out.mutable_data_ptr();
   const ScalarType dtype = x.scalar_type();

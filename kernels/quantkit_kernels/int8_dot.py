@@ -1,4 +1,4 @@
-"""quantkit::int8_dot: integer weights of 2 to 8 bits, activations rounded to int8; CPUs only.
+"""quantkit::int8_dot: weights of 2 to 8 bits, activations rounded to int8; CPUs only.
 
 Every 32 columns of a row of x share a float32 scale, max |x| / 127; the products of a block are
 integers, its sum is scaled by both scales and added in float32.  llama.cpp's Q8_0 activations and
@@ -6,10 +6,13 @@ ONNX Runtime's MatMulNBits with accuracy level 4 do the same.  Finer than W8A8's
 
 M rows of x, N rows of the weight, K columns, G groups per row.
 weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.  Codes lie in 4 or 8 bits.
+Four-bit codes of a codebook: weight = (digits - 8192) · scale, where the codebook's values are
+rounded to 14 bits, finer than bfloat16 for all but its smallest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +23,14 @@ from quantkit_kernels import isa, layout, native
 BLOCK = 32
 # Rows of the weight side by side.
 _LANES = 8
+# A codebook's largest value in steps of its digits.
+_STEPS = 2**13 - 1
 # Smaller than any activation that matters, and 127 / x is finite above it.
 _TINY = 2.0**-100
 
 torch.library.define(
     "quantkit::int8_dot",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int bits, "
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? table, Tensor? bias, int bits, "
     "int group_size, int out_features) -> Tensor",
 )
 
@@ -36,12 +41,14 @@ class Packed:
 
     `packed` uint8 [N/8, K/32, 32 · bits]; `scale` [N/8, G, 8] in 16 bits where that is exact, else
     float32; `zero` uint8 [N/8, G, 8], or None for 2^(bits - 1).  N and K are filled up to whole
-    panels and blocks.  `bits` are those that a code lies in, 4 or 8.
+    panels and blocks.  `table` uint8 [2, 16] are the high and low seven bits of a codebook's
+    values, or None.  `bits` are those that a code lies in, 4 or 8.
     """
 
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
+    table: Tensor | None
     bits: int
     group_size: int
 
@@ -75,21 +82,43 @@ def pack(
     stored = 4 if bits <= 4 else 8
     if zero_NG is None and bits != stored:
         zero_NG = torch.full_like(scale_NG, 2 ** (bits - 1), dtype=torch.uint8)
+    return Packed(
+        packed=_pack(codes_NK, stored),
+        scale=_lanes(_short(scale_NG)),
+        zero=None if zero_NG is None else _lanes(zero_NG),
+        table=None,
+        bits=stored,
+        group_size=group_size or 0,
+    )
+
+
+def pack_codebook(
+    codes_NK: Tensor, scale_NG: Tensor, values: Sequence[float], group_size: int
+) -> Packed:
+    """A weight values[code] · scale of codes uint8 [N, K] below 16."""
+    numbers = torch.tensor(values, dtype=torch.float64)
+    largest = numbers.abs().max()
+    digits = torch.round(numbers / largest * _STEPS).to(torch.int64) + _STEPS + 1
+    return Packed(
+        packed=_pack(codes_NK, 4),
+        scale=_lanes((scale_NG.double() * (largest / _STEPS)).to(torch.float32)),
+        zero=None,
+        table=torch.stack((digits >> 7, digits & 127)).to(torch.uint8),
+        bits=4,
+        group_size=group_size,
+    )
+
+
+def _pack(codes_NK: Tensor, bits: int) -> Tensor:
     rows, columns = codes_NK.shape
     panels, blocks = layout.up(rows, _LANES) // _LANES, layout.up(columns, BLOCK) // BLOCK
     codes = codes_NK.new_zeros(panels * _LANES, blocks * BLOCK)
     codes[:rows, :columns] = codes_NK
     # Four columns of each row next to each other: [panel, block, four, row, column].
     fours = codes.view(panels, _LANES, blocks, BLOCK // 4, 4).permute(0, 2, 3, 1, 4)
-    if stored == 4:
+    if bits == 4:
         fours = fours[:, :, 0::2] | (fours[:, :, 1::2] << 4)
-    return Packed(
-        packed=fours.reshape(panels, blocks, BLOCK * stored),
-        scale=_lanes(_short(scale_NG)),
-        zero=None if zero_NG is None else _lanes(zero_NG),
-        bits=stored,
-        group_size=group_size or 0,
-    )
+    return fours.reshape(panels, blocks, BLOCK * bits)
 
 
 def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -118,6 +147,7 @@ def reference(
     packed: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    table: Tensor | None,
     bias: Tensor | None,
     bits: int,
     group_size: int,
@@ -125,11 +155,15 @@ def reference(
 ) -> Tensor:
     """The op in plain PyTorch: x rounded and decoded, times the decoded weight, in float32."""
     columns = x.shape[-1]
-    codes = unpack(packed, (out_features, columns)).to(torch.float32)
+    codes = unpack(packed, (out_features, columns))
+    if table is not None:
+        codes = (table[0].to(torch.int16) * 128 + table[1])[codes.long()]
     group = torch.arange(columns) // (group_size or columns)
-    middle = float(2 ** (bits - 1))
+    middle = float(2 ** (bits - 1) if table is None else _STEPS + 1)
     offset = middle if zero is None else _rows(zero, out_features).to(torch.float32)[:, group]
-    weight = (codes - offset) * _rows(scale, out_features).to(torch.float32)[:, group]
+    weight = (codes.to(torch.float32) - offset) * _rows(scale, out_features).to(torch.float32)[
+        :, group
+    ]
     rounded, scales = round_activations(x.reshape(-1, columns))
     decoded = (rounded.to(torch.float32) * scales[..., None]).flatten(1)[:, :columns]
     wide = None if bias is None else bias.to(torch.float32)
@@ -163,6 +197,7 @@ def _fake(
     packed: Tensor,
     scale: Tensor,
     zero: Tensor | None,
+    table: Tensor | None,
     bias: Tensor | None,
     bits: int,
     group_size: int,

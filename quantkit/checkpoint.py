@@ -67,6 +67,11 @@ class FileSource(Reader):
         """config.json, parsed anew at each call: the caller may change it."""
         return _json_object(self.path / "config.json", self._config_content)
 
+    @property
+    def home(self) -> Path:
+        """The directory itself."""
+        return self.path
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors in the checkpoint, sorted."""
         return tuple(sorted(self._tensors))

@@ -5,7 +5,6 @@ Letters: O out features, I in features, G groups per row.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 
-from quantkit.errors import CheckpointError, NumericsError
+from quantkit.errors import NumericsError
 from quantkit.grid import IntegerGrid, grid_of
 from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
-from quantkit.tensorfile import read_header, read_into
 
 _SHOWN = 20
 
@@ -103,20 +101,3 @@ def finite_problems(name: str, source: Source) -> Iterator[str]:
         if not all(bool(edge.isfinite()) for edge in torch.aminmax(piece)):
             yield f"{name}: holds NaN or infinity"
             return
-
-
-def read_folds(path: Path) -> dict[str, torch.Tensor]:
-    """All fold vectors; none if nothing was folded."""
-    if not path.is_file():
-        return {}
-    found = {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for stored in read_header(path):
-            buffer = torch.empty(stored.info.shape, dtype=stored.info.dtype)
-            if read_into(descriptor, buffer, stored.offset) < buffer.nbytes:
-                raise CheckpointError(f"{path}: the file was cut short")
-            found[stored.info.name] = buffer
-    finally:
-        os.close(descriptor)
-    return found

@@ -42,6 +42,10 @@ class Vectors:
         """Float32 [O], or None if the tensor's rows were not changed."""
         return self.tensors.get(f"{name}:rows")
 
+    def change(self, name: str) -> bool:
+        """True if the tensor has vectors."""
+        return self.rows(name) is not None or self.columns(name) is not None
+
     def folded(self, name: str, weight_OI: Tensor, start: int = 0) -> Tensor:
         """Rows `start`... of a source weight, in float32, as they were when it was quantized."""
         weight = weight_OI.to(torch.float32)
@@ -73,13 +77,10 @@ def compare_rescaled(name: str, ours: Source, theirs: Source, vectors: Vectors) 
         yield f"{name}: {mine.dtype} {mine.shape}, in the source {its.dtype} {its.shape}"
         return
     rows, columns = vectors.rows(name), vectors.columns(name)
-    fits = False
-    if mine.ndim == 1:
-        if rows is not None and len(rows) == len(mine):
-            fits = any(_close(mine, (its.float() + o) / rows - o, o) for o in _NORM_OFFSETS)
-        else:
-            fits = torch.equal(mine, its)
-    elif mine.ndim == 2:
+    fits = not vectors.change(name) and torch.equal(mine, its)
+    if mine.ndim == 1 and rows is not None and len(rows) == len(mine):
+        fits = any(_close(mine, (its.float() + o) / rows - o, o) for o in _NORM_OFFSETS)
+    elif mine.ndim == 2 and vectors.change(name):
         # Conv1D stores [I, O]; of a square weight the vectors' lengths do not tell.
         for flipped in (False, True):
             mine_OI, its_OI = (mine.t(), its.t()) if flipped else (mine, its)

@@ -6,7 +6,6 @@ source --unpack--> QuantizedTensor --represent--> --pack--> OUT.partial --> mani
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ from quantkit import __version__
 from quantkit.budget import release_free_memory
 from quantkit.checkpoint import open_source
 from quantkit.errors import FormatError
-from quantkit.finish import REPORT, write_finished_files
+from quantkit.finish import write_finished_files
 from quantkit.finished import refuse_unfinished
 from quantkit.folds import copy_folds
 from quantkit.format import code_of
 from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.plan import Plan, TensorFate, lay_out
+from quantkit.provenance import EXPORT_OF, read_report
 from quantkit.recipe import load_recipe
 from quantkit.report import build_report
 from quantkit.store import ShardWriter
@@ -95,7 +95,7 @@ def export(
     source = open_source(path, trust_remote_code=trust_remote_code)
     view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     model = CausalModel.open(view, trust_remote_code=trust_remote_code)
-    report = _report(Path(path))
+    report = read_report(Path(path))
     plan = _plan(model, view, report, format_name, max_shard_bytes, allow_unreadable)
     _check_permuted(view, plan)
     rounded = tuple(_rounded(view, plan, progress))
@@ -106,7 +106,7 @@ def export(
             f"({listed}); pass --allow-rounding to round them, or choose another --format"
         )
     fingerprint = {
-        "export of": source.fingerprint(),
+        EXPORT_OF: source.fingerprint(),
         "format": f"{plan.format.name} {code_of(plan.format)}".rstrip(),
         "allow rounding": str(allow_rounding),
         "max shard bytes": str(max_shard_bytes),
@@ -250,13 +250,4 @@ def _finish(
         recipe=report.get("recipe"),
         run={},
     )
-    copy_folds(path, partial)
-
-
-def _report(path: Path) -> dict[str, Any]:
-    """The report of a checkpoint that quantkit made; empty for another tool's."""
-    try:
-        report = json.loads((path / REPORT).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return report if isinstance(report, dict) else {}
+    copy_folds(model.source.home, partial)

@@ -18,7 +18,6 @@ from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError
 from quantkit.finished import refuse_unfinished
-from quantkit.folds import copy_folds
 from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.gguf_codes import block_type_of, is_exact, to_blocks, why_not
 from quantkit.gguf_container import PlannedTensor, import_gguf, write_gguf
@@ -27,6 +26,7 @@ from quantkit.gguf_metadata import Entry, describe
 from quantkit.gguf_names import Place, place_of
 from quantkit.gguf_tokenizer import describe_tokenizer
 from quantkit.output import OutputDirectory, OutputState
+from quantkit.provenance import EXPORT_OF, copy_provenance
 from quantkit.skeleton import load_config
 from quantkit.source import Source
 from quantkit.version import __version__
@@ -141,7 +141,7 @@ def export_gguf(
         write_gguf(output.partial / MODEL_FILE, family.architecture, entries, tensors)
         with disk_errors(output.partial):
             write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
-        copy_folds(Path(source_dir), output.partial)
+        copy_provenance(source, output.partial, {EXPORT_OF: source.fingerprint(), "format": "gguf"})
         output.finish()
         return result
 

@@ -26,6 +26,7 @@ from quantkit.budget import peak_rss, release_free_memory
 from quantkit.calibrated import BATCH_TOKENS
 from quantkit.calibration import CalibrationSource
 from quantkit.disk import disk_errors, sync_directory, write_file
+from quantkit.folds import keep_source_folds
 from quantkit.gather import StatsBook, gather
 from quantkit.gguf_blocks import BLOCK_TYPES, pack
 from quantkit.gguf_container import PlannedTensor, write_gguf
@@ -179,6 +180,7 @@ def run_gguf(
             for file, content in (("quantkit/report.json", report), (RUN, run)):
                 write_file(output.partial / file, (json.dumps(content, indent=2) + "\n").encode())
             write_file(output.partial / OLLAMA_FILE, modelfile(source, entries).encode())
+        keep_source_folds(source.home, output.partial)
         output.finish()
         return replace(result, peak_bytes=peak, predicted_bytes=predicted)
 

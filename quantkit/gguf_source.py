@@ -63,6 +63,11 @@ class GgufSource(Reader):
         copied: dict[str, Any] = json.loads(self._config_bytes())
         return copied
 
+    @property
+    def home(self) -> Path:
+        """The file's directory."""
+        return self.path.parent
+
     def names(self) -> tuple[str, ...]:
         """Names as transformers' checkpoints have them, sorted."""
         return tuple(sorted(self._parts))

@@ -24,9 +24,7 @@ from quantkit.checkpoint import open_source
 from quantkit.disk import disk_errors, write_file
 from quantkit.errors import FormatError, OutputError
 from quantkit.export import Exported, export
-from quantkit.finish import REPORT
 from quantkit.finished import refuse_unfinished
-from quantkit.folds import copy_folds
 from quantkit.format import make_format
 from quantkit.onnx_builder import build_graph, require_builder
 from quantkit.onnx_check import Checked, check_graph
@@ -36,6 +34,7 @@ from quantkit.onnx_rewrite import rewrite
 from quantkit.onnx_rows import RowIndex
 from quantkit.onnx_triton import model_config
 from quantkit.output import OutputDirectory, OutputState
+from quantkit.provenance import EXPORT_OF, copy_provenance
 from quantkit.scheme import Scheme
 from quantkit.store import ShardWriter, plan_shards
 from quantkit.tensor import PlainScale
@@ -84,7 +83,7 @@ def export_onnx(
     _check_held(view)
     versions = require_builder()
     fingerprint = {
-        "export of": source.fingerprint(),
+        EXPORT_OF: source.fingerprint(),
         "format": "onnx",
         "accuracy level": str(accuracy_level),
         "triton": str(triton),
@@ -110,7 +109,7 @@ def export_onnx(
             write_file(_made(output.partial / DETAILS), _json({**details, "versions": versions}))
             names = _names(view, OnnxFile(target), checked)
             write_file(output.partial / NAMES, names.to_json())
-            _copy_provenance(path, output.partial, fingerprint)
+            copy_provenance(source, output.partial, fingerprint)
             if triton:
                 config = model_config(target, name=output.out.name)
                 write_file(output.partial / "config.pbtxt", config.encode())
@@ -324,19 +323,6 @@ def _names(view: Unpacked, file: OnnxFile, checked: Checked) -> Names:
     kept = find_kept(file, view, others)
     lost = tuple(name for name in others if name not in kept)
     return Names(config=view.config, quantized=quantized, kept=kept, lost=lost)
-
-
-def _copy_provenance(path: Path, partial: Path, fingerprint: Mapping[str, str]) -> None:
-    """Writes how the checkpoint was made, and what its transforms did, beside the graph."""
-    try:
-        report = json.loads((path / REPORT).read_bytes())
-        told = {key: report[key] for key in ("method", "scheme", "calibration")}
-        made = {**report["fingerprint"], **fingerprint}
-    # Another tool's checkpoint has no report, or another file of that name.
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return
-    write_file(partial / REPORT, _json({**told, "fingerprint": made}))
-    copy_folds(path, partial)
 
 
 def _place(built: Path, target: Path) -> None:

@@ -57,6 +57,11 @@ class OnnxSource(Reader):
         return {**copied, "quantization_config": {"quant_method": METHOD}}
 
     @property
+    def home(self) -> Path:
+        """The directory of the names; of a Triton model it is above the graph's."""
+        return self.names_file.parent.parent
+
+    @property
     def quantized_names(self) -> tuple[str, ...]:
         """Names of the quantized weights."""
         return tuple(self._names.quantized)

@@ -18,6 +18,7 @@ from quantkit.blocks import BlockWork, SharedMethod
 from quantkit.budget import peak_rss, release_free_memory
 from quantkit.calibration import Calibration
 from quantkit.finish import write_finished_files
+from quantkit.folds import keep_source_folds
 from quantkit.models import CausalModel
 from quantkit.output import OutputDirectory, OutputState
 from quantkit.plan import Plan
@@ -152,5 +153,6 @@ class Session:
                 "steps_before_resume": self.resumed_after,
             },
         )
+        keep_source_folds(job.model.source.home, self._output.partial)
         self._output.finish()
         return Outcome(out=self._output.out, written=True, seconds=time.monotonic() - self._began)

@@ -27,6 +27,11 @@ class Source(Protocol):
         """config.json as read; of a live model `config.to_dict()`."""
         ...
 
+    @property
+    def home(self) -> Path | None:
+        """The directory in which quantkit may have left files of its own; None in memory."""
+        ...
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors in the checkpoint, sorted."""
         ...
@@ -62,6 +67,11 @@ class Source(Protocol):
 
 class Reader(ABC):
     """What both sources share: everything that follows from reading a range of elements."""
+
+    @property
+    def home(self) -> Path | None:
+        """None: a checkpoint in memory."""
+        return None
 
     @abstractmethod
     def names(self) -> tuple[str, ...]: ...

@@ -68,6 +68,11 @@ class OneByOne(Reader):
         """The source's."""
         return self.fused.config
 
+    @property
+    def home(self) -> Path | None:
+        """The source's."""
+        return self.fused.home
+
     def names(self) -> tuple[str, ...]:
         """Names with one per expert, sorted."""
         return self._names

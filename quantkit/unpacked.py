@@ -56,6 +56,11 @@ class Unpacked(Reader):
         """The config without `quantization_config`."""
         return {k: v for k, v in self.packed.config.items() if k != "quantization_config"}
 
+    @property
+    def home(self) -> Path | None:
+        """The quantized checkpoint's."""
+        return self.packed.home
+
     def names(self) -> tuple[str, ...]:
         """Names as before quantization, sorted."""
         return self._names

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import FileSource, open_source
-from quantkit.checks import Check, VerifyResult, finite_problems, read_folds, value_problems
+from quantkit.checks import Check, VerifyResult, finite_problems, value_problems
 from quantkit.compare import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.containers import container_of
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.folds import FOLDS_FILE
+from quantkit.folds import folds_since
 from quantkit.format import FormatReader, StoredWeight, format_of
 from quantkit.manifest import verify_manifest
 from quantkit.runtimes import compare_runtime
@@ -64,7 +64,7 @@ def verify(
     else:
         problems = verify_manifest(path)
         checks = [Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))]
-        opened = _open(path, checks)
+        opened = _open(path, checks, None if reference is None else reference.home)
         readable = opened is not None
         if opened is not None:
             original = None if reference is None else _original(reference, trust_remote_code)
@@ -138,8 +138,11 @@ def read_entries(report: Mapping[str, Any]) -> tuple[Entry, ...]:
     return found
 
 
-def _open(path: Path, checks: list[Check]) -> _Opened | None:
-    """The checkpoint, or None after adding the check that says why it cannot be read."""
+def _open(path: Path, checks: list[Check], reference: Path | None) -> _Opened | None:
+    """The checkpoint, or None after adding the check that says why it cannot be read.
+
+    `reference` is where what it is compared with keeps its own folds.
+    """
     try:
         source = FileSource(path)
         fmt = format_of(source)
@@ -151,7 +154,7 @@ def _open(path: Path, checks: list[Check]) -> _Opened | None:
             stored=stored,
             entries=read_entries(report),
             unties_head=bool(report.get("unties_head", False)),
-            vectors=Vectors(read_folds(path / FOLDS_FILE)),
+            vectors=Vectors(folds_since(path, reference)),
         )
     except QuantkitError as error:
         checks.append(Check(name="headers", detail="cannot be read", problems=(str(error),)))
@@ -263,8 +266,8 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
     theirs = set(reference.names())
     for entry in kept:
         if entry.name in present and entry.name in theirs:
-            if entry.fate == "rescaled":
-                vectors = opened.vectors
+            vectors = opened.vectors
+            if entry.fate == "rescaled" or vectors.change(entry.name):
                 found = compare_rescaled(entry.name, opened.source, reference, vectors)
             else:
                 found = compare_copied(entry.name, opened.source, reference)

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 
 from quantkit import skeleton
 from quantkit.checkpoint import open_source
-from quantkit.checks import Check, finite_problems, read_folds, value_problems
+from quantkit.checks import Check, finite_problems, value_problems
 from quantkit.compare import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
-from quantkit.folds import FOLDS_FILE
+from quantkit.folds import folds_since
 from quantkit.format import format_of
 from quantkit.gguf_blocks import BLOCK_TYPES
 from quantkit.gguf_source import GgufSource
 from quantkit.manifest import MANIFEST, verify_manifest
 from quantkit.names import check_complete, map_names
+from quantkit.provenance import holds_numbers_of
 from quantkit.source import Source
 from quantkit.tensor import QuantizedTensor
 from quantkit.unpacked import Unpacked
@@ -51,8 +52,7 @@ def container_checks(
     checks = [_files(path, file)]
     try:
         view = _opened(file)
-        folder = file.parent if (file.parent / "quantkit").is_dir() else file.parent.parent
-        vectors = Vectors(read_folds(folder / FOLDS_FILE))
+        vectors = Vectors(folds_since(view.home, None if reference is None else reference.home))
         model = skeleton.build(view, trust_remote_code=False, dtype=None)
         view.transposed = skeleton.conv1d_names(model, view.names())
         names = map_names(model, view)
@@ -70,9 +70,8 @@ def container_checks(
     other: Source | None = reference
     if reference is not None and isinstance(reference.config.get("quantization_config"), dict):
         other = Unpacked.open(reference, trust_remote_code=trust_remote_code)
-        # What transforms did is in its weights already.
-        vectors = Vectors({})
-    return [*checks, *_numbers(view, other, vectors, model)]
+    same = isinstance(other, Unpacked) and holds_numbers_of(view.home, other.packed)
+    return [*checks, *_numbers(view, other, vectors, model, same=same)]
 
 
 def _files(path: Path, file: Path) -> Check:
@@ -149,12 +148,18 @@ class _Tally:
 
 
 def _numbers(
-    view: Unpacked, reference: Source | None, vectors: Vectors, model: PreTrainedModel
+    view: Unpacked,
+    reference: Source | None,
+    vectors: Vectors,
+    model: PreTrainedModel,
+    *,
+    same: bool,
 ) -> Iterator[Check]:
+    """`same`: the reference's codes must be found again, not only its values."""
     tally = _Tally()
     needed = set() if reference is None else _needed(reference, model)
     for name in view.names():
-        other = None if reference is None else _Reference.of(name, reference)
+        other = None if reference is None else _Reference.of(name, reference, same=same)
         if reference is not None and other is None and name != _HEAD:
             tally.source.append(f"{name}: not in the source")
         if other is not None:
@@ -166,8 +171,7 @@ def _numbers(
                 _quantized(view, name, other, vectors, tally)
             else:
                 tally.numbers += finite_problems(name, view)
-                changed = vectors.rows(name) is not None or vectors.columns(name) is not None
-                if other is not None and changed:
+                if other is not None and vectors.change(name):
                     tally.source += compare_rescaled(name, view, other.source, vectors)
                 elif other is not None:
                     tally.source += compare_copied(name, view, other.source)
@@ -191,25 +195,31 @@ def _numbers(
 
 @dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """The tensor of the source that one of ours was made from."""
+    """The tensor of the source that one of ours was made from; `same`: with the same codes."""
 
     source: Source
     name: str
+    same: bool
 
     @classmethod
-    def of(cls, name: str, source: Source) -> _Reference | None:
+    def of(cls, name: str, source: Source, *, same: bool) -> _Reference | None:
         """None if the source has no such tensor; GPT-2's may lack `transformer.`."""
         names = source.names()
         found = (known for known in (name, name.partition(".")[2]) if known in names)
-        return next((cls(source=source, name=known) for known in found), None)
+        return next((cls(source=source, name=known, same=same) for known in found), None)
 
     @property
     def quantized(self) -> QuantizedTensor | None:
-        """The source's own codes, None if it is not quantized there."""
+        """The source's own codes, None if ours are others or it has none."""
         view = self.source
-        if isinstance(view, Unpacked) and self.name in view.stored:
+        if self.kept and isinstance(view, Unpacked):
             return view.quantized(self.name)
         return None
+
+    @property
+    def kept(self) -> bool:
+        """True if it is quantized in the source, and ours are the same codes."""
+        return self.same and isinstance(self.source, Unpacked) and self.name in self.source.stored
 
 
 def _needed(reference: Source, model: PreTrainedModel) -> set[str]:
@@ -250,7 +260,7 @@ def _gguf_tensor(
         shape = list(other.source.info(other.name).shape)
         tally.source.append(f"{name}: {list(info.shape)}, in the source {shape}")
         other = None
-    folded = vectors.rows(name) is not None or vectors.columns(name) is not None
+    folded = vectors.change(name)
     rows = info.shape[0]
     step = max(1, _ELEMENTS // max(info.numel // rows, 1)) if len(info.shape) > 1 else rows
     # Folds go by rows of [O, I]: what is stored [I, O] is compared whole.
@@ -292,7 +302,6 @@ def _expected(name: str, original: Tensor, vectors: Vectors, start: int) -> list
 def _limit(label: str, other: _Reference, *, folded: bool) -> float:
     """Largest relative error that a tensor's type explains."""
     if label in BLOCK_TYPES:
-        kept = isinstance(other.source, Unpacked) and other.name in other.source.stored
-        return _KEPT_LIMIT if kept else _LIMITS[BLOCK_TYPES[label].bits]
+        return _KEPT_LIMIT if other.kept else _LIMITS[BLOCK_TYPES[label].bits]
     # A fold is rounded to the source's dtype; dense tensors are rounded to 16 bits at most.
     return 0.004 if folded else 0.0005

@@ -14,6 +14,9 @@ from safetensors.torch import save_file
 
 from quantkit.checkpoint import open_source
 from quantkit.errors import CheckpointError
+from quantkit.export import export
+from quantkit.folds import FOLDS_FILE
+from quantkit.manifest import write_manifest
 from quantkit.unpacked import Unpacked
 from quantkit.verify import verify
 
@@ -79,3 +82,45 @@ def test_rows_read_in_parts_are_those_of_the_whole(tmp_path: Path) -> None:
             assert torch.equal(view.read_flat(name, 5, 70), whole.reshape(-1)[5:70])
             with pytest.raises(IndexError):
                 view.read_flat(name, 0, whole.numel() + 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
+def test_folds_of_every_step_are_told_apart(kind: str, tmp_path: Path) -> None:
+    model = jobs.build(kind, tmp_path / "model", dtype=torch.bfloat16)
+    text = model / "calibration.txt"
+
+    def again(source: Path, method: str, scheme: str) -> Path:
+        job = jobs.make_job(
+            source, method, scheme, text=text, requantize=True, allow_unreadable=True
+        )
+        return jobs.finish(job, tmp_path / f"{source.name}-{method}").out
+
+    first = again(model, "awq", "w8a16_g32")
+    exported = export(
+        first, tmp_path / "gptq", format_name="gptq_v2", progress=False, allow_unreadable=True
+    ).out
+    plain, folded = again(first, "rtn", "w4a16_g32"), again(first, "awq", "w4a16_g32")
+    thrice = again(folded, "awq", "w3a16_g32")
+    ancestors = {
+        exported: (first, model),
+        plain: (first, exported, model),
+        folded: (first, exported, plain, model),
+        thrice: (folded, first, model),
+    }
+    for out, sources in ancestors.items():
+        for source in sources:
+            result = verify(out, against=source)
+            assert result.ok, f"{out.name} against {source.name}: {result.text()}"
+
+
+def test_folds_of_another_model_are_refused(tmp_path: Path) -> None:
+    model = jobs.build("llama", tmp_path / "model")
+    text = model / "calibration.txt"
+    found = []
+    for name, rows in (("a", 16), ("b", 8)):
+        out = jobs.finish(jobs.make_job(model, "awq", text=text), tmp_path / name).out
+        save_file({"x:rows": torch.ones(rows)}, out / FOLDS_FILE)
+        write_manifest(out)
+        found.append(out)
+    result = verify(found[0], against=found[1])
+    assert "16 folds in" in result.text() and "not of one model" in result.text()

@@ -60,6 +60,28 @@ def test_shifted_norms_transposed_weights_and_experts_pass(tmp_path: Path, kind:
     assert result.checks[-1].detail.startswith("largest relative error of a tensor 0.000")
 
 
+def test_what_was_quantized_anew_is_compared_with_every_ancestor(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The same words again, and other words after them.\n" * 500)
+    job = jobs.make_job(demo_path(), "awq", "w8a16_g32", text=text)
+    first = jobs.finish(job, tmp_path / "first").out
+    job = jobs.make_job(first, "awq", "w4a16_g32", text=text, requantize=True)
+    second = jobs.finish(job, tmp_path / "second").out
+    exported = export_gguf(second, tmp_path / "exported").out
+    own = quantize_gguf(
+        str(first),
+        tmp_path / "own",
+        scheme="q4_k_m",
+        method="rtn",
+        requantize=True,
+        progress=False,
+    ).out
+    for out, sources in ((exported, (second, first, demo_path())), (own, (first, demo_path()))):
+        for source in sources:
+            result = verify(out, against=source)
+            assert result.ok, f"{out.name} against {source.name}: {result.text()}"
+
+
 @pytest.mark.parametrize(
     "method, scheme", [("rtn", "w4a16_g32"), ("rtn", "w4a16_g32_asym"), ("awq", "w4a16_g32")]
 )

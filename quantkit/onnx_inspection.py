@@ -108,7 +108,12 @@ def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[O
 
 
 def _unnamed(file: OnnxFile, found: dict[str, Matrix]) -> Iterator[OnnxItem]:
+    seen: set[str] = set()
     for name, matrix in found.items():
+        # A tied head's weight is gathered from too.
+        if matrix.tensors[0] in seen:
+            continue
+        seen.add(matrix.tensors[0])
         yield OnnxItem(
             name=name,
             scheme=matrix.scheme.name,

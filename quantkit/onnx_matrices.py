@@ -1,9 +1,10 @@
 """The quantized weights of a graph, whoever made it: which nodes hold them, and their numbers.
 
-    MatMulNBits        codes in blocks along the input (quantkit/onnx_nbits.py)
-    MatMulInteger      int8 or uint8 [K, N] with scales per row, or one for all
-    DequantizeLinear   (QDQ) 4 or 8 bit with scales per row, in blocks, or one for all, before a
-                       MatMul, a Gemm or a Gather
+    MatMulNBits           codes in blocks along the input (quantkit/onnx_nbits.py)
+    MatMulInteger         int8 or uint8 [K, N] with scales per row, or one for all
+    DequantizeLinear      (QDQ) 4 or 8 bit with scales per row, in blocks, or one for all, before a
+                          MatMul, a Gemm or a Gather
+    GatherBlockQuantized  tables of embeddings in blocks (quantkit/onnx_gather.py)
 
 How activations are quantized is part of `w8a8_row` alone; other schemes describe the weight.
 Shapes: N (or O) out features, K (or I) in features, G groups per row.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError
 from quantkit.onnx_file import OnnxFile, StoredInitializer, attribute
+from quantkit.onnx_gather import OPERATOR, Table, table_of
 from quantkit.onnx_nbits import Blocks, Packed, unpack
 from quantkit.scheme import Scheme
 from quantkit.tensor import PlainScale, QuantizedTensor
@@ -47,9 +49,13 @@ class Matrix:
     tensors: tuple[str, ...]
     node: NodeProto
     layout: _Layout | None = None
+    table: Table | None = None
 
     def read(self, file: OnnxFile) -> QuantizedTensor:
         """Its codes, scales and zeros.  CheckpointError if they contradict each other."""
+        if self.table is not None:
+            blocks, dtype = self.table.read(self.name, file), self.table.dtype
+            return tensor_of(self.name, blocks, self.scheme, dtype=dtype, scale_dtype=dtype)
         if self.operator == "MatMulNBits":
             return tensor_of(self.name, read_nbits(file, self.node), self.scheme)
         assert self.layout is not None
@@ -74,10 +80,15 @@ class _Layout:
 def matrices(file: OnnxFile) -> Iterator[Matrix]:
     """Every quantized weight of a graph.  CheckpointError for one that is damaged or not read."""
     users = _users(file)
+    producers = {output: node for node in file.graph.node for output in node.output}
     for node in file.graph.node:
         name = module_name(node)
         if node.op_type == "MatMulNBits":
             yield _nbits(file, node, name)
+        elif node.op_type == OPERATOR:
+            table = table_of(file, node, name, producers)
+            if table is not None:
+                yield _gathered(file, node, name, table)
         elif node.op_type == "MatMulInteger" and len(node.input) > 1:
             if file.find(node.input[1]) is not None:
                 yield _integer(file, node, name)
@@ -183,6 +194,18 @@ def _nbits(file: OnnxFile, node: NodeProto, name: str) -> Matrix:
         shape=(rows, columns),
         tensors=tensors,
         node=node,
+    )
+
+
+def _gathered(file: OnnxFile, node: NodeProto, name: str, table: Table) -> Matrix:
+    return Matrix(
+        name=name,
+        operator=node.op_type,
+        scheme=table.scheme(file),
+        shape=table.shape,
+        tensors=table.tensors,
+        node=node,
+        table=table,
     )
 
 

@@ -139,9 +139,9 @@ def unpack(name: str, packed: Packed, *, bits: int, size: int, shape: tuple[int,
         zero = torch.full((rows, count), 2 ** (bits - 1), dtype=torch.uint8)
     else:
         _check(name, "zero_points", packed.zeros, torch.uint8, (rows * zero_bytes,))
-        zero = _unpack_bytes(packed.zeros.reshape(rows, zero_bytes), bits, count)
+        zero = unpack_bytes(packed.zeros.reshape(rows, zero_bytes), bits, count)
     return Blocks(
-        codes=_unpack_bytes(packed.codes.reshape(rows, -1), bits, columns),
+        codes=unpack_bytes(packed.codes.reshape(rows, -1), bits, columns),
         scale=packed.scales.reshape(rows, count),
         zero=zero,
         bits=bits,
@@ -149,7 +149,7 @@ def unpack(name: str, packed: Packed, *, bits: int, size: int, shape: tuple[int,
     )
 
 
-def _unpack_bytes(raw: Tensor, bits: int, columns: int) -> Tensor:
+def unpack_bytes(raw: Tensor, bits: int, columns: int) -> Tensor:
     """uint8 codes [R, columns] from bytes [R, at least as many as they take]."""
     words = -(-columns * bits // 32)
     padded = torch.zeros(raw.shape[0], words * 4, dtype=torch.uint8)

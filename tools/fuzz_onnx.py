@@ -51,7 +51,7 @@ class Outcome:
 
 
 def write_sample(folder: Path) -> None:
-    """A model with MatMulNBits, MatMulInteger and DequantizeLinear, and its names."""
+    """A model with every operator that holds quantized weights, and its names."""
     generator = torch.Generator().manual_seed(0)
     scheme = Scheme.parse("w4a16_g16_asym")
     tensor = QuantizedTensor(
@@ -70,11 +70,14 @@ def write_sample(folder: Path) -> None:
             writer.put("up.qweight", packed.codes),
             writer.put("up.scales", packed.scales),
             writer.put("up.zeros", packed.zeros),
+            writer.put("scales", packed.scales.reshape(6, 2)),
+            writer.put("zeros", packed.zeros.reshape(6, 1)),
             writer.put("down.qweight", int8),
             writer.put("down.scales", torch.rand(5, generator=generator)),
             writer.put("norm", norm),
             helper.make_tensor("codes", TensorProto.UINT4, [32, 4], [3] * 128),
             numpy_helper.from_array(torch.rand(2, 4, generator=generator).numpy(), "scale"),
+            helper.make_tensor("flat", TensorProto.INT64, [2], [6, -1]),
         ]
         nodes = [
             helper.make_node(
@@ -94,8 +97,20 @@ def write_sample(folder: Path) -> None:
             ),
             helper.make_node("MatMul", ["x", "w"], ["c"], name="/gate/MatMul"),
             helper.make_node("Identity", ["norm"], ["d"], name="/norm"),
+            helper.make_node("Reshape", ["up.qweight", "flat"], ["table"], name="/reshape"),
+            helper.make_node(
+                "GatherBlockQuantized",
+                ["table", "i", "scales", "zeros"],
+                ["e"],
+                name="/embed/Gather",
+                domain=DOMAIN,
+                gather_axis=0,
+                quantize_axis=1,
+                bits=4,
+                block_size=16,
+            ),
         ]
-        outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "abcd"]
+        outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "abcde"]
         graph = helper.make_graph(nodes, "g", [], outputs, entries)
         domains = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
         writer.finish(helper.make_model(graph, opset_imports=domains, ir_version=10))

@@ -332,6 +332,113 @@ def test_what_onnxruntimes_own_quantizers_write_is_read(tmp_path: Path, kind: st
     assert float((found - weight.T).norm() / weight.norm()) < 0.15
 
 
+GATHERED = {
+    # name: (ONNX type of the data, bits, gather axis, has zeros, scales, columns, block)
+    "uint8-2": (TensorProto.UINT8, 2, 0, True, np.float32, 64, 16),
+    "uint8-4": (TensorProto.UINT8, 4, 0, True, np.float32, 96, 32),
+    "uint8-4-centered": (TensorProto.UINT8, 4, 0, False, np.float16, 96, 16),
+    "uint8-8": (TensorProto.UINT8, 8, 0, True, np.float16, 64, 32),
+    "uint8-8-row": (TensorProto.UINT8, 8, 0, False, np.float32, 50, 64),
+    "int4": (TensorProto.INT4, 4, 0, False, np.float32, 48, 16),
+    "int4-zeros": (TensorProto.INT4, 4, -2, True, np.float16, 48, 16),
+    "uint4": (TensorProto.UINT4, 4, 0, True, np.float32, 48, 16),
+    "uint4-from-zero": (TensorProto.UINT4, 4, 0, False, np.float32, 48, 16),
+    "uint4-columns": (TensorProto.UINT4, 4, 1, True, np.float32, 48, 16),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_tables_of_embeddings_decode_to_onnxruntimes_values(tmp_path: Path, case: str) -> None:
+    kind, bits, axis, zeros, dtype, columns, block = GATHERED[case]
+    rows, count, turned = 7, -(-columns // block), axis == 1
+    random = np.random.default_rng(0)
+
+    def packed(name: str, width: int) -> onnx.TensorProto:
+        shape = [width, rows] if turned else [rows, width]
+        if kind == TensorProto.UINT8:
+            shape[1] = -(-width * bits // 8)
+        high = 256 if kind == TensorProto.UINT8 else 16
+        low = -8 if kind == TensorProto.INT4 else 0
+        values = random.integers(low, low + high, shape)
+        return helper.make_tensor(name, kind, shape, values.flatten().tolist())
+
+    scales = random.uniform(0.1, 1, (count, rows) if turned else (rows, count)).astype(dtype)
+    tensors = [packed("data", columns), numpy_helper.from_array(scales, "scales")]
+    tensors += [packed("zeros", count)] if zeros else []
+    node = helper.make_node(
+        "GatherBlockQuantized",
+        ["data", "ids", "scales", *(["zeros"] if zeros else [])],
+        ["y"],
+        name="/embed/Gather",
+        domain="com.microsoft",
+        bits=bits,
+        block_size=block,
+        gather_axis=axis,
+        quantize_axis=0 if turned else 1,
+    )
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, [None])
+    y = helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(scales.dtype), None)
+    graph = helper.make_graph([node], "g", [ids], [y], tensors)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    path = tmp_path / "model.onnx"
+    onnx.save_model(helper.make_model(graph, opset_imports=domains, ir_version=10), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"ids": np.arange(rows)})
+    (matrix,) = matrices(OnnxFile(path))
+    assert matrix.shape == (rows, columns) and matrix.scheme.bits == bits
+    tensor = matrix.read(OnnxFile(path))
+    found = tensor.dequantize(torch.from_numpy(scales[:1]).dtype).numpy()
+    assert np.array_equal(found, expected.T if turned else expected)
+
+
+def test_a_quantized_table_of_onnxruntimes_quantizer_is_read(tmp_path: Path) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, [None])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 64])
+    node = helper.make_node("Gather", ["embed.weight", "ids"], ["y"], name="/embed/Gather")
+    values = [numpy_helper.from_array(weight.numpy(), "embed.weight")]
+    graph = helper.make_graph([node], "g", [ids], [y], values)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    for symmetric in (True, False):
+        quantizer = MatMulNBitsQuantizer(
+            model,
+            bits=4,
+            block_size=32,
+            is_symmetric=symmetric,
+            op_types_to_quantize=("MatMul", "Gather"),
+        )
+        quantizer.process()
+        path = tmp_path / f"{symmetric}.onnx"
+        quantizer.model.save_model_to_file(str(path))
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (expected,) = session.run(None, {"ids": np.arange(24)})
+        (matrix,) = matrices(OnnxFile(path))
+        assert matrix.operator == "GatherBlockQuantized"
+        found = matrix.read(OnnxFile(path)).dequantize(torch.float32)
+        assert np.array_equal(found.numpy(), expected)
+        assert float((found - weight).norm() / weight.norm()) < 0.15
+
+
+def test_a_tied_quantized_head_of_the_model_builder_is_read_as_the_table_too(
+    root: Path, tmp_path: Path
+) -> None:
+    build_graph(
+        root / "source/demo",
+        tmp_path,
+        precision="int4",
+        options={"shared_embeddings": True, "int4_op_types_to_quantize": "MatMul/Gather"},
+    )
+    file = OnnxFile(tmp_path)
+    found = {matrix.operator: matrix for matrix in matrices(file) if "layers" not in matrix.name}
+    table, head = found["GatherBlockQuantized"], found["MatMulNBits"]
+    # One weight in the file: it is shown once.
+    assert table.tensors == head.tensors
+    names = [group.pattern for group in inspect(tmp_path).groups]
+    assert len([name for name in names if name in (table.name, head.name)]) == 1
+    values = table.read(file).dequantize(torch.float32)
+    assert torch.equal(values, head.read(file).dequantize(torch.float32))
+
+
 def test_the_triton_configuration_parses_with_the_servers_schema(
     exported: dict[str, Path],
 ) -> None:

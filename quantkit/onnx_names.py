@@ -140,6 +140,8 @@ def read_names(path: Path, file: OnnxFile) -> Names:
     for name, place in names.kept.items():
         stored = file.info(place.initializer)
         numel = torch.Size(place.shape).numel()
+        if place.transposed and len(place.shape) != 2:
+            raise CheckpointError(f"{path}: {name!a}: {list(place.shape)} cannot be transposed")
         same = stored.shape == (place.shape[::-1] if place.transposed else place.shape)
         part = not place.transposed and len(place.shape) == 1
         if not same and not (part and 0 <= place.first <= stored.numel - numel):

@@ -214,6 +214,18 @@ def test_names_that_point_outside_a_matrix_are_refused(
         place["parts"][0][field] = kept
 
 
+def test_a_vector_that_is_to_be_transposed_is_refused(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pairs["sym"][1], out)
+    data = json.loads((out / NAMES).read_bytes())
+    data["kept"]["model.norm.weight"]["transposed"] = True
+    (out / NAMES).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight': \[\d+\] cannot be transposed"):
+        OnnxSource(out / "model.onnx")
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_packed_is_unpacked_to_the_same_tensor(name: str) -> None:
     for seed, rows, groups in ((0, 1, 1), (1, 7, 3), (2, 5, 8)):

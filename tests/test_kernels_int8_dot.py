@@ -145,6 +145,8 @@ def test_shapes_and_strides_of_activations() -> None:
     assert run(x[0, 0], weight, None, 9).shape == (9,)
     with pytest.raises(RuntimeError, match="x has 64 columns, the weight 3 blocks of 32"):
         run(x[..., :64], weight, None, 9)
+    with pytest.raises(RuntimeError, match="x must be float32, bfloat16 or float16"):
+        run(x.double(), weight, None, 9)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

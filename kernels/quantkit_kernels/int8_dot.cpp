@@ -54,6 +54,8 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kRows = 4;
 // Multiply-adds that are worth a thread's while.
 constexpr int64_t kGrain = 1 << 17;
+// Bytes of rounded activations that a thread keeps for the next call.
+constexpr size_t kKept = 1 << 20;
 
 struct BFloat16 {
   uint16_t bits;
@@ -317,6 +319,7 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
           }
         }
       });
+  if (rounded.codes.size() > kKept) rounded = Rounded{};
 }
 
 }  // namespace
@@ -330,6 +333,10 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   Tensor out = torch::stable::new_empty(x, shape);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                      dtype == ScalarType::Half,
+                  "quantkit::int8_dot: x must be float32, bfloat16 or float16");
   if (rows == 0) return out;
   const Tensor flat = x.is_contiguous() ? x : torch::stable::contiguous(x);
   const int64_t blocks = packed.size(1);
@@ -354,7 +361,6 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
                                          : by_scale<Integers<8>>(scales);
   const void* data = flat.const_data_ptr();
   void* to = out.mutable_data_ptr();
-  const ScalarType dtype = x.scalar_type();
   if (dtype == ScalarType::BFloat16)
     run<BFloat16>(weight, products, data, rows, columns, added, to, out_features);
   else if (dtype == ScalarType::Half)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+_LOG = logging.getLogger(__name__)
 # torch's stable ABI has had parallel_for since then.
 _FIRST_TORCH = (2, 10)
 _COMPILERS = ("c++", "g++", "clang++")
@@ -86,6 +88,7 @@ def _processor_flags() -> str:
 
 
 def _build(source: Path, library: Path, compiler: str, flags: tuple[str, ...]) -> str | None:
+    _LOG.info("building %s with %s, once for this machine", source.name, compiler)
     torch_folder = Path(torch.__file__).parent
     library.parent.mkdir(parents=True, exist_ok=True)
     # Two processes may build at once: each writes a file of its own, and the last one stays.

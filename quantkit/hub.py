@@ -29,6 +29,8 @@ SIDE_FILES = (
 _HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.model", *SIDE_FILES)
 # Copies in other layouts that many repositories carry beside the Transformers checkpoint.
 _HUB_IGNORED = ("*/*.safetensors", "*/*.json", "*/*.model", "consolidated*.safetensors")
+# How a checkpoint of quantkit's was made, and what was folded into its weights.
+_HUB_OWN = ("quantkit/report.json", "quantkit/*folds.safetensors")
 
 
 def download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -37,7 +39,7 @@ def download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
     patterns = [*_HUB_PATTERNS, *(("*.py",) if trust_remote_code else ())]
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 name,
                 revision=revision,
@@ -45,6 +47,9 @@ def download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
                 ignore_patterns=list(_HUB_IGNORED),
             )
         )
+        # The patterns know no exceptions from what is ignored.
+        snapshot_download(name, revision=folder.name, allow_patterns=list(_HUB_OWN))
+        return folder
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(

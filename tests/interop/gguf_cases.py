@@ -18,10 +18,18 @@ EXPORTED: dict[str, tuple[str, ...]] = {
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
 QUANTIZED: dict[str, tuple[str, ...]] = {
     name: ("--format", "gguf", "--scheme", name, *_CALIBRATION)
-    for name in ("q3_k_m", "q4_k_m", "q6_k")
+    for name in ("q2_k", "q3_k_m", "q4_k_m", "q5_0", "q5_1", "q5_k_m", "q6_k")
 }
 # The owner's numbers of the same recipes (llama_ftype).
-FILE_TYPES = {"q3_k_m": 12, "q4_k_m": 15, "q6_k": 18}
+FILE_TYPES = {
+    "q2_k": 10,
+    "q3_k_m": 12,
+    "q4_k_m": 15,
+    "q5_0": 8,
+    "q5_1": 9,
+    "q5_k_m": 17,
+    "q6_k": 18,
+}
 
 # Tokenizers as sentencepiece makes them: Llama 2's adds a space and <s>, Gemma's neither here.
 SENTENCEPIECE: dict[str, dict[str, bool]] = {

@@ -109,11 +109,15 @@ def test_model_description_is_the_quantized_type(root: Path) -> None:
 def test_a_file_of_ours_is_no_farther_from_the_original_than_llama_quantizes(
     root: Path, name: str, tmp_path: Path
 ) -> None:
-    """Same types, size and importance text; KL by llama.cpp, within two standard errors."""
+    """Same importance text, no larger; KL by llama.cpp, within two standard errors.
+
+    For q5_0 llama-quantize makes the first eighth of the down projections Q5_1, if it is given an
+    importance matrix; ours are Q5_0 as all others.
+    """
     theirs = tmp_path / "theirs.gguf"
     llama_quantize(root / "gguf" / "dense" / "model.gguf", theirs, FILE_TYPES[name], root / "gguf")
     ours = root / "gguf" / name / "model.gguf"
-    assert abs(ours.stat().st_size - theirs.stat().st_size) < 4096
+    assert ours.stat().st_size < theirs.stat().st_size + 4096
     judge = load_file(root / "gguf" / "judge.safetensors")
     mine, other = (divergences(path, judge) for path in (ours, theirs))
     difference = mine - other

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ def container_checks(
     checks = [_files(path, file)]
     try:
         view = _opened(file)
-        vectors = Vectors(folds_since(view.home, None if reference is None else reference.home))
+        folds = folds_since(view.home, None if reference is None else reference.home)
+        vectors = Vectors(_named(folds, view))
         model = skeleton.build(view, trust_remote_code=False, dtype=None)
         view.transposed = skeleton.conv1d_names(model, view.names())
         names = map_names(model, view)
@@ -72,6 +73,17 @@ def container_checks(
         other = Unpacked.open(reference, trust_remote_code=trust_remote_code)
     same = isinstance(other, Unpacked) and holds_numbers_of(view.home, other.packed)
     return [*checks, *_numbers(view, other, vectors, model, same=same)]
+
+
+def _named(folds: Mapping[str, Tensor], view: Unpacked) -> dict[str, Tensor]:
+    """The vectors by the file's names; a checkpoint of GPT-2 may lack `transformer.`."""
+    names = set(view.names())
+    longer = {name.partition(".")[2]: name for name in names}
+    found = {}
+    for key, vector in folds.items():
+        name, _, axis = key.rpartition(":")
+        found[f"{name if name in names else longer.get(name, name)}:{axis}"] = vector
+    return found
 
 
 def _files(path: Path, file: Path) -> Check:

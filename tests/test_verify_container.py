@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_jobs as jobs
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gguf")
 
@@ -58,6 +59,23 @@ def test_shifted_norms_transposed_weights_and_experts_pass(tmp_path: Path, kind:
     result = verify(done.out, against=source)
     assert result.ok, result.text()
     assert result.checks[-1].detail.startswith("largest relative error of a tensor 0.000")
+
+
+def test_folds_of_a_gpt2_whose_names_lack_the_prefix_are_found(tmp_path: Path) -> None:
+    from test_gguf_export import save_model
+
+    model = save_model(tmp_path / "model", "gpt2")
+    tensors = load_file(model / "model.safetensors")
+    short = {name.removeprefix("transformer."): value for name, value in tensors.items()}
+    save_file(short, model / "model.safetensors", metadata={"format": "pt"})
+    text = tmp_path / "text.txt"
+    text.write_text("The same words again, and other words after them.\n" * 500)
+    job = jobs.make_job(model, "awq", "w4a16_g32", text=text, allow_unreadable=True)
+    checkpoint = jobs.finish(job, tmp_path / "q").out
+    done = export_gguf(checkpoint, tmp_path / "out")
+    for against in (checkpoint, model):
+        result = verify(done.out, against=against)
+        assert result.ok, result.text()
 
 
 def test_what_was_quantized_anew_is_compared_with_every_ancestor(tmp_path: Path) -> None:

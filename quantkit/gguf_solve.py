@@ -28,8 +28,11 @@ DAMP = 0.01
 _REACH, _STEP = 1.0, 0.1
 # Refits of scales to codes and codes to scales.
 _ROUNDS = 3
-# Weights fitted at a time, and channels between two updates of the remaining weights.
-_CHUNK, _BLOCK = 1 << 21, 128
+# Weights fitted at a time: some copies stay in the cache, and none is so large that the system has
+# to be asked for it anew.
+FIT_WEIGHTS = 1 << 17
+# Channels between two updates of the remaining weights.
+_BLOCK = 128
 _TINY = 1e-30
 _HALF_MAX = 65504.0
 
@@ -78,7 +81,7 @@ def fit(weight_OI: Tensor, kind: BlockType, importance_I: Tensor) -> Blocks:
     """Blocks of least weighted squared error found, codes the nearest on their grid."""
     rows, columns = weight_OI.shape
     assert columns % kind.size == 0, "gguf_recipe chooses types that divide the rows"
-    step = max(1, _CHUNK // columns)
+    step = max(1, FIT_WEIGHTS // columns)
     parts = []
     weights_1I = importance_I.view(1, -1)
     for start in range(0, rows, step):

@@ -11,41 +11,27 @@ from typing import Any
 
 import torch
 
-from quantkit.budget import current_rss
-from quantkit.calibrated import BATCH_TOKENS
 from quantkit.calibration import Calibration, CalibrationSource, load_calibration
 from quantkit.checkpoint import open_source, refuse_quantized
 from quantkit.errors import RecipeError, SchemeError, ShapeError
-from quantkit.gather import gram_bytes
 from quantkit.gguf_blocks import BLOCK_TYPES
 from quantkit.gguf_container import PlannedTensor, import_gguf
 from quantkit.gguf_export import dense_tensor, place_tensors
 from quantkit.gguf_families import Family, family_of
 from quantkit.gguf_metadata import Described, Entry, describe
 from quantkit.gguf_names import Place
+from quantkit.gguf_predict import predict_gguf
 from quantkit.gguf_recipe import RECIPES, Choice, Weight, check_recipe, choose_types
 from quantkit.gguf_tokenizer import describe_tokenizer
 from quantkit.models import CausalModel
-from quantkit.predict import Prediction, products_per_second
+from quantkit.predict import Prediction
 from quantkit.recipe import Rule
 from quantkit.source import Source
-from quantkit.stats import Needs
 from quantkit.tokenizer import load_tokenizer
 from quantkit.unpacked import Unpacked
 from quantkit.version import __version__
 
 METHODS = ("gptq", "rtn")
-NEEDS = Needs(moments=True, gram=-1)
-# Weights solved together: bounds memory, and a function of the shape alone.
-CHUNK = 1 << 23
-# Allocator slack, lazily imported modules, thread stacks and copy buffers.
-_OVERHEAD_BYTES = 128 * 2**20
-# Float32 copies of a chunk while it is solved: weight, importance, values, codes, errors.
-_CHUNK_COPIES = 6
-# Float32 copies of the blocks that are fitted at a time, and how many weights those are.
-_FIT_COPIES, _FIT_WEIGHTS = 16, 1 << 21
-# Square matrices beside the Gram matrix while it is factorised.
-_FACTOR_COPIES = 3
 _HEADS = ("output.weight", "token_embd.weight")
 
 
@@ -145,7 +131,7 @@ def prepare_gguf(model_path: str, request: GgufRequest) -> GgufJob:
             vocab_size=config.vocab_size,
         )
     fates = tuple(_fates(source, placed, types, reasons, family, config))
-    prediction = _predict(model, types, placed, tokens, sum(fate.num_bytes for fate in fates))
+    prediction = predict_gguf(model, types, placed, tokens, sum(fate.num_bytes for fate in fates))
     prediction.check(request.max_ram)
     fallbacks = tuple(
         f"{name}: {choice.fallback} does not divide its rows, {choice.type} is written"
@@ -314,74 +300,6 @@ def _fates(
             sources=(name,),
             source_bytes=info.nbytes,
         )
-
-
-def _predict(
-    model: CausalModel,
-    types: Mapping[str, Choice],
-    placed: Mapping[str, list[tuple[str, Place]]],
-    tokens: Calibration | None,
-    num_bytes: int,
-) -> Prediction:
-    chosen = {
-        name
-        for target, choice in types.items()
-        if choice.type in BLOCK_TYPES
-        for name, _ in placed[target]
-    }
-    blocks = [
-        [ref for ref in model.weights(i) if ref.name in chosen] for i in range(model.num_blocks)
-    ]
-    gram = grams = solve = largest = 0
-    products = 0.0
-    for refs in blocks:
-        columns = {ref.input: ref.shape[1] for ref in refs}
-        sizes = [gram_bytes(size, NEEDS) if tokens is not None else 0 for size in columns.values()]
-        gram, grams = max([gram, *sizes]), max(grams, sum(sizes))
-        for ref in refs:
-            rows, width = ref.shape
-            largest = max(largest, rows * width)
-            solve = max(solve, _solve_bytes(rows, width, calibrated=tokens is not None))
-            products += 2.0 * rows * width * (width if tokens is not None else 64)
-    outside = [
-        model.source.info(name).shape
-        for name in chosen
-        if not any(ref.name == name for refs in blocks for ref in refs)
-    ]
-    for shape in outside:
-        # The head's statistics lie beside no block, the embedding has none.
-        head = gram_bytes(shape[1], NEEDS) if tokens is not None else 0
-        solve = max(solve, head + _solve_bytes(*shape[:2], calibrated=tokens is not None))
-        products += 2.0 * shape[0] * shape[1] * (shape[1] if tokens is not None else 64)
-    forward = hidden = 0
-    if tokens is not None:
-        samples, length = tokens.ids.shape
-        batch = max(BATCH_TOKENS["cpu"], length)
-        widths = [size for refs in blocks for ref in refs for size in ref.shape]
-        forward = batch * max(widths, default=0) * (3 * 4 + 2 * 4)
-        hidden = 2 * samples * length * model.text_config.hidden_size * 4
-        weights = sum(ref.shape[0] * ref.shape[1] for refs in blocks for ref in refs)
-        products += 4.0 * samples * length * weights
-    block = max(model.block_bytes(index) for index in range(model.num_blocks))
-    return Prediction(
-        base=current_rss() + _OVERHEAD_BYTES,
-        block=block + 4 * largest,
-        forward=forward,
-        gram=gram,
-        grams=grams,
-        solve=solve,
-        # The packed rows wait beside the file that is put together from them.
-        disk=2 * num_bytes + hidden + (grams if tokens is not None else 0),
-        seconds=products / products_per_second() + num_bytes / 2e8,
-    )
-
-
-def _solve_bytes(rows: int, columns: int, *, calibrated: bool) -> int:
-    """Working copies while a weight is solved chunk by chunk."""
-    chunk = min(rows, max(1, CHUNK // columns)) * columns
-    fitted = min(chunk, _FIT_WEIGHTS)
-    factor = _FACTOR_COPIES * gram_bytes(columns, NEEDS) if calibrated else 0
-    return 4 * _CHUNK_COPIES * chunk + 4 * _FIT_COPIES * fitted + factor + rows * columns
 
 
 def recipe_type(scheme: str) -> int:

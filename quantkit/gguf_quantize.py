@@ -39,16 +39,9 @@ from quantkit.gguf_export import (
     modelfile,
     row_order,
 )
-from quantkit.gguf_job import (
-    CHUNK,
-    NEEDS,
-    GgufJob,
-    GgufRequest,
-    dense_kind,
-    prepare_gguf,
-    recipe_type,
-)
+from quantkit.gguf_job import GgufJob, GgufRequest, dense_kind, prepare_gguf, recipe_type
 from quantkit.gguf_names import Place
+from quantkit.gguf_predict import CHUNK, NEEDS
 from quantkit.gguf_solve import solve_blocks
 from quantkit.hidden import HiddenStore
 from quantkit.manifest import RUN

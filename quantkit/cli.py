@@ -233,6 +233,10 @@ def generate(
     fuse: Annotated[
         bool, typer.Option("--fuse", help="Multiply q/k/v, and gate with up, at once.")
     ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own."),
+    ] = None,
     compiled: Annotated[
         bool,
         typer.Option("--compile", help="Compile the step of each token: pays off in long texts."),
@@ -244,7 +248,7 @@ def generate(
 
     text = generate_text(
         path, prompt, max_new_tokens,
-        backend=backend, fuse=fuse, device=device, compiled=compiled,
+        backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled,
     )  # fmt: skip
     typer.echo(text)
 

@@ -12,8 +12,8 @@ from test_loading import make_model, write_quantized
 from test_nn import make_tensor, same
 
 from quantkit.backend import check_backend
-from quantkit.errors import BackendError
-from quantkit.generation import decoding_options
+from quantkit.errors import BackendError, ModelError
+from quantkit.generation import decoding_options, generate_text
 from quantkit.loading import load
 from quantkit.nn import QuantLinear
 
@@ -82,8 +82,14 @@ def test_a_compiled_step_decodes_the_same_tokens(tmp_path: Path) -> None:
     ids = torch.arange(3, 3 + 10).view(1, 10)
     plain = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0)
     options = decoding_options(compiled=True)
-    options["compile_config"].backend = "eager"
+    # Dynamo's own backend takes no options.
+    options["compile_config"].backend, options["compile_config"].options = "eager", None
     found = model.generate(ids, do_sample=False, max_new_tokens=8, pad_token_id=0, **options)
     assert model._last_compile_config is options["compile_config"]
     assert torch.equal(found, plain)
     assert decoding_options(compiled=False) == {}
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="dtype 'int4' is unknown; allowed: float32, bfloat16"):
+        generate_text(tmp_path, "a", 1, dtype="int4")

@@ -73,7 +73,7 @@ def test_qk8_puts_each_code_where_the_layout_says() -> None:
         assert torch.equal(byte.to(torch.uint8).view(torch.int8), codes[:, column::128].t())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
+@pytest.mark.parametrize("tokens", [0, 1, 5, max(w8a16.FEW_ROWS.values()) + 1])
 @pytest.mark.parametrize("group", [None, 32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_cpu_op_equals_float64(dtype: torch.dtype, group: int | None, tokens: int) -> None:

@@ -9,46 +9,49 @@ from typing import Any
 import common
 
 _FOLDER = common.ROOT / "kernels" / "bench" / "results"
-# What decode.py ran, as it is called in a sentence, the reference first.
-_RUNS: dict[str, dict[str, Any]] = {
-    "bfloat16": {"program": "quantkit", "scheme": None},
-    "4 bit": {"scheme": "w4a16_g32", "backend": "auto", "fuse": True, "compiled": False},
-    "4 bit compiled": {"scheme": "w4a16_g32", "backend": "auto", "compiled": True},
-    "8 bit": {"scheme": "w8a16_row", "backend": "auto"},
-    "4 bit with int8 activations": {
-        "scheme": "w4a16_g32",
+# Rows of the table, and what of decode.py's rows each shows in 16, 4 and 8 bits.
+_WAYS: dict[str, dict[str, Any]] = {
+    "quantkit, `cpu`": {"backend": "auto", "compiled": False},
+    "quantkit, `cpu`, compiled": {"backend": "auto", "compiled": True},
+    "quantkit, `cpu-int8`": {"backend": "cpu-int8", "compiled": False},
+    "quantkit, `cpu-int8`, compiled": {
         "backend": "cpu-int8",
-        "compiled": False,
+        "compiled": True,
+        "float32": False,
     },
-    "compiled": {"scheme": "w4a16_g32", "backend": "cpu-int8", "compiled": True},
-    "8 bit with int8 activations": {
-        "scheme": "w8a16_row",
-        "backend": "cpu-int8",
-        "compiled": False,
-    },
-    "8 bit so compiled": {"scheme": "w8a16_row", "backend": "cpu-int8", "compiled": True},
-    "llama.cpp Q4_0": {"program": "llama.cpp", "scheme": "Q4_0"},
-    "llama.cpp Q8_0": {"program": "llama.cpp", "scheme": "Q8_0"},
-    "llama.cpp F16": {"program": "llama.cpp", "scheme": "F16"},
+    "the same in float32": {"backend": "cpu-int8", "float32": True},
+    "llama.cpp": {"program": "llama.cpp"},
 }
+_BITS = ((None, "F16"), ("w4a16_g32", "Q4_0"), ("w8a16_row", "Q8_0"))
 
 
 def decoding(folder: str) -> str:
-    """Tokens per second beside llama.cpp; `folder` is how a link from the text reaches kernels/."""
+    """A table of tokens per second beside llama.cpp; `folder` is the results' in a link."""
     path, found = _newest("decode")
     if found is None:
         return ""
-    speeds = []
-    for name, wanted in _RUNS.items():
-        for row in found["rows"]:
-            if all(key in row and row[key] == value for key, value in wanted.items()):
-                speeds.append(f"{name} {row['tokens_per_second']:.1f}")
     machine = found["machine"]
-    return (
-        f"\nDecoding with a random Llama of half a billion parameters at batch 1, "
-        f"{_threads(machine)} ({machine['level'].upper()}), in tokens per second: "
-        f"{', '.join(speeds)} ([{path.name}]({folder}/{path.name})).\n"
-    )
+    lines = [
+        f"\nTokens per second of a random Llama of half a billion parameters at batch 1, "
+        f"{_threads(machine)} ({machine['level'].upper()}), the output head in 8 bits "
+        f"([{path.name}]({folder}/{path.name})):\n",
+        "| | 16 bit | 4 bit in groups of 32 | 8 bit |",
+        "|---|---|---|---|",
+    ]
+    for way, wanted in _WAYS.items():
+        cells = [_speed(found["rows"], wanted, schemes) for schemes in _BITS]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _speed(rows: list[dict[str, Any]], wanted: dict[str, Any], schemes: tuple[Any, ...]) -> str:
+    """The last row that fits: with projections fused, where both were timed."""
+    fitting = [
+        row["tokens_per_second"]
+        for row in rows
+        if row["scheme"] in schemes and all(row.get(key) == wanted[key] for key in wanted)
+    ]
+    return f"{fitting[-1]:.1f}" if fitting else ""
 
 
 def products(folder: str) -> str:

@@ -12,6 +12,7 @@ import functools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
             "threads": chosen.threads,
             "torch": torch.__version__,
         },
+        "command": command(),
         "shape": [rows, columns],
         "rounds": chosen.rounds,
         "rows": [],
@@ -122,6 +124,11 @@ def timed(made: dict[str, Product], x: Tensor, rounds: int) -> dict[str, list[fl
             if number:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def command() -> str:
+    """The command line; paths by their last part only."""
+    return " ".join(Path(part).name if "/" in part else part for part in sys.argv)
 
 
 def processor() -> str:

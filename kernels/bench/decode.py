@@ -14,7 +14,6 @@ import functools
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import processor
+from cpu import command, processor
 from quantkit_kernels import isa
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -70,7 +69,8 @@ class Run:
     """How a model is run.
 
     `head` is the scheme of the output head (None: bfloat16); `static` a cache of fixed size, with
-    which `generate` compiles its step on a GPU and, with `compiled`, on a CPU too.
+    which `generate` compiles its step on a GPU and, with `compiled`, on a CPU too; with `float32`
+    activations and what is not quantized are that instead of bfloat16.
     """
 
     scheme: str | None
@@ -79,6 +79,7 @@ class Run:
     fuse: bool = False
     static: bool = False
     compiled: bool = False
+    float32: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ ON_CPU = (
     Run(scheme="w8a16_row", head="w8a16_row", fuse=True),
     _rounded(scheme="w4a16_g32"),
     _rounded(scheme="w4a16_g32", static=True, compiled=True),
+    _rounded(scheme="w4a16_g32", static=True, compiled=True, float32=True),
     _rounded(scheme="w8a16_row"),
     _rounded(scheme="w8a16_row", static=True, compiled=True),
 )
@@ -126,7 +128,7 @@ def main() -> None:
             "threads": chosen.threads,
             "torch": torch.__version__,
         },
-        "command": " ".join(["decode.py", *sys.argv[1:]]),
+        "command": command(),
         "hidden": config.hidden_size,
         "layers": config.num_hidden_layers,
         "prompt": length.prompt,
@@ -223,7 +225,7 @@ def random_model(config: LlamaConfig, run: Run, device: torch.device) -> nn.Modu
                 fresh = type(module)(config=config)
             module.inv_freq = fresh.inv_freq
             module.original_inv_freq = fresh.inv_freq
-    return model.eval()
+    return (model.float() if run.float32 else model).eval()
 
 
 def random_tensor(name: str, shape: tuple[int, int], device: torch.device) -> QuantizedTensor:

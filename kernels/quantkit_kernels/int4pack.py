@@ -15,8 +15,9 @@ from quantkit_kernels import isa
 
 GROUPS = (32, 64, 128, 256)
 # Rows of x up to which aten's kernel, which decodes again every four rows, beats decoding once.
-# avx512: from 4096 x 11008 on two cores, decoding 19 ms, int4pack .27 ms a row; avx2: bench/cpu.py.
-FEW_ROWS = {"avx512": 96, "avx2": 40, "default": 4}
+# avx512: from 4096 x 11008 on two cores, decoding 19 ms, int4pack .27 ms a row; avx2: one thread
+# would choose 96, two 256.
+FEW_ROWS = {"avx512": 96, "avx2": 112, "default": 4}
 # Float32 weights decoded at a time: they should stay in the second-level cache.
 _TILE_ELEMENTS = 1 << 18
 # The overload itself: looking it up by the arguments takes as long as the call.

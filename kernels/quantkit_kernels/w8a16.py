@@ -23,7 +23,7 @@ torch.library.define(
 
 # Rows of x up to which aten's kernel, which converts weights every four rows, beats converting
 # once; see int4pack.FEW_ROWS.
-FEW_ROWS = {"avx512": 32, "avx2": 24, "default": 4}
+FEW_ROWS = {"avx512": 32, "avx2": 48, "default": 4}
 # The overload itself: looking it up by the arguments takes as long as the call.
 _multiply = torch.ops.aten._weight_int8pack_mm.default
 

@@ -21,7 +21,7 @@ torch.library.define(
 # 127 · 127 · 1024 < 2^24: sums of that many products are exact in float32, in any order.
 _EXACT_COLUMNS = 1024
 # Rows of x up to which aten's weight-only kernel is fastest; it rounds once more, to bfloat16.
-FEW_ROWS = {"avx512": 16, "avx2": 16, "default": 4}
+FEW_ROWS = {"avx512": 16, "avx2": 48, "default": 4}
 
 
 def supported(*, dtype: torch.dtype, device: Device) -> str | None:

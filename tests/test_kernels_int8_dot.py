@@ -189,6 +189,19 @@ def test_the_loops_with_a_dot_product_of_four() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.parametrize("processor", ["haswell", "icelake-server", "alderlake"])
+def test_the_source_compiles_for_processors_that_are_not_here(processor: str) -> None:
+    # AVX2 alone, and VNNI in its two spellings.
+    compiler = native._compiler()
+    assert compiler is not None
+    include = Path(torch.__file__).parent / "include"
+    source = Path(native.__file__).with_name("int8_dot.cpp")
+    command = [compiler, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-march={processor}"]
+    command += ["-isystem", str(include), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> str:
     monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compiler)

@@ -213,6 +213,17 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> s
     return reason
 
 
+def test_a_folder_that_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "file" / "cache"))
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    assert "Not a directory; name another folder in $QUANTKIT_CACHE" in str(reason)
+
+
 def test_no_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reason = refused(tmp_path, monkeypatch, "/no/such/compiler")
     assert "install g++ or clang++" in reason and "$CXX" in reason

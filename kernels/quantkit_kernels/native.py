@@ -41,7 +41,10 @@ def load(name: str, flags: tuple[str, ...] = ()) -> str | None:
         )
     library = _library_path(source, compiler, flags)
     if not library.exists():
-        reason = _build(source, library, compiler, flags)
+        try:
+            reason = _build(source, library, compiler, flags)
+        except OSError as error:
+            reason = f"{library.parent}: {error.strerror}; name another folder in $QUANTKIT_CACHE"
         if reason is not None:
             return reason
     try:

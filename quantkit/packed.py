@@ -148,7 +148,10 @@ class Int8Kernel(PackedKernel):
 
 
 class RoundedInputKernel(PackedKernel):
-    """Integers and codebooks on `quantkit::int8_dot`, which rounds activations to int8."""
+    """Integers and codebooks on `quantkit::int8_dot`, which rounds activations to int8.
+
+    Those of W8A8 too: in blocks, which is finer than one scale per token.
+    """
 
     packed: Tensor
     kernel_scale: Tensor
@@ -179,8 +182,8 @@ class RoundedInputKernel(PackedKernel):
         scheme = tensor.scheme
         if device != "cpu":
             return "activations are rounded to int8 on CPUs only"
-        if scheme.kind == "fp8" or scheme.activation_bits != 16:
-            return "activations are rounded to int8 for weight-only integers and codebooks"
+        if scheme.kind == "fp8":
+            return "activations are rounded to int8 for integers and codebooks"
         if scheme.flat and tensor.shape[1] % (scheme.group_size or 1):
             return f"{tensor.shape[1]} columns: blocks of {scheme.group_size} straddle the rows"
         return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)

@@ -235,7 +235,7 @@ def generate(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, bfloat16 or float16; the checkpoint's own."),
+        typer.Option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's."),
     ] = None,
     compiled: Annotated[
         bool,

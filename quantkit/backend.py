@@ -85,7 +85,8 @@ def choose_kernel(tensor: QuantizedTensor, backend: Backend, dtype: torch.dtype)
         return Chosen(kernel=ReferenceKernel(tensor), reason=f"{tensor.scheme.name} has no kernel")
     reason = make.supported(tensor, dtype, device)
     if reason is not None:
-        return Chosen(kernel=ReferenceKernel(tensor), reason=reason)
+        both = reason if missed is None else f"{missed}; {reason}"
+        return Chosen(kernel=ReferenceKernel(tensor), reason=both)
     return Chosen(kernel=make(tensor, device), reason=missed)
 
 

@@ -52,7 +52,7 @@ def load(
     """The model of a checkpoint, ready for `generate`; quantized layers stay so in memory.
 
     `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
-    triton (CUDA), cpu, cpu-int8 (the fastest: integers and NF4 times activations
+    triton (CUDA), cpu, cpu-int8 (the fastest at decoding: integers and NF4 times activations
     rounded to int8, compiled on first use) or reference (plain PyTorch); weights that have no
     kernel run on the reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate
     with up, at once where they have one scheme; results and what is saved stay the same.  An

@@ -14,6 +14,7 @@ from quantkit_kernels import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
 from quantkit_kernels.device import Device
 from torch import Tensor
 
+from quantkit.errors import BackendError, ShapeError
 from quantkit.grid import CodebookGrid, grid_of
 from quantkit.reference import StoredModule, StoredScale
 from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
@@ -194,18 +195,26 @@ class RoundedInputKernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.int8_dot(
-            x,
-            self.packed,
-            self.kernel_scale,
-            self.kernel_zero,
-            self.table,
-            bias,
-            self.stored_bits,
-            self.group_size,
-            self.shape[0],
-        )
+        if x.shape[-1] != self.shape[1]:
+            raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
+        weight = (self.packed, self.kernel_scale, self.kernel_zero, self.table)
+        numbers = (self.stored_bits, self.group_size)
+        out: Any = torch.ops.quantkit.int8_dot(x, *weight, bias, *numbers, self.shape[0])
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            # Straight through the rounding: the value of the op, the gradient of the plain product.
+            decoded = int8_dot.dequantize(*weight, *numbers, self.shape).to(x.dtype)
+            wide = None if bias is None else bias.to(x.dtype)
+            plain = torch.nn.functional.linear(x, decoded, wide)
+            return plain + (out - plain).detach()
         return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Another process may not have built the op, or cannot.
+        if reason := int8_dot.unavailable():
+            raise BackendError(f"backend cpu-int8: {reason}; load it with auto, cpu or reference")
+        super().__setstate__(state)
 
 
 class Int8ActivationKernel(PackedKernel):

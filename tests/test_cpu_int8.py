@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,12 @@ from test_loading import make_model, write_quantized
 from test_nn import make_tensor, same
 
 from quantkit.backend import check_backend
-from quantkit.errors import BackendError, ModelError
+from quantkit.errors import BackendError, ModelError, ShapeError
 from quantkit.generation import decoding_options, generate_text
 from quantkit.loading import load
 from quantkit.nn import QuantLinear
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -53,6 +58,46 @@ def test_rounded_activations_cost_little(name: str, dtype: torch.dtype) -> None:
     compiled = torch.compile(fast, fullgraph=True, dynamic=True, backend="aot_eager")
     assert torch.equal(compiled(x), fast(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize("name", ["w4a16_g32", "nf4_b64"])
+def test_gradients_are_those_of_the_plain_product(name: str) -> None:
+    tensor = make_tensor(name, (70, 192), dtype=torch.bfloat16)
+    gradients, direction = [], torch.randn(3, 70)
+    for backend in ("reference", "cpu-int8"):
+        layer = QuantLinear(tensor, torch.randn(70), backend=backend, dtype=torch.float32)
+        x = torch.randn(3, 192, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        (layer(x) * direction).sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+        with torch.no_grad():
+            found = layer(x)
+        assert torch.allclose(layer(x), found, atol=1e-5)
+    # A codebook's values are rounded to 2^-13 of the largest.
+    assert torch.allclose(gradients[0], gradients[1], atol=2**-10 * gradients[0].abs().max())
+
+
+@pytest.mark.usefixtures("available")
+def test_another_number_of_columns_is_refused() -> None:
+    layer = QuantLinear(make_tensor("w4a16_row", (70, 333)), backend="cpu-int8")
+    for columns in (330, 340, 352):
+        with pytest.raises(ShapeError, match=f"x has {columns} columns, the weight 333"):
+            layer(torch.randn(2, columns))
+
+
+@pytest.mark.usefixtures("available")
+def test_a_layer_runs_in_a_process_that_only_unpickles_it(tmp_path: Path) -> None:
+    layer = QuantLinear(make_tensor("w4a16_g32", (70, 192)), backend="cpu-int8")
+    x = torch.randn(3, 192)
+    torch.save((layer, x, layer(x)), tmp_path / "layer.pt")
+    code = "import sys, torch; layer, x, y = torch.load(sys.argv[1], weights_only=False)\n"
+    code += "assert torch.equal(layer(x), y)"
+    folders = os.pathsep.join(str(ROOT / name) for name in (".", "kernels"))
+    environment = {**os.environ, "PYTHONPATH": folders}
+    command = [sys.executable, "-c", code, str(tmp_path / "layer.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.usefixtures("available")

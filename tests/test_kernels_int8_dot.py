@@ -169,6 +169,46 @@ def test_zeros_and_denormal_activations() -> None:
         assert (run(torch.full((1, 64), value), weight, None, 8) == 0).all()
 
 
+def test_what_does_not_fit_together_is_refused() -> None:
+    codes, scale, zero = cases.int_weight((9, 96), 32, asym=True)
+    weight = int8_dot.pack(codes, scale, zero, 32, 4)
+    x = cases.activations((2, 96), torch.float32)
+    parts = [x, weight.packed, weight.scale, weight.zero, None, None, 4, 32, 9]
+    assert weight.zero is not None
+    for place, value, word in (
+        (0, torch.randn(2, 0), "x has 0 columns"),
+        (1, weight.packed[:, :, :64], "packed is not what"),
+        (2, weight.scale.double(), "scale must be"),
+        (3, weight.zero[:1], "zero must be"),
+        (4, torch.zeros(16, dtype=torch.uint8), "table must be"),
+        (5, torch.zeros(2), "bias must have 9 numbers"),
+        (6, 3, "3 bits"),
+        (7, 16, "groups of 16"),
+        (8, 24, "for 24 rows"),
+    ):
+        wrong = [*parts[:place], value, *parts[place + 1 :]]
+        with pytest.raises(RuntimeError, match=word):
+            torch.ops.quantkit.int8_dot(*wrong)
+
+
+def test_a_library_that_was_cut_short_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+
+    def build(source: Path, library: Path, *rest: object) -> None:
+        library.parent.mkdir(exist_ok=True)
+        built.append(library)
+        library.write_bytes(b"cut")
+
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_build", build)
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    assert len(built) == 2 and "does not load: " in str(reason) and "file too short" in str(reason)
+
+
 def test_the_op_is_well_formed() -> None:
     codes, scale, zero = cases.int_weight((16, 64), 32, asym=True)
     weight = int8_dot.pack(codes, scale, zero, 32, 4)
@@ -193,10 +233,10 @@ def test_the_loops_with_a_dot_product_of_four() -> None:
 def test_the_source_compiles_for_processors_that_are_not_here(processor: str) -> None:
     # AVX2 alone, and VNNI in its two spellings.
     compiler = native._compiler()
-    assert compiler is not None
+    assert isinstance(compiler, list)
     include = Path(torch.__file__).parent / "include"
     source = Path(native.__file__).with_name("int8_dot.cpp")
-    command = [compiler, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-march={processor}"]
+    command = [*compiler, "-std=c++20", "-Wall", "-Werror", "-fsyntax-only", f"-march={processor}"]
     command += ["-isystem", str(include), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -221,12 +261,21 @@ def test_a_folder_that_cannot_be_written_is_said(
     native.load.cache_clear()
     reason = native.load("int8_dot")
     native.load.cache_clear()
-    assert "Not a directory; name another folder in $QUANTKIT_CACHE" in str(reason)
+    assert "Not a directory" in str(reason) and "another folder in $QUANTKIT_CACHE" in str(reason)
 
 
 def test_no_compiler_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reason = refused(tmp_path, monkeypatch, "/no/such/compiler")
-    assert "install g++ or clang++" in reason and "$CXX" in reason
+    reason = refused(tmp_path, monkeypatch, "/no/such/compiler -m64")
+    assert "$CXX names '/no/such/compiler', which is no program" in reason
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "install g++ or clang++" in refused(tmp_path, monkeypatch, "")
+
+
+def test_a_program_that_cannot_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("no program\n")
+    broken.chmod(0o755)
+    assert "Exec format error" in refused(tmp_path, monkeypatch, str(broken))
 
 
 def test_what_the_compiler_says_is_handed_on(

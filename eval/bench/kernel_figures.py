@@ -13,13 +13,13 @@ _FOLDER = common.ROOT / "kernels" / "bench" / "results"
 _WAYS: dict[str, dict[str, Any]] = {
     "quantkit, `cpu`": {"backend": "auto", "compiled": False},
     "quantkit, `cpu`, compiled": {"backend": "auto", "compiled": True},
-    "quantkit, `cpu-int8`": {"backend": "cpu-int8", "compiled": False},
+    "quantkit, `cpu-int8`": {"backend": "cpu-int8", "compiled": False, "float32": False},
     "quantkit, `cpu-int8`, compiled": {
         "backend": "cpu-int8",
         "compiled": True,
         "float32": False,
     },
-    "the same in float32": {"backend": "cpu-int8", "float32": True},
+    "the same in float32": {"backend": "cpu-int8", "compiled": True, "float32": True},
     "llama.cpp": {"program": "llama.cpp"},
 }
 _BITS = ((None, "F16"), ("w4a16_g32", "Q4_0"), ("w8a16_row", "Q8_0"))

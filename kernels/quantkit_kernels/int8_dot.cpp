@@ -322,14 +322,47 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
   if (rounded.codes.size() > kKept) rounded = Rounded{};
 }
 
+// The op can be called with anything: what would be read out of bounds is refused.
+void check_weight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
+                  const std::optional<Tensor>& table, const std::optional<Tensor>& bias,
+                  int64_t bits, int64_t group_size, int64_t n) {
+  const auto bytes = [](const Tensor& t) {
+    return t.scalar_type() == ScalarType::Byte && t.is_contiguous();
+  };
+  const int64_t panels = packed.size(0), blocks = packed.size(1);
+  STD_TORCH_CHECK((bits == 4 || bits == 8) && group_size >= 0 && group_size % kBlock == 0,
+                  "quantkit::int8_dot: ", bits, " bits in groups of ", group_size);
+  STD_TORCH_CHECK(bytes(packed) && packed.dim() == 3 && packed.size(2) == kBlock * bits &&
+                      n > (panels - 1) * kLanes && n <= panels * kLanes,
+                  "quantkit::int8_dot: packed is not what int8_dot.pack gives for ", n, " rows");
+  const int64_t per_group = group_size ? group_size / kBlock : blocks;
+  const int64_t groups = (blocks + per_group - 1) / per_group;
+  const ScalarType dtype = scale.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
+                   dtype == ScalarType::Half) &&
+                      scale.is_contiguous() && scale.numel() == panels * groups * kLanes,
+                  "quantkit::int8_dot: scale must be contiguous floats, 8 for each of ", groups,
+                  " groups of ", panels, " panels");
+  STD_TORCH_CHECK(!zero || (bytes(*zero) && zero->numel() == scale.numel()),
+                  "quantkit::int8_dot: zero must be contiguous bytes, as many as scales");
+  STD_TORCH_CHECK(!table || (bits == 4 && bytes(*table) && table->numel() == 32),
+                  "quantkit::int8_dot: table must be contiguous bytes [2, 16], for 4 bits");
+  STD_TORCH_CHECK(!bias || bias->numel() == n, "quantkit::int8_dot: bias must have ", n,
+                  " numbers");
+}
+
 }  // namespace
 
 // x [..., K] in float32, bfloat16 or float16 -> [..., out_features] in the same dtype.
 Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
                 std::optional<Tensor> table, std::optional<Tensor> bias, int64_t bits,
                 int64_t group_size, int64_t out_features) {
-  const int64_t columns = x.size(-1);
-  const int64_t rows = columns ? x.numel() / columns : 0;
+  const int64_t columns = x.dim() ? x.size(-1) : 0, blocks = packed.size(1);
+  STD_TORCH_CHECK(columns > 0 && (columns + kBlock - 1) / kBlock == blocks,
+                  "quantkit::int8_dot: x has ", columns, " columns, the weight ", blocks,
+                  " blocks of 32");
+  check_weight(packed, scale, zero, table, bias, bits, group_size, out_features);
+  const int64_t rows = x.numel() / columns;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   Tensor out = torch::stable::new_empty(x, shape);
@@ -339,9 +372,6 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
                   "quantkit::int8_dot: x must be float32, bfloat16 or float16");
   if (rows == 0) return out;
   const Tensor flat = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  const int64_t blocks = packed.size(1);
-  STD_TORCH_CHECK((columns + kBlock - 1) / kBlock == blocks, "quantkit::int8_dot: x has ", columns,
-                  " columns, the weight ", blocks, " blocks of 32");
   const auto bytes = [](const std::optional<Tensor>& tensor) {
     return tensor ? static_cast<const uint8_t*>(tensor->const_data_ptr()) : nullptr;
   };

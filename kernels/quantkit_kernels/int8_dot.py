@@ -142,6 +142,26 @@ def round_activations(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(blocks * by[..., None]).to(torch.int8), largest / 127
 
 
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group_size: int,
+    shape: tuple[int, int],
+) -> Tensor:
+    """The weight float32 [N, K] that the op multiplies by."""
+    rows, columns = shape
+    codes = unpack(packed, shape)
+    if table is not None:
+        codes = (table[0].to(torch.int16) * 128 + table[1])[codes.long()]
+    group = torch.arange(columns) // (group_size or columns)
+    middle = float(2 ** (bits - 1) if table is None else _STEPS + 1)
+    offset = middle if zero is None else _rows(zero, rows).to(torch.float32)[:, group]
+    return (codes.to(torch.float32) - offset) * _rows(scale, rows).to(torch.float32)[:, group]
+
+
 def reference(
     x: Tensor,
     packed: Tensor,
@@ -155,15 +175,7 @@ def reference(
 ) -> Tensor:
     """The op in plain PyTorch: x rounded and decoded, times the decoded weight, in float32."""
     columns = x.shape[-1]
-    codes = unpack(packed, (out_features, columns))
-    if table is not None:
-        codes = (table[0].to(torch.int16) * 128 + table[1])[codes.long()]
-    group = torch.arange(columns) // (group_size or columns)
-    middle = float(2 ** (bits - 1) if table is None else _STEPS + 1)
-    offset = middle if zero is None else _rows(zero, out_features).to(torch.float32)[:, group]
-    weight = (codes.to(torch.float32) - offset) * _rows(scale, out_features).to(torch.float32)[
-        :, group
-    ]
+    weight = dequantize(packed, scale, zero, table, bits, group_size, (out_features, columns))
     rounded, scales = round_activations(x.reshape(-1, columns))
     decoded = (rounded.to(torch.float32) * scales[..., None]).flatten(1)[:, :columns]
     wide = None if bias is None else bias.to(torch.float32)

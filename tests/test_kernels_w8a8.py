@@ -71,7 +71,8 @@ def test_the_cpu_op_equals_the_definition(tokens: int, dtype: torch.dtype) -> No
     assert cases.relative_error(found, exact(x, codes, scale, bias)) < bound
 
 
-def test_integer_products_are_exact_beyond_float32() -> None:
+def test_integer_products_are_exact_beyond_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(w8a8, "_TILE_ELEMENTS", 3 * 1024)
     draw = cases.generator(0)
     x = torch.randint(-127, 128, (3, 5024), generator=draw, dtype=torch.int8)
     weight = torch.randint(-127, 128, (8, 5024), generator=draw, dtype=torch.int8)

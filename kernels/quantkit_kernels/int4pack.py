@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels import isa
+from quantkit_kernels.tiled import ELEMENTS
 
 GROUPS = (32, 64, 128, 256)
 # Rows of x up to which aten's kernel, which decodes again every four rows, beats decoding once.
 # avx512: from 4096 x 11008 on two cores, decoding 19 ms, int4pack .27 ms a row; avx2: one thread
-# would choose 96, two 256.
-FEW_ROWS = {"avx512": 96, "avx2": 112, "default": 4}
-# Float32 weights decoded at a time: they should stay in the second-level cache.
-_TILE_ELEMENTS = 1 << 18
+# would choose 64, two 128.
+FEW_ROWS = {"avx512": 96, "avx2": 96, "default": 4}
 # The overload itself: looking it up by the arguments takes as long as the call.
 _multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 
@@ -85,7 +84,7 @@ def _tiles(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple
     """(first row, weight [K, n] of some rows, transposed) for all rows in order."""
     blocks = _blocks(packed)
     count, columns, half = blocks.shape
-    step = max(1, _TILE_ELEMENTS // (columns * 2 * half))
+    step = max(1, ELEMENTS // (columns * 2 * half))
     scale, offset = scales.to(torch.float32).unbind(-1)
     offset = offset - 8 * scale
     for first in range(0, count, step):

@@ -26,9 +26,13 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 
 @runtime_checkable
 class WeightKernel(Protocol):
-    """A quantized weight in the layout of one backend; also an nn.Module."""
+    """A quantized weight in the layout of one backend; also an nn.Module.
+
+    `decodes_always`: one row of x costs as much decoding as many, because no op reads the codes.
+    """
 
     name: str
+    decodes_always: bool
 
     @property
     def quantized_tensor(self) -> QuantizedTensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantkit_kernels import int8_dot
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -52,13 +53,13 @@ def load(
     """The model of a checkpoint, ready for `generate`; quantized layers stay so in memory.
 
     `dtype` is what it computes in (default: the config's).  `backend` says what multiplies: auto,
-    triton (CUDA), cpu, cpu-int8 (the fastest at decoding: integers and NF4 times activations
-    rounded to int8, compiled on first use) or reference (plain PyTorch); weights that have no
-    kernel run on the reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate
-    with up, at once where they have one scheme; results and what is saved stay the same.  An
-    unquantized checkpoint gives the plain model.  Raises CheckpointError for an unfinished or
-    damaged output, FormatError for a quantized one in an unknown format, BackendError for a backend
-    that cannot run on the device.
+    triton (CUDA), cpu, cpu-int8 (the fastest at decoding: codes times activations rounded to int8,
+    compiled on first use) or reference (plain PyTorch); weights that have no kernel run on the
+    reference, with a warning that says why.  `fuse` multiplies q/k/v, and gate with up, at once
+    where they have one scheme; results and what is saved stay the same.  An unquantized checkpoint
+    gives the plain model.  Raises CheckpointError for an unfinished or damaged output, FormatError
+    for a quantized one in an unknown format, BackendError for a backend that cannot run on the
+    device.
     """
     chosen = check_backend(backend, device)
     refuse_unfinished(Path(path))
@@ -161,17 +162,22 @@ def replace_modules_(
     """Puts QuantLinear and QuantExperts where `quantized` checkpoint names are held.
 
     `tensor(name)` gives a quantized weight; `keep(path, old)` the value of a parameter that stays
-    beside it (a bias, a fused projection with some experts kept).  Logs what has no kernel.
+    beside it (a bias, a fused projection with some experts kept).  Logs what has no kernel, and
+    what decodes slowly on CPUs where a backend that must be asked for does not.
     """
     fallbacks: Counter[tuple[str, str]] = Counter()
+    slow = 0
 
     def layer(name: str, bias: Tensor | None, dtype: torch.dtype) -> QuantLinear:
-        linear = QuantLinear(tensor(name), bias, backend=backend, dtype=dtype)
+        nonlocal slow
+        weight = tensor(name)
+        linear = QuantLinear(weight, bias, backend=backend, dtype=dtype)
         if linear.fallback is not None:
             kernel = "the plain reference path"
             if linear.kernel.name != "reference":
                 kernel = f"{linear.kernel.name} instead of {backend}"
             fallbacks[kernel, f"{linear.scheme.name}: {linear.fallback}"] += 1
+        slow += linear.kernel.decodes_always and weight.codes.device.type == "cpu"
         return linear
 
     for target in targets_of(model, names, quantized):
@@ -183,6 +189,12 @@ def replace_modules_(
         setattr(find_module(model, parent), leaf, new)
     for (kernel, reason), count in sorted(fallbacks.items()):
         _LOG.warning("%d weights run on %s, %s", count, kernel, reason)
+    if slow and backend in ("auto", "cpu") and int8_dot.processor_suits():
+        _LOG.warning(
+            "%d weights are decoded whole for every token, which is slow; backend cpu-int8 "
+            "multiplies their codes, with activations rounded to int8",
+            slow,
+        )
 
 
 def targets_of(model: nn.Module, names: NameMap, quantized: frozenset[str]) -> Iterable[Target]:

@@ -30,6 +30,7 @@ class PackedKernel(StoredModule, ABC):
         self.weight_dtype = tensor.dtype
         self.device_kind: Device = device
         self.name = f"{device} {type(self).__name__}"
+        self.decodes_always = False
         self.scale = StoredScale(tensor.scale)
         self.register_buffer("zero", tensor.zero)
         self.register_buffer("columns", tensor.columns)
@@ -123,6 +124,7 @@ class Int8Kernel(PackedKernel):
         super().__init__(tensor, device)
         weight = w8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
         self.group_size = weight.group_size
+        self.decodes_always = device == "cpu" and weight.group_size > 0
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
 
@@ -149,9 +151,9 @@ class Int8Kernel(PackedKernel):
 
 
 class RoundedInputKernel(PackedKernel):
-    """Integers and codebooks on `quantkit::int8_dot`, which rounds activations to int8.
+    """Every scheme on `quantkit::int8_dot`, which rounds activations to int8 in blocks of 32.
 
-    Those of W8A8 too: in blocks, which is finer than one scale per token.
+    Those of W8A8 and of FP8 too, instead of one scale per token.
     """
 
     packed: Tensor
@@ -165,12 +167,15 @@ class RoundedInputKernel(PackedKernel):
         if scheme.kind == "int":
             group, bits = scheme.group_size, scheme.bits
             weight = int8_dot.pack(tensor.codes, scale, tensor.zero, group, bits)
+        elif scheme.kind == "fp8":
+            weight = int8_dot.pack_floats(tensor.codes, scale, scheme.group_size)
         else:
             grid = grid_of(scheme)
             assert isinstance(grid, CodebookGrid) and scheme.group_size is not None
             per_row = scale.view(tensor.shape[0], -1)
             weight = int8_dot.pack_codebook(tensor.codes, per_row, grid.values, scheme.group_size)
         self.stored_bits = weight.bits
+        self.floats = weight.floats
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
@@ -183,8 +188,6 @@ class RoundedInputKernel(PackedKernel):
         scheme = tensor.scheme
         if device != "cpu":
             return "activations are rounded to int8 on CPUs only"
-        if scheme.kind == "fp8":
-            return "activations are rounded to int8 for integers and codebooks"
         if scheme.flat and tensor.shape[1] % (scheme.group_size or 1):
             return f"{tensor.shape[1]} columns: blocks of {scheme.group_size} straddle the rows"
         return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)
@@ -198,7 +201,7 @@ class RoundedInputKernel(PackedKernel):
         if x.shape[-1] != self.shape[1]:
             raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
         weight = (self.packed, self.kernel_scale, self.kernel_zero, self.table)
-        numbers = (self.stored_bits, self.group_size)
+        numbers = (self.stored_bits, self.floats, self.group_size)
         out: Any = torch.ops.quantkit.int8_dot(x, *weight, bias, *numbers, self.shape[0])
         if torch.is_grad_enabled() and (
             x.requires_grad or (bias is not None and bias.requires_grad)
@@ -252,6 +255,7 @@ class Float8Kernel(PackedKernel):
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
+        self.decodes_always = device == "cpu"
         weight = fp8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
@@ -282,6 +286,7 @@ class Float8ActivationKernel(PackedKernel):
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
+        self.decodes_always = device == "cpu"
         packed, scale = fp8a8.pack(tensor.codes, tensor.scale.values().view(-1))
         self.register_buffer("packed", packed)
         self.register_buffer("kernel_scale", scale)
@@ -309,6 +314,7 @@ class Nf4Kernel(PackedKernel):
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
+        self.decodes_always = device == "cpu"
         scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
         stored = scale.codes if isinstance(scale, NestedScale) else scale.tensor.float()
         weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)

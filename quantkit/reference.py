@@ -71,6 +71,7 @@ class ReferenceKernel(StoredModule):
     """
 
     name = "reference"
+    decodes_always = True
     codes: Tensor
     zero: Tensor | None
     columns: Tensor | None

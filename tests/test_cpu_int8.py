@@ -38,6 +38,8 @@ def available() -> None:
         "w8a16_row",
         "w8a16_g32_asym",
         "w8a8_row",
+        "fp8a16_row",
+        "fp8a8_row",
         "nf4_b64_dq",
         "fp4_b64",
     ],
@@ -117,12 +119,24 @@ def test_a_model_decodes_as_with_float_activations(family: str, tmp_path: Path) 
 def test_weights_that_rounding_does_not_suit_say_what_they_run_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_quantized(make_model("llama"), tmp_path / "out", "fp8a16_row", "compressed-tensors")
+    write_quantized(make_model("llama"), tmp_path / "out", "w8a16_g16", "compressed-tensors")
     load(tmp_path / "out", backend="cpu-int8")
-    assert (
-        "weights run on cpu Float8Kernel instead of cpu-int8, fp8a16_row: activations"
-        in caplog.text
-    )
+    assert "run on cpu Int8Kernel instead of cpu-int8, w8a16_g16: group size 16" in caplog.text
+    assert "decoded whole" not in caplog.text
+
+
+@pytest.mark.parametrize("scheme", ["fp8a16_row", "w8a16_g32", "w3a16_g32_asym", "w4a16_g32"])
+def test_loading_names_the_backend_that_is_faster(
+    scheme: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fmt = "gptq_v2" if scheme.startswith("w3") else "compressed-tensors"
+    write_quantized(make_model("llama"), tmp_path / "out", scheme, fmt)
+    load(tmp_path / "out")
+    said = "13 weights are decoded whole for every token, which is slow; backend cpu-int8"
+    assert (said in caplog.text) == (int8_dot.processor_suits() and scheme != "w4a16_g32")
+    caplog.clear()
+    load(tmp_path / "out", backend="reference")
+    assert "decoded whole" not in caplog.text
 
 
 def test_a_machine_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,14 @@ def built() -> None:
 
 def run(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, rows: int) -> Any:
     parts = (weight.packed, weight.scale, weight.zero, weight.table)
-    return torch.ops.quantkit.int8_dot(x, *parts, bias, weight.bits, weight.group_size, rows)
+    numbers = (weight.bits, weight.floats, weight.group_size)
+    return torch.ops.quantkit.int8_dot(x, *parts, bias, *numbers, rows)
 
 
 def plain(x: torch.Tensor, weight: int8_dot.Packed, bias: Any, rows: int) -> Any:
     parts = (weight.packed, weight.scale, weight.zero, weight.table)
-    return int8_dot.reference(x, *parts, bias, weight.bits, weight.group_size, rows)
+    numbers = (weight.bits, weight.floats, weight.group_size)
+    return int8_dot.reference(x, *parts, bias, *numbers, rows)
 
 
 @pytest.mark.parametrize("asym", [False, True], ids=["sym", "asym"])
@@ -84,6 +86,34 @@ def test_codebooks_equal_the_reference_and_their_values(
     x = torch.full((1, 384), 5.0)
     found, wanted = run(x, weight, None, 37), plain(x, weight, None, 37)
     assert cases.relative_error(found, wanted) < 2**-20
+
+
+@pytest.mark.parametrize("group", [32, None])
+def test_every_e4m3_number_equals_the_reference_and_its_value(group: int | None) -> None:
+    finite = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    shuffled = torch.randperm(37 * 384, generator=torch.Generator().manual_seed(1)) % len(finite)
+    codes = finite[shuffled].view(37, 384)
+    scale = torch.rand(37, 384 // group if group else 1) + 0.1
+    weight = int8_dot.pack_floats(codes, scale, group)
+    assert torch.equal(int8_dot.unpack(weight.packed, (37, 384)), codes)
+    parts = (weight.packed, weight.scale, None, None, 8, True, weight.group_size, (37, 384))
+    decoded = int8_dot.dequantize(*parts)
+    spread = scale.repeat_interleave(group or 384, dim=1)
+    exact = codes.view(torch.float8_e4m3fn).float() * spread
+    large = exact.abs() >= spread / 2
+    assert large.any() and torch.equal(decoded[large], exact[large])
+    assert ((decoded - exact).abs() <= spread / 31.99).all()
+    for dtype, rounding in ROUNDING.items():
+        for rows in (1, 3, 5, 17):
+            x = cases.activations((rows, 384), dtype, seed=rows)
+            found, wanted = run(x, weight, None, 37), plain(x.float(), weight, None, 37)
+            assert cases.relative_error(found, wanted) < rounding
+    # One number at a time: every code in every place of a block.
+    x = torch.eye(32)
+    for first in range(0, len(finite), 8):
+        eight = finite[(torch.arange(8) + first) % len(finite)]
+        one = int8_dot.pack_floats(eight[:, None].expand(8, 32), torch.ones(8, 1), None)
+        assert torch.equal(run(x, one, None, 8), plain(x, one, None, 8))
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -173,7 +203,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     codes, scale, zero = cases.int_weight((9, 96), 32, asym=True)
     weight = int8_dot.pack(codes, scale, zero, 32, 4)
     x = cases.activations((2, 96), torch.float32)
-    parts = [x, weight.packed, weight.scale, weight.zero, None, None, 4, 32, 9]
+    parts = [x, weight.packed, weight.scale, weight.zero, None, None, 4, False, 32, 9]
     assert weight.zero is not None
     for place, value, word in (
         (0, torch.randn(2, 0), "x has 0 columns"),
@@ -183,8 +213,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         (4, torch.zeros(16, dtype=torch.uint8), "table must be"),
         (5, torch.zeros(2), "bias must have 9 numbers"),
         (6, 3, "3 bits"),
-        (7, 16, "groups of 16"),
-        (8, 24, "for 24 rows"),
+        (7, True, "floats have 8 bits"),
+        (8, 16, "groups of 16"),
+        (9, 24, "for 24 rows"),
     ):
         wrong = [*parts[:place], value, *parts[place + 1 :]]
         with pytest.raises(RuntimeError, match=word):
@@ -214,7 +245,7 @@ def test_the_op_is_well_formed() -> None:
     weight = int8_dot.pack(codes, scale, zero, 32, 4)
     x = cases.activations((3, 64), torch.bfloat16)
     parts = (weight.packed, weight.scale, weight.zero, None)
-    arguments = (x, *parts, torch.randn(16), 4, weight.group_size, 16)
+    arguments = (x, *parts, torch.randn(16), 4, False, weight.group_size, 16)
     torch.library.opcheck(torch.ops.quantkit.int8_dot, arguments)
 
 

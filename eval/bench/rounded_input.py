@@ -3,7 +3,7 @@
     rounded_input.py MODEL --text FILE [--methods rtn:w4a16_g32 ...] [--windows 64]
 Each quantized checkpoint runs through its kernels: the reference in float32, backend cpu in
 bfloat16, backend cpu-int8 in float32 and bfloat16.  W8A8 is a checkpoint of its own whose weights
-are those of int8, so its activations' cost is the KL divergence between the two.
+are those of int8, so its activations' cost is the KL divergence between the two; so with FP8's.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ def main() -> None:
                 ways.append((name, _logits_of(out, rows, backend, dtype)))
             found += [_cost(method, name, exact, ours, wanted) for name, ours in ways]
             print(*found[-len(ways) :], sep="\n", file=sys.stderr, flush=True)
-        weights = _logits_of(_quantize("int8", Path(scratch), options), rows, "reference")
-        both = _logits_of(_quantize("int8:w8a8_row", Path(scratch), options), rows, "reference")
-        found.append(_cost("int8", "w8a8, per token, float32", weights, both, wanted))
+        for method, eight in (("int8", "int8:w8a8_row"), ("fp8:fp8a16_row", "fp8:fp8a8_row")):
+            weights = _logits_of(_quantize(method, Path(scratch), options), rows, "reference")
+            both = _logits_of(_quantize(eight, Path(scratch), options), rows, "reference")
+            way = f"{eight.partition(':')[2].removesuffix('_row')}, per token, float32"
+            found.append(_cost(method, way, weights, both, wanted))
     figures = {
         "model": Path(options.model).name,
         "text": Path(options.text).name,
@@ -120,7 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["rtn:w4a16_g32", "gptq", "awq", "int8", "nf4"],
+        default=["rtn:w4a16_g32", "gptq", "awq", "int8", "nf4", "fp8:fp8a16_row"],
         help="method, or method:scheme",
     )
     parser.add_argument("--windows", type=int, default=64)

@@ -103,14 +103,16 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     dot8 = int8_dot.pack(eight, scale[:, :1], None, None, 8)
     scales = torch.rand(rows, columns // nf4.BLOCK, generator=draw)
     dotn = int8_dot.pack_codebook(four, scales, NF4, nf4.BLOCK)
-    for name, dot in (("w4", dot4), ("w8", dot8), ("nf4", dotn)):
+    dotf = int8_dot.pack_floats(floats, scale[:, :1], None)
+    for name, dot in (("w4", dot4), ("w8", dot8), ("nf4", dotn), ("fp8", dotf)):
         made[f"int8_dot, {name}"] = functools.partial(_rounded, dot, rows)
     return made
 
 
 def _rounded(dot: int8_dot.Packed, rows: int, x: Tensor) -> Tensor:
-    parts = (dot.packed, dot.scale, dot.zero, dot.table, None, dot.bits, dot.group_size, rows)
-    found: Tensor = torch.ops.quantkit.int8_dot(x, *parts)
+    parts = (dot.packed, dot.scale, dot.zero, dot.table, None)
+    numbers = (dot.bits, dot.floats, dot.group_size, rows)
+    found: Tensor = torch.ops.quantkit.int8_dot(x, *parts, *numbers)
     return found
 
 

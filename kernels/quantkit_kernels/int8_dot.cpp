@@ -1,4 +1,4 @@
-// quantkit::int8_dot on x86: 4- and 8-bit codes of weights times activations rounded to int8.
+// quantkit::int8_dot on x86: codes of weights in 4 or 8 bits times activations rounded to int8.
 //
 // x is rounded in blocks of 32 columns, as int8_dot.py says.  Integer sums of a block are exact;
 // blocks are added in float32.  Eight rows of the weight, a panel, lie side by side, so that every
@@ -13,6 +13,9 @@
 //
 // Codes of a codebook (NF4) are looked up as two digits of 7 bits, high · 128 + low, and each digit
 // is multiplied: 2 · 127 · 127 < 2^15.
+//
+// e4m3 numbers, bytes as 8-bit codes are, are counted in sixteenths, up to 7168: numbers from 1/2 on
+// exactly, smaller ones rounded half up.  Their products with x need 16 bits to multiply in.
 #include <immintrin.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -235,6 +238,53 @@ struct Codebook {
   }
 };
 
+// The same with e4m3 numbers in sixteenths, those of even and of odd columns in 16 bits.
+struct Floats {
+  static constexpr int64_t kBytes = Integers<8>::kBytes;
+  static constexpr float kShift = 0;
+  __m256i even[8], odd[8];
+
+  Floats(const Weight&, const uint8_t* packed) {
+    // Sixteenths are (8 + mantissa) · 2^(exponent - 6).  vpmulhrsw gives a · b / 2^15, rounded: a is
+    // (8 + mantissa) · 2^11 and b 2^(exponent - 2), whose two bytes are looked up.  Exponents 0 and
+    // 1 are less than half a sixteenth.
+    const __m128i b0 = _mm_setr_epi8(0, 0, 1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0);
+    const __m128i b1 = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32);
+    const __m256i power0 = _mm256_broadcastsi128_si256(b0);
+    const __m256i power1 = _mm256_broadcastsi128_si256(b1);
+    const __m256i byte = _mm256_set1_epi16(255);
+    for (int j = 0; j < 8; ++j) {
+      const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed) + j);
+      const __m256i mantissa = _mm256_and_si256(code, _mm256_set1_epi8(7));
+      const __m256i number = _mm256_or_si256(mantissa, _mm256_set1_epi8(8));
+      const __m256i exponent =
+          _mm256_and_si256(_mm256_srli_epi16(code, 3), _mm256_set1_epi8(15));
+      const __m256i low = _mm256_shuffle_epi8(power0, exponent);
+      const __m256i high = _mm256_shuffle_epi8(power1, exponent);
+      const __m256i size0 = _mm256_mulhrs_epi16(
+          _mm256_slli_epi16(_mm256_and_si256(number, byte), 11),
+          _mm256_or_si256(_mm256_and_si256(low, byte), _mm256_slli_epi16(high, 8)));
+      const __m256i size1 = _mm256_mulhrs_epi16(
+          _mm256_slli_epi16(_mm256_srli_epi16(number, 8), 11),
+          _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(byte, high)));
+      even[j] = _mm256_sign_epi16(size0, _mm256_slli_epi16(code, 8));
+      odd[j] = _mm256_sign_epi16(size1, code);
+    }
+  }
+
+  __m256i dot(const int8_t* x) const {
+    __m256i sum = _mm256_setzero_si256();
+    for (int j = 0; j < 8; ++j) {
+      const __m256i four = four_columns(x + 4 * j);
+      const __m256i x0 = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
+      const __m256i x1 = _mm256_srai_epi16(four, 8);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even[j], x0));
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd[j], x1));
+    }
+    return sum;
+  }
+};
+
 // kCount rows of x, from `first` on, times the eight rows of a panel.
 template <class Block, class Scale, int kCount>
 void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, __m256* out) {
@@ -325,7 +375,7 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
 // The op can be called with anything: what would be read out of bounds is refused.
 void check_weight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
                   const std::optional<Tensor>& table, const std::optional<Tensor>& bias,
-                  int64_t bits, int64_t group_size, int64_t n) {
+                  int64_t bits, bool floats, int64_t group_size, int64_t n) {
   const auto bytes = [](const Tensor& t) {
     return t.scalar_type() == ScalarType::Byte && t.is_contiguous();
   };
@@ -347,6 +397,8 @@ void check_weight(const Tensor& packed, const Tensor& scale, const std::optional
                   "quantkit::int8_dot: zero must be contiguous bytes, as many as scales");
   STD_TORCH_CHECK(!table || (bits == 4 && bytes(*table) && table->numel() == 32),
                   "quantkit::int8_dot: table must be contiguous bytes [2, 16], for 4 bits");
+  STD_TORCH_CHECK(!floats || (bits == 8 && !zero),
+                  "quantkit::int8_dot: floats have 8 bits and no zero");
   STD_TORCH_CHECK(!bias || bias->numel() == n, "quantkit::int8_dot: bias must have ", n,
                   " numbers");
 }
@@ -355,13 +407,13 @@ void check_weight(const Tensor& packed, const Tensor& scale, const std::optional
 
 // x [..., K] in float32, bfloat16 or float16 -> [..., out_features] in the same dtype.
 Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
-                std::optional<Tensor> table, std::optional<Tensor> bias, int64_t bits,
+                std::optional<Tensor> table, std::optional<Tensor> bias, int64_t bits, bool floats,
                 int64_t group_size, int64_t out_features) {
   const int64_t columns = x.dim() ? x.size(-1) : 0, blocks = packed.size(1);
   STD_TORCH_CHECK(columns > 0 && (columns + kBlock - 1) / kBlock == blocks,
                   "quantkit::int8_dot: x has ", columns, " columns, the weight ", blocks,
                   " blocks of 32");
-  check_weight(packed, scale, zero, table, bias, bits, group_size, out_features);
+  check_weight(packed, scale, zero, table, bias, bits, floats, group_size, out_features);
   const int64_t rows = x.numel() / columns;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
@@ -375,7 +427,7 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   const auto bytes = [](const std::optional<Tensor>& tensor) {
     return tensor ? static_cast<const uint8_t*>(tensor->const_data_ptr()) : nullptr;
   };
-  const float middle = table ? 8192.0f : bits == 4 ? 8.0f : 128.0f;
+  const float middle = table ? 8192.0f : floats ? 0.0f : bits == 4 ? 8.0f : 128.0f;
   const Weight weight{bytes(packed), scale.const_data_ptr(), bytes(zero), bytes(table), middle,
                       blocks, group_size ? group_size / kBlock : blocks, scale.size(1)};
   std::vector<float> added;
@@ -387,6 +439,7 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   }
   const ScalarType scales = scale.scalar_type();
   const Multiply* products = table       ? by_scale<Codebook>(scales)
+                             : floats    ? by_scale<Floats>(scales)
                              : bits == 4 ? by_scale<Integers<4>>(scales)
                                          : by_scale<Integers<8>>(scales);
   const void* data = flat.const_data_ptr();

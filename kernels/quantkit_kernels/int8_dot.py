@@ -1,4 +1,4 @@
-"""quantkit::int8_dot: weights of 2 to 8 bits, activations rounded to int8; CPUs only.
+"""quantkit::int8_dot: weights of 2 to 8 bits or e4m3, activations rounded to int8; CPUs only.
 
 Every 32 columns of a row of x share a float32 scale, max |x| / 127; the products of a block are
 integers, its sum is scaled by both scales and added in float32.  llama.cpp's Q8_0 activations and
@@ -8,6 +8,7 @@ M rows of x, N rows of the weight, K columns, G groups per row.
 weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.  Codes lie in 4 or 8 bits.
 Four-bit codes of a codebook: weight = (digits - 8192) · scale, where the codebook's values are
 rounded to 14 bits, finer than bfloat16 for all but its smallest.
+e4m3 numbers: weight = sixteenths / 16 · scale, exact from 1/2 on, smaller ones rounded half up.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _TINY = 2.0**-100
 torch.library.define(
     "quantkit::int8_dot",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? table, Tensor? bias, int bits, "
-    "int group_size, int out_features) -> Tensor",
+    "bool floats, int group_size, int out_features) -> Tensor",
 )
 
 
@@ -42,7 +43,7 @@ class Packed:
     `packed` uint8 [N/8, K/32, 32 · bits]; `scale` [N/8, G, 8] in 16 bits where that is exact, else
     float32; `zero` uint8 [N/8, G, 8], or None for 2^(bits - 1).  N and K are filled up to whole
     panels and blocks.  `table` uint8 [2, 16] are the high and low seven bits of a codebook's
-    values, or None.  `bits` are those that a code lies in, 4 or 8.
+    values, or None.  `bits` are those that a code lies in, 4 or 8.  `floats`: codes are e4m3.
     """
 
     packed: Tensor
@@ -51,11 +52,17 @@ class Packed:
     table: Tensor | None
     bits: int
     group_size: int
+    floats: bool = False
+
+
+def processor_suits() -> bool:
+    """Whether the processor has what the op needs; building it may fail all the same."""
+    return isa.level() != "default"
 
 
 def unavailable() -> str | None:
     """Why this machine cannot run the op, or None; the first call may compile for some seconds."""
-    if isa.level() == "default":
+    if not processor_suits():
         return "int8 activations need an x86 CPU with AVX2"
     return native.load("int8_dot")
 
@@ -109,6 +116,19 @@ def pack_codebook(
     )
 
 
+def pack_floats(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None) -> Packed:
+    """A weight of e4m3 numbers times scale; codes uint8 [N, K], their bytes, none of them NaN."""
+    return Packed(
+        packed=_pack(codes_NK, 8),
+        scale=_lanes(_short(scale_NG.to(torch.float32) / 16)),
+        zero=None,
+        table=None,
+        bits=8,
+        group_size=group_size or 0,
+        floats=True,
+    )
+
+
 def _pack(codes_NK: Tensor, bits: int) -> Tensor:
     rows, columns = codes_NK.shape
     panels, blocks = layout.up(rows, _LANES) // _LANES, layout.up(columns, BLOCK) // BLOCK
@@ -148,16 +168,20 @@ def dequantize(
     zero: Tensor | None,
     table: Tensor | None,
     bits: int,
+    floats: bool,
     group_size: int,
     shape: tuple[int, int],
 ) -> Tensor:
     """The weight float32 [N, K] that the op multiplies by."""
     rows, columns = shape
     codes = unpack(packed, shape)
-    if table is not None:
+    if floats:
+        numbers = codes.view(torch.float8_e4m3fn).to(torch.float32)
+        codes = torch.floor(numbers.abs() * 16 + 0.5).copysign(numbers)
+    elif table is not None:
         codes = (table[0].to(torch.int16) * 128 + table[1])[codes.long()]
     group = torch.arange(columns) // (group_size or columns)
-    middle = float(2 ** (bits - 1) if table is None else _STEPS + 1)
+    middle = 0.0 if floats else float(2 ** (bits - 1) if table is None else _STEPS + 1)
     offset = middle if zero is None else _rows(zero, rows).to(torch.float32)[:, group]
     return (codes.to(torch.float32) - offset) * _rows(scale, rows).to(torch.float32)[:, group]
 
@@ -170,12 +194,14 @@ def reference(
     table: Tensor | None,
     bias: Tensor | None,
     bits: int,
+    floats: bool,
     group_size: int,
     out_features: int,
 ) -> Tensor:
     """The op in plain PyTorch: x rounded and decoded, times the decoded weight, in float32."""
     columns = x.shape[-1]
-    weight = dequantize(packed, scale, zero, table, bits, group_size, (out_features, columns))
+    shape = (out_features, columns)
+    weight = dequantize(packed, scale, zero, table, bits, floats, group_size, shape)
     rounded, scales = round_activations(x.reshape(-1, columns))
     decoded = (rounded.to(torch.float32) * scales[..., None]).flatten(1)[:, :columns]
     wide = None if bias is None else bias.to(torch.float32)
@@ -212,6 +238,7 @@ def _fake(
     table: Tensor | None,
     bias: Tensor | None,
     bits: int,
+    floats: bool,
     group_size: int,
     out_features: int,
 ) -> Tensor:

@@ -189,7 +189,7 @@ def replace_modules_(
         setattr(find_module(model, parent), leaf, new)
     for (kernel, reason), count in sorted(fallbacks.items()):
         _LOG.warning("%d weights run on %s, %s", count, kernel, reason)
-    if slow and backend in ("auto", "cpu") and int8_dot.processor_suits():
+    if slow and backend == "auto" and int8_dot.processor_suits():
         _LOG.warning(
             "%d weights are decoded whole for every token, which is slow; backend cpu-int8 "
             "multiplies their codes, with activations rounded to int8",

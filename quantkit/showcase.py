@@ -40,6 +40,8 @@ def run_demo(out: Path, method: str, say: Callable[[str], object]) -> None:
             "tasks": tuple(f"demo:{task}" for task in _TASKS),
             "task_questions": _QUESTIONS,
             "windows": _WINDOWS,
+            # As auto would choose, without advice on speed.
+            "backend": "cpu",
             "prompts": 2,
             "original_name": "the demo model",
         },

@@ -5,6 +5,7 @@ Letters: O out features, I in features.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -52,43 +53,38 @@ def predict_gguf(
     """The prediction for tensors of these types.  Times a fit of each, a quarter of a second."""
     # Before the trials, whose memory may stay with the process for a while.
     base = current_rss() + _OVERHEAD_BYTES
-    chosen = {
-        name
+    calibrated = tokens is not None
+    # A name stands twice where two tensors of the file are made of it.
+    fitted = [
+        (name, choice.type)
         for target, choice in types.items()
         if choice.type in BLOCK_TYPES
         for name, _ in placed[target]
-    }
+    ]
+    chosen = {name for name, _ in fitted}
+    pace = {label: _fit_seconds(BLOCK_TYPES[label]) for label in {label for _, label in fitted}}
+    shapes = {name: model.source.info(name).shape for name in chosen}
+    seconds = sum(pace[label] * math.prod(shapes[name]) for name, label in fitted)
     blocks = [
         [ref for ref in model.weights(i) if ref.name in chosen] for i in range(model.num_blocks)
     ]
     gram = grams = solve = largest = 0
-    products = seconds = 0.0
-    pace = {
-        label: _fit_seconds(BLOCK_TYPES[label])
-        for label in {choice.type for choice in types.values()}.intersection(BLOCK_TYPES)
-    }
-    for target, choice in types.items():
-        for name, _ in placed[target] if choice.type in pace else ():
-            seconds += pace[choice.type] * torch.Size(model.source.info(name).shape).numel()
+    products = 0.0
     for refs in blocks:
         columns = {ref.input: ref.shape[1] for ref in refs}
-        sizes = [gram_bytes(size, NEEDS) if tokens is not None else 0 for size in columns.values()]
+        sizes = [gram_bytes(size, NEEDS) if calibrated else 0 for size in columns.values()]
         gram, grams = max([gram, *sizes]), max(grams, sum(sizes))
         for ref in refs:
             rows, width = ref.shape
             largest = max(largest, rows * width)
-            solve = max(solve, _solve_bytes(rows, width, calibrated=tokens is not None))
-            products += _solve_products(rows, width, calibrated=tokens is not None)
-    outside = [
-        model.source.info(name).shape
-        for name in chosen
-        if not any(ref.name == name for refs in blocks for ref in refs)
-    ]
-    for shape in outside:
+            solve = max(solve, _solve_bytes(rows, width, calibrated=calibrated))
+            products += _solve_products(rows, width, calibrated=calibrated)
+    for name in chosen.difference(ref.name for refs in blocks for ref in refs):
+        rows, width = shapes[name][:2]
         # The head's statistics lie beside no block, the embedding has none.
-        head = gram_bytes(shape[1], NEEDS) if tokens is not None else 0
-        solve = max(solve, head + _solve_bytes(*shape[:2], calibrated=tokens is not None))
-        products += _solve_products(*shape[:2], calibrated=tokens is not None)
+        head = gram_bytes(width, NEEDS) if calibrated else 0
+        solve = max(solve, head + _solve_bytes(rows, width, calibrated=calibrated))
+        products += _solve_products(rows, width, calibrated=calibrated)
     forward = hidden = 0
     if tokens is not None:
         samples, length = tokens.ids.shape
@@ -107,7 +103,7 @@ def predict_gguf(
         grams=grams,
         solve=max(solve, 4 * _LOAD_COPIES * largest),
         # The packed rows wait beside the file that is put together from them.
-        disk=2 * num_bytes + hidden + (grams if tokens is not None else 0),
+        disk=2 * num_bytes + hidden + (grams if calibrated else 0),
         seconds=seconds + products / products_per_second() + num_bytes / 2e8,
     )
 

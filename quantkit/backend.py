@@ -28,7 +28,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 class WeightKernel(Protocol):
     """A quantized weight in the layout of one backend; also an nn.Module.
 
-    `decodes_always`: one row of x costs as much decoding as many, because no op reads the codes.
+    `decodes_always`: on a CPU one row of x costs as much decoding as many, since no op reads the
+    codes.
     """
 
     name: str

@@ -23,6 +23,8 @@ from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
 class PackedKernel(StoredModule, ABC):
     """What all repacked weights share: the stored numbers without the codes, and the inverse."""
 
+    decodes_always = False
+
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__()
         self.shape = tensor.shape
@@ -30,7 +32,6 @@ class PackedKernel(StoredModule, ABC):
         self.weight_dtype = tensor.dtype
         self.device_kind: Device = device
         self.name = f"{device} {type(self).__name__}"
-        self.decodes_always = False
         self.scale = StoredScale(tensor.scale)
         self.register_buffer("zero", tensor.zero)
         self.register_buffer("columns", tensor.columns)
@@ -124,7 +125,7 @@ class Int8Kernel(PackedKernel):
         super().__init__(tensor, device)
         weight = w8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
         self.group_size = weight.group_size
-        self.decodes_always = device == "cpu" and weight.group_size > 0
+        self.decodes_always = weight.group_size > 0
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
 
@@ -250,12 +251,12 @@ class Int8ActivationKernel(PackedKernel):
 class Float8Kernel(PackedKernel):
     """e4m3 weights on `quantkit::fp8a16`."""
 
+    decodes_always = True
     packed: Tensor
     kernel_scale: Tensor
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
-        self.decodes_always = device == "cpu"
         weight = fp8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
@@ -281,12 +282,12 @@ class Float8Kernel(PackedKernel):
 class Float8ActivationKernel(PackedKernel):
     """e4m3 weights and activations on `quantkit::fp8a8`."""
 
+    decodes_always = True
     packed: Tensor
     kernel_scale: Tensor
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
-        self.decodes_always = device == "cpu"
         packed, scale = fp8a8.pack(tensor.codes, tensor.scale.values().view(-1))
         self.register_buffer("packed", packed)
         self.register_buffer("kernel_scale", scale)
@@ -309,12 +310,12 @@ class Float8ActivationKernel(PackedKernel):
 class Nf4Kernel(PackedKernel):
     """NF4 weights on `quantkit::nf4`; nested scales are decoded by the kernel."""
 
+    decodes_always = True
     packed: Tensor
     kernel_scale: Tensor
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
-        self.decodes_always = device == "cpu"
         scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
         stored = scale.codes if isinstance(scale, NestedScale) else scale.tensor.float()
         weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)

@@ -91,10 +91,9 @@ def rounding(folder: str) -> str:
     }
     said = [f"{name} {costs['gptq', key]:.1e}" for name, key in way.items()]
     said.append(f"W8A8's one scale per token {costs['int8', 'w8a8, per token, float32']:.1e}")
-    float8 = costs.get(("fp8:fp8a16_row", "cpu-int8, float32"))
-    if float8 is not None:
-        per_token = costs["fp8:fp8a16_row", "fp8a8, per token, float32"]
-        said.append(f"with FP8 weights {float8:.1e}, e4m3 activations per token {per_token:.1e}")
+    said.append(f"with FP8 weights {costs['fp8:fp8a16_row', 'cpu-int8, float32']:.1e}")
+    per_token = costs["fp8:fp8a16_row", "fp8a8, per token, float32"]
+    said.append(f"e4m3 activations per token {per_token:.1e}")
     return (
         f"\nKL divergence to the same weights with float32 activations ({found['model']}, gptq, "
         f"{found['windows'] * found['seq_len']} unseen tokens): {', '.join(said)} "

@@ -23,6 +23,7 @@ from typing import Any
 import peers
 import shapes
 import torch
+from cpu import command
 from quantkit_kernels import measure, tuning
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
     device = torch.device("cpu" if chosen.self_test else "cuda:0")
     clock = _wall_microseconds if chosen.self_test else measure.graph_microseconds
-    report: dict[str, Any] = {"machine": machine(device), "command": " ".join(sys.argv)}
+    report: dict[str, Any] = {"machine": machine(device), "command": command()}
     small = ((37, 192),) if chosen.self_test else ((4096, 4096), (4000, 1216))
     tried = (1, 17) if chosen.self_test else (1, 3, 17, 64, 129, 300)
     report["correctness"] = list(correctness(small, tried, device))

@@ -39,7 +39,7 @@ interop-tasks: $(INTEROP)/tasks/.installed
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/tasks/bin/python -P \
 		-c "import lm_eval"
 	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
-		$(INTEROP)/tasks/bin/python -P -m pytest tests/test_eval_harness.py
+		$(INTEROP)/tasks/bin/python -P -m pytest tests/evaluation/test_harness.py
 
 # torch brings its own dependencies; the rest is pinned whole, so that nothing can replace it.
 # Compiling all of vLLM's packages to bytecode takes longer than compiling those that run.

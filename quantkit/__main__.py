@@ -1,6 +1,6 @@
 """`python -m quantkit`: the command line."""
 
-from quantkit.cli import main
+from quantkit.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import CheckpointError
-from quantkit.format import Format, PlannedWeight
-from quantkit.grid import store_scale
-from quantkit.scheme import Scheme
-from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
-from quantkit.tensorfile import TensorInfo
+from quantkit.formats.format import Format, PlannedWeight
+from quantkit.numbers.grid import store_scale
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
 
 
 @dataclass(frozen=True, kw_only=True)

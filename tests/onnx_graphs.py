@@ -9,10 +9,10 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from quantkit.checkpoint import open_source
-from quantkit.onnx_file import DOMAIN, DataWriter
-from quantkit.onnx_nbits import blocks_of, pack
-from quantkit.unpacked import Unpacked
+from quantkit.checkpoint.files import open_source
+from quantkit.formats.onnx.file import DOMAIN, DataWriter
+from quantkit.formats.onnx.nbits import blocks_of, pack
+from quantkit.model.decoded import Unpacked
 
 
 def float_graph(

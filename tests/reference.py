@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.grid import CodebookGrid, grid_of
-from quantkit.scheme import Scheme
-from quantkit.stats import Needs, Stats
+from quantkit.methods.stats import Needs, Stats
+from quantkit.numbers.grid import CodebookGrid, grid_of
+from quantkit.numbers.scheme import Scheme
 
 
 def stats_of(x_TI: Tensor, *, batches: int = 1) -> Stats:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantkit_eval.live import measure_accuracy
+from quantkit_eval.figures.live import measure_accuracy
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quantkit.demo import (

@@ -23,14 +23,14 @@ import yaml
 from reference import activations, output_error, stats_of, weights
 
 import quantkit
-from quantkit.cli import app
-from quantkit.format import available_formats
-from quantkit.nearest import nearest_codes
-from quantkit.parts import PartKind, available, make_part, part_class
-from quantkit.ranges.minmax import Minmax
-from quantkit.recipe import Recipe, builtin_recipes, load_recipe
-from quantkit.scheme import Scheme
-from quantkit.tensor import decode_rows
+from quantkit.cli.app import app
+from quantkit.formats.format import available_formats
+from quantkit.methods.nearest import nearest_codes
+from quantkit.methods.parts import PartKind, available, make_part, part_class
+from quantkit.methods.ranges.minmax import Minmax
+from quantkit.methods.recipe import Recipe, builtin_recipes, load_recipe
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import decode_rows
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

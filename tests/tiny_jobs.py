@@ -14,13 +14,13 @@ import tiny_models as tiny
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantkit.checkpoint import FileSource
-from quantkit.cli import main
-from quantkit.format import format_of
-from quantkit.job import Request, prepare
-from quantkit.manifest import RUN
-from quantkit.pipeline import Job, Outcome, run
-from quantkit.recipe import Recipe, load_recipe
+from quantkit.checkpoint.files import FileSource
+from quantkit.checkpoint.manifest import RUN
+from quantkit.cli.app import main
+from quantkit.formats.format import format_of
+from quantkit.methods.recipe import Recipe, load_recipe
+from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.session import Job, Outcome, run
 
 SAMPLES, SEQ_LEN = 8, 32
 

@@ -4,7 +4,7 @@
 Every built-in format takes turns, and so does what is only read.  What comes through must have the
 shape and scheme that was found, with codes in range; any error but those that `survives` expects
 is a defect.
-tests/test_fuzz_formats.py runs some of it.
+tests/formats/test_fuzz.py runs some of it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from format_samples import MemorySource, planned, quantized, stored
 
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
-from quantkit.format import available_formats, format_of, make_format
-from quantkit.scheme import Scheme
+from quantkit.formats.format import available_formats, format_of, make_format
+from quantkit.numbers.scheme import Scheme
 
 SCHEMES = ("w2a16_g32", "w3a16_g32_asym", "w4a16_g32", "w4a16_row_asym", "w8a16_g32", "w8a8_row")
 FLOATS = ("nf4_b64", "nf4_b64_dq", "fp4_b32", "fp8a8_row", "fp8a16_row")

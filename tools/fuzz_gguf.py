@@ -1,7 +1,7 @@
 """Mutated GGUF files: each is read, or refused with CheckpointError, in bounded time and memory.
 
     fuzz_gguf.py [--count 100000] [--seed 0]
-tests/test_gguf_file.py runs some of it.
+tests/formats/gguf/test_file.py runs some of it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.gguf_blocks import BLOCK_TYPES
-from quantkit.gguf_container import PlannedTensor, write_gguf
-from quantkit.gguf_metadata import Entry
-from quantkit.gguf_source import GgufSource
+from quantkit.formats.gguf.blocks import BLOCK_TYPES
+from quantkit.formats.gguf.metadata import Entry
+from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.gguf.writer import PlannedTensor, write_gguf
 
 _SIZES = {
     "context_length": 64,

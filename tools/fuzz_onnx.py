@@ -5,7 +5,7 @@
 One graph holds every kind of quantized weight.  Its bytes are flipped and cut, its fields changed
 one by one, and what names.json says too; then it is described, opened as a checkpoint and every
 tensor read.  Any error but quantkit's own is a defect, and so is a second of CPU time for one.
-tests/test_fuzz_onnx.py runs some of it.
+tests/formats/onnx/test_fuzz.py runs some of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from quantkit.errors import QuantkitError
-from quantkit.onnx_file import DATA, DOMAIN, MODEL, DataWriter, OnnxFile
-from quantkit.onnx_inspection import describe_onnx
-from quantkit.onnx_matrices import matrices
-from quantkit.onnx_names import NAMES, KeptPlace, Names, Part, QuantizedPlace
-from quantkit.onnx_nbits import blocks_of, pack
-from quantkit.onnx_source import OnnxSource
-from quantkit.scheme import Scheme
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.formats.onnx.describe import describe_onnx
+from quantkit.formats.onnx.file import DATA, DOMAIN, MODEL, DataWriter, OnnxFile
+from quantkit.formats.onnx.matrices import matrices
+from quantkit.formats.onnx.names import NAMES, KeptPlace, Names, Part, QuantizedPlace
+from quantkit.formats.onnx.nbits import blocks_of, pack
+from quantkit.formats.onnx.source import OnnxSource
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 _NUMBERS = (-1, 0, 1, 2, 3, 7, 16, 21, 22, 63, 255, 2**31 - 1, 2**40, 2**60, 2**63 - 1, -(2**63))
 _TEXTS = ("", "codes", "scale", "..", "../x", DATA, MODEL, "x" * 300, "-4", str(2**60), "1e3")

@@ -25,7 +25,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from quantkit_eval.live import measure_accuracy
+from quantkit_eval.figures.live import measure_accuracy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -6,16 +6,16 @@ streams checkpoints and writes reports.
 
 from __future__ import annotations
 
-from quantkit_eval.divergence import Divergence
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.live import (
+from quantkit_eval.figures.divergence import Divergence
+from quantkit_eval.figures.live import (
     compare_tasks,
     measure_accuracy,
     measure_divergence,
     measure_perplexity,
 )
-from quantkit_eval.perplexity import Perplexity
-from quantkit_eval.tasks import TaskComparison
+from quantkit_eval.figures.perplexity import Perplexity
+from quantkit_eval.tasks.accuracy import TaskComparison
 from quantkit_eval.windows import Protocol, Windows, text_windows, token_windows
 
 __all__ = [

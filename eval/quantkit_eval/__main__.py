@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import QuantkitError
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.live import compare_tasks, measure_divergence
-from quantkit_eval.tasks import TaskComparison
+from quantkit_eval.figures.live import compare_tasks, measure_divergence
+from quantkit_eval.tasks.accuracy import TaskComparison
 from quantkit_eval.windows import text_windows
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _load(path: str, reader: str, device: str) -> PreTrainedModel:
     import torch
 
     if reader == "quantkit":
-        from quantkit.loading import load
+        from quantkit.inference.load import load
 
         return load(path, dtype=torch.float32, device=device)
     from transformers import AutoModelForCausalLM

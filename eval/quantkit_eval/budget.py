@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantkit.budget import current_rss, format_size, with_spare
+from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.errors import BudgetError
-from quantkit_eval.layers import SAMPLED_TOKENS
-from quantkit_eval.stream import ModelStream
+from quantkit_eval.figures.layers import SAMPLED_TOKENS
+from quantkit_eval.figures.stream import ModelStream
 
 # Allocator slack, lazily imported modules, thread stacks and copy buffers.
 _OVERHEAD_BYTES = 96 * 2**20

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.disk import write_file
+from quantkit.checkpoint.disk import write_file
 from quantkit_eval.evaluation import evaluate
 from quantkit_eval.gate import Outcome, worst
-from quantkit_eval.pages import report_files, summary_table
 from quantkit_eval.records import Report
+from quantkit_eval.report.pages import report_files, summary_table
+from quantkit_eval.report.words import WORDS, overall, sentence
+from quantkit_eval.report.writing import publish, report_directory, scratch
 from quantkit_eval.setting import EvaluationRequest
-from quantkit_eval.words import WORDS, overall, sentence
-from quantkit_eval.writing import publish, report_directory, scratch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,25 +10,25 @@ from pathlib import Path
 
 import torch
 
-from quantkit.budget import peak_rss
+from quantkit.checkpoint.memory import peak_rss
 from quantkit_eval.budget import check_budget
-from quantkit_eval.divergence import Divergence, divergence_of
-from quantkit_eval.gate import judge, worst
-from quantkit_eval.harness import Verdicts, description, verdicts
-from quantkit_eval.machine import machine_facts, version_facts
-from quantkit_eval.measure import Measured, measure
-from quantkit_eval.perplexity import perplexity_of, window_sequences
-from quantkit_eval.records import SCHEMA, Answer, Candidate, Fact, NoiseFloor, Report, TokenShown
-from quantkit_eval.sensitivity import (
+from quantkit_eval.figures.divergence import Divergence, divergence_of
+from quantkit_eval.figures.measure import Measured, measure
+from quantkit_eval.figures.perplexity import perplexity_of, window_sequences
+from quantkit_eval.figures.sensitivity import (
     BlockSensitivity,
     cost,
     few_windows,
     measure_sensitivity,
 )
+from quantkit_eval.figures.stream import ModelStream
+from quantkit_eval.gate import judge, worst
+from quantkit_eval.machine import machine_facts, version_facts
+from quantkit_eval.records import SCHEMA, Answer, Candidate, Fact, NoiseFloor, Report, TokenShown
 from quantkit_eval.setting import EvaluationRequest, Setting, prepare
-from quantkit_eval.stream import ModelStream
 from quantkit_eval.subjects import Subject
-from quantkit_eval.tasks import TaskComparison, answers, compare_answers
+from quantkit_eval.tasks.accuracy import TaskComparison, answers, compare_answers
+from quantkit_eval.tasks.harness import Verdicts, description, verdicts
 from quantkit_eval.whole import Whole, check_whole, run_whole, whole_dtype
 
 _CONTEXT_TOKENS = 24

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from quantkit_eval.divergence import Divergence
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.statistics import Interval
-from quantkit_eval.tasks import ALL, TaskComparison
+from quantkit_eval.figures.divergence import Divergence
+from quantkit_eval.figures.statistics import Interval
+from quantkit_eval.tasks.accuracy import ALL, TaskComparison
 
 Outcome = Literal["within", "drop", "unsure"]
 METRICS = ("kl", "ppl", "top1", "dp", "defects", "task:NAME")

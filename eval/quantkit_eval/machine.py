@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.budget import format_size
+from quantkit.checkpoint.memory import format_size
 from quantkit_eval.records import Fact
 
 _PACKAGES = ("quantkit", "torch", "transformers", "datasets", "lm-eval", "triton", "numpy")
@@ -40,7 +40,7 @@ def version_facts() -> tuple[Fact, ...]:
         except importlib.metadata.PackageNotFoundError:
             continue
     if all(fact.name != "quantkit" for fact in facts):
-        from quantkit.version import __version__
+        from quantkit.checkpoint.version import __version__
 
         facts.insert(1, Fact(name="quantkit", value=__version__))
     return tuple(facts)

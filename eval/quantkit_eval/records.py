@@ -9,13 +9,13 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantkit_eval.divergence import Divergence
+from quantkit_eval.figures.divergence import Divergence
+from quantkit_eval.figures.layers import BlockCost, WeightCost
+from quantkit_eval.figures.perplexity import Perplexity
+from quantkit_eval.figures.sensitivity import BlockSensitivity
 from quantkit_eval.gate import Judgement, Outcome
-from quantkit_eval.layers import BlockCost, WeightCost
-from quantkit_eval.perplexity import Perplexity
-from quantkit_eval.sensitivity import BlockSensitivity
 from quantkit_eval.subjects import Identity
-from quantkit_eval.tasks import TaskComparison
+from quantkit_eval.tasks.accuracy import TaskComparison
 from quantkit_eval.windows import Protocol
 
 SCHEMA = "quantkit.evaluation/3"

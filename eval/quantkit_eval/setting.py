@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.backend import check_backend
-from quantkit.checkpoint import open_source
-from quantkit.source import Source
-from quantkit.tokenizer import load_tokenizer
+from quantkit.checkpoint.files import open_source
+from quantkit.checkpoint.source import Source
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.inference.backend import check_backend
 from quantkit_eval.errors import EvaluationError
+from quantkit_eval.figures.perplexity import window_sequences
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
-from quantkit_eval.harness_tasks import HarnessTask
-from quantkit_eval.perplexity import window_sequences
 from quantkit_eval.records import Fact, TextUsed
 from quantkit_eval.sequences import Workload, make_workload
 from quantkit_eval.subjects import Subject, check_source, open_original, open_subject
-from quantkit_eval.tasklist import TaskList, parse_tasks
-from quantkit_eval.tasks import ALL, Item
+from quantkit_eval.tasks.accuracy import ALL, Item
+from quantkit_eval.tasks.harness_tasks import HarnessTask
+from quantkit_eval.tasks.tasklist import TaskList, parse_tasks
 from quantkit_eval.texts import read_text
 from quantkit_eval.windows import ProtocolKind, Windows, text_windows
 

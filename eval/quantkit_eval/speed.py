@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.budget import format_size, peak_rss
-from quantkit.finished import refuse_unfinished
-from quantkit.loading import load
+from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.memory import format_size, peak_rss
+from quantkit.inference.load import load
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import Fact
-from quantkit_eval.tables import markdown
+from quantkit_eval.report.tables import markdown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

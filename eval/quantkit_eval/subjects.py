@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint import FileSource, open_source
-from quantkit.compare import Vectors
-from quantkit.decoded import Decoded, open_decoded
+from quantkit.checkpoint.files import FileSource, open_source
+from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.source import Source
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.checks.against import Vectors
+from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
-from quantkit.finish import REPORT
-from quantkit.finished import refuse_unfinished
-from quantkit.folds import FOLDS_FILE
-from quantkit.inspection import inspect
-from quantkit.source import Source
-from quantkit.tokenizer import load_tokenizer
+from quantkit.model.requantized import Decoded, open_decoded
+from quantkit.pipeline.finish import REPORT
+from quantkit.pipeline.fold_vectors import FOLDS_FILE
 from quantkit_eval.errors import EvaluationError
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantkit.corpora import open_corpus
+from quantkit.calibration.corpora import open_corpus
+from quantkit.calibration.documents import Corpus, Document
 from quantkit.errors import CalibrationError
-from quantkit.rows import Corpus, Document
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.windows import DOCUMENT_SEPARATOR
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantkit.budget import current_rss, format_size, release_free_memory
+from quantkit.checkpoint.memory import current_rss, format_size, release_free_memory
+from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import BudgetError
-from quantkit.loading import load
-from quantkit.tokenizer import load_tokenizer
-from quantkit_eval.completions import continue_prompts, draw_prompts
-from quantkit_eval.harness import LogLine, ask
+from quantkit.inference.load import load
 from quantkit_eval.records import Completion
 from quantkit_eval.setting import EvaluationRequest, Setting
+from quantkit_eval.tasks.completions import continue_prompts, draw_prompts
+from quantkit_eval.tasks.harness import LogLine, ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quantkit_kernels import fp8a8, fp8a16, int8_dot, isa, nf4, w4a16, w8a8, w8a16
-from quantkit_kernels.codebook import NF4
+from quantkit_kernels.cpu import isa
+from quantkit_kernels.ops import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 from cpu import command, processor
-from quantkit_kernels import isa
+from quantkit_kernels.cpu import isa
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quantkit.backend import Backend
-from quantkit.fused import fuse_
-from quantkit.generation import decoding_options
-from quantkit.nn import QuantLinear
-from quantkit.scheme import Scheme
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.inference.backend import Backend
+from quantkit.inference.fused import fuse_
+from quantkit.inference.generate import decoding_options
+from quantkit.inference.layers import QuantLinear
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 SCHEMES = (None, "w4a16_g128", "w8a16_row", "w8a8_row", "fp8a16_row", "fp8a8_row", "nf4_b64")
 EIGHT_BILLION = LlamaConfig(

@@ -24,7 +24,7 @@ import peers
 import shapes
 import torch
 from cpu import command
-from quantkit_kernels import measure, tuning
+from quantkit_kernels.gpu import measure, tuning
 from torch import Tensor
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))

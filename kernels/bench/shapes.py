@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from quantkit_kernels import fp8a8, fp8a16, nf4, tuning, w4a16, w4a16_experts, w8a8, w8a16
-from quantkit_kernels.codebook import NF4
+from quantkit_kernels.gpu import tuning
+from quantkit_kernels.ops import fp8a8, fp8a16, nf4, w4a16, w4a16_experts, w8a8, w8a16
+from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
 
 SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g64", "w4a16_g32", "w4a16_row")
@@ -73,7 +74,7 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
             if device.type == "cuda":
                 found: Tensor = torch.ops.quantkit.w8a8(x, packed8, padded, None, shape[0])
                 return found
-            from quantkit_kernels import w8a8_triton
+            from quantkit_kernels.gpu import w8a8 as w8a8_triton
 
             return w8a8_triton.matmul(x, packed8, padded, None, shape[0], _tile(x, shape, 0))
 
@@ -115,7 +116,7 @@ def _multiply(
         return call
 
     def interpreted(x: Tensor) -> Tensor:
-        from quantkit_kernels import fused_triton
+        from quantkit_kernels.gpu import fused as fused_triton
 
         weight = fused_triton.Weight(**parts)
         if x.shape[0] > tuning.DECODE_ROWS:
@@ -176,7 +177,7 @@ def _fp8(
         if device.type == "cuda":
             found: Tensor = torch.ops.quantkit.fp8a8(x, both, padded, None, shape[0])
             return found
-        from quantkit_kernels import fp8_triton
+        from quantkit_kernels.gpu import fp8 as fp8_triton
 
         return fp8_triton.matmul(x, both, padded, None, shape[0], _tile(x, shape, 0))
 
@@ -217,7 +218,7 @@ def experts(shape: tuple[int, int], device: torch.device, seed: int) -> Sample:
         if device.type == "cuda":
             found: Tensor = torch.ops.quantkit.w4a16_experts(x, source, offsets, *parts)
             return found
-        from quantkit_kernels import experts_triton
+        from quantkit_kernels.gpu import experts as experts_triton
 
         tile = _tile(x, shape, 64)
         return experts_triton.matmul(x, source, offsets, *parts, tile, use_asm=False)

@@ -21,7 +21,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantkit_kernels import experts_triton, fp8_triton, fused_triton, reduce_triton, w8a8_triton
+from quantkit_kernels.gpu import (
+    experts as experts_triton,
+)
+from quantkit_kernels.gpu import (
+    fp8 as fp8_triton,
+)
+from quantkit_kernels.gpu import (
+    fused as fused_triton,
+)
+from quantkit_kernels.gpu import (
+    reduce as reduce_triton,
+)
+from quantkit_kernels.gpu import (
+    w8a8 as w8a8_triton,
+)
 
 ARCHITECTURES = (80, 89, 90, 100)
 # Shared memory one program may use, in bytes: CUDA C++ programming guide, technical specifications.

@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import torch
 
+from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
-from quantkit.format import StoredWeight
-from quantkit.scheme import Scheme
-from quantkit.source import Source
-from quantkit.stored import model_dtype
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.formats.format import StoredWeight
+from quantkit.formats.stored import model_dtype
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 _SCALE = "_scale_inv"
 

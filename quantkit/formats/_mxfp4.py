@@ -17,12 +17,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.format import StoredWeight, expert_name
-from quantkit.scheme import Scheme
-from quantkit.source import Source
-from quantkit.stored import model_dtype
-from quantkit.tensor import PlainScale, QuantizedTensor
+from quantkit.formats.format import StoredWeight, expert_name
+from quantkit.formats.stored import model_dtype
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK_BYTES, _NAN = 16, 255

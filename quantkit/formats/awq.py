@@ -18,9 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quantkit.bitpack import pack_rows, unpack_rows
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
-from quantkit.format import (
+from quantkit.formats.bitpack import pack_rows, unpack_rows
+from quantkit.formats.format import (
     PlannedWeight,
     StoredWeight,
     check_divides,
@@ -28,12 +30,10 @@ from quantkit.format import (
     named_as_weight,
     skipped_too,
 )
-from quantkit.readers import awq_readers, outside_blocks
-from quantkit.scheme import Scheme
-from quantkit.source import Source
-from quantkit.stored import model_dtype, round_scale, stored_scale
-from quantkit.tensor import PlainScale, QuantizedTensor
-from quantkit.tensorfile import TensorInfo
+from quantkit.formats.readers import awq_readers, outside_blocks
+from quantkit.formats.stored import model_dtype, round_scale, stored_scale
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 # Nibble k of a word holds code _ORDER[k] of its eight; the inverse puts them back.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -81,7 +81,7 @@ class Awq:
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
     ) -> Mapping[str, str | None]:
-        """Runtime -> None if it reads the checkpoint, else why not; see quantkit/readers.py."""
+        """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return awq_readers(weights, model_type)
 
     def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:

@@ -24,18 +24,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from quantkit_kernels.codebook import NF4
+from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
 
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError, NumericsError
-from quantkit.format import PlannedWeight, StoredWeight, check_stored, named_as_weight, skipped_too
-from quantkit.grid import FP4_VALUES, grid_of
-from quantkit.readers import bitsandbytes_readers
-from quantkit.scheme import Scheme
-from quantkit.source import Source
-from quantkit.stored import model_dtype
-from quantkit.tensor import NestedScale, PlainScale, QuantizedTensor
-from quantkit.tensorfile import TensorInfo
+from quantkit.formats.format import (
+    PlannedWeight,
+    StoredWeight,
+    check_stored,
+    named_as_weight,
+    skipped_too,
+)
+from quantkit.formats.readers import bitsandbytes_readers
+from quantkit.formats.stored import model_dtype
+from quantkit.numbers.grid import FP4_VALUES, grid_of
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
@@ -82,7 +88,7 @@ class Bitsandbytes:
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
     ) -> Mapping[str, str | None]:
-        """Runtime -> None if it reads the checkpoint, else why not; see quantkit/readers.py."""
+        """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return bitsandbytes_readers(weights, model_type)
 
     def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:

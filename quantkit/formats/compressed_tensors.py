@@ -24,21 +24,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from quantkit.bitpack import num_words, pack_rows, unpack_rows
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
-from quantkit.format import (
+from quantkit.formats.bitpack import num_words, pack_rows, unpack_rows
+from quantkit.formats.format import (
     PlannedWeight,
     StoredWeight,
     check_divides,
     check_stored,
     named_as_weight,
 )
-from quantkit.readers import compressed_tensors_readers, decompresses_at_load, outside_blocks
-from quantkit.scheme import Scheme
-from quantkit.source import Source
-from quantkit.stored import round_scale, stored_scale
-from quantkit.tensor import PlainScale, QuantizedTensor
-from quantkit.tensorfile import TensorInfo
+from quantkit.formats.readers import (
+    compressed_tensors_readers,
+    decompresses_at_load,
+    outside_blocks,
+)
+from quantkit.formats.stored import round_scale, stored_scale
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 _PACKED, _SCALE, _SHAPE, _ZERO = "_packed", "_scale", "_shape", "_zero_point"
 # The module class that a config group names to mean all weights not named otherwise.
@@ -78,7 +82,7 @@ class CompressedTensors:
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
     ) -> Mapping[str, str | None]:
-        """Runtime -> None if it reads the checkpoint, else why not; see quantkit/readers.py."""
+        """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return compressed_tensors_readers(weights, model_type)
 
     def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:

@@ -1,10 +1,10 @@
-"""GPTQ, version 1: zeros are stored less one.  Bytes: quantkit/gptq_layout.py."""
+"""GPTQ, version 1: zeros are stored less one.  Bytes: quantkit/formats/_gptq_layout.py."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from quantkit.gptq_layout import GptqLayout
+from quantkit.formats._gptq_layout import GptqLayout
 
 
 class Gptq(GptqLayout):

@@ -1,10 +1,10 @@
-"""GPTQ, version 2: zeros are stored as they are.  Bytes: quantkit/gptq_layout.py."""
+"""GPTQ, version 2: zeros are stored as they are.  Bytes: quantkit/formats/_gptq_layout.py."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from quantkit.gptq_layout import GptqLayout
+from quantkit.formats._gptq_layout import GptqLayout
 
 
 class GptqV2(GptqLayout):

@@ -10,7 +10,7 @@ from format_samples import planned, quantized, same, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.format import (
+from quantkit.formats.format import (
     Format,
     PlannedWeight,
     available_formats,
@@ -19,8 +19,8 @@ from quantkit.format import (
     format_of,
     make_format,
 )
-from quantkit.scheme import Scheme
-from quantkit.tensor import QuantizedTensor
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor
 
 SCHEMES = [
     "w2a16_g32",

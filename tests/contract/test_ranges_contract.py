@@ -7,11 +7,11 @@ import torch
 from reference import activations, stats_of, weights
 from torch import Tensor
 
-from quantkit.nearest import nearest_codes
-from quantkit.parts import GroupRange, Range, available, make_part
-from quantkit.scheme import Scheme
-from quantkit.stats import Needs, Stats
-from quantkit.tensor import QuantizedTensor
+from quantkit.methods.nearest import nearest_codes
+from quantkit.methods.parts import GroupRange, Range, available, make_part
+from quantkit.methods.stats import Needs, Stats
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor
 
 RANGES = [*available("range"), "third_party:Tighter"]
 SCHEMES = [

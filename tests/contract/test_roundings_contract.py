@@ -6,12 +6,12 @@ import pytest
 import torch
 from reference import activations, output_error, stats_of, weights
 
-from quantkit.nearest import nearest_codes
-from quantkit.parts import Rounding, available, make_part
-from quantkit.ranges.minmax import Minmax
-from quantkit.scheme import Scheme
-from quantkit.stats import Needs, Stats
-from quantkit.tensor import decode_rows
+from quantkit.methods.nearest import nearest_codes
+from quantkit.methods.parts import Rounding, available, make_part
+from quantkit.methods.ranges.minmax import Minmax
+from quantkit.methods.stats import Needs, Stats
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import decode_rows
 
 ROUNDINGS = [*available("rounding"), "third_party:Plain"]
 SCHEMES = [

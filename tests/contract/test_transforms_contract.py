@@ -6,9 +6,9 @@ import pytest
 import torch
 from reference import activations, stats_of, weights
 
-from quantkit.parts import Reader, Transform, available, make_part
-from quantkit.scheme import Scheme
-from quantkit.stats import Needs, Stats
+from quantkit.methods.parts import Reader, Transform, available, make_part
+from quantkit.methods.stats import Needs, Stats
+from quantkit.numbers.scheme import Scheme
 
 TRANSFORMS = [*available("transform"), "third_party:HalfWay"]
 SCHEMES = ["w4a16_g32_asym", "w3a16_row", "w8a8_row", "nf4_b64_dq"]

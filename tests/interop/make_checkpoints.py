@@ -33,9 +33,9 @@ from transformers import (
 )
 
 import quantkit
-from quantkit.checkpoint import open_source
-from quantkit.decoded import Decoded
+from quantkit.checkpoint.files import open_source
 from quantkit.demo import demo_path
+from quantkit.model.requantized import Decoded
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, EXPORTS, PROMPTS

@@ -33,12 +33,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantkit
-from quantkit.calibration import load_calibration
+from quantkit.calibration.tokens import load_calibration
 from quantkit.demo import demo_path
 from quantkit.demo.corpus import heldout_text
-from quantkit.gguf_export import export_gguf
-from quantkit.gguf_families import family_of
-from quantkit.gguf_names import place_of
+from quantkit.formats.gguf.families import family_of
+from quantkit.formats.gguf.names import place_of
+from quantkit.pipeline.gguf_export import export_gguf
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import MAX_NEW_TOKENS, PROMPTS

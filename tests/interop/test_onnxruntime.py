@@ -27,16 +27,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 from tritonclient.grpc import model_config_pb2
 
-from quantkit.checkpoint import open_source
+from quantkit.checkpoint.files import open_source
+from quantkit.checks.inspection import inspect
+from quantkit.checks.verify import verify
 from quantkit.demo import demo_path
 from quantkit.demo.corpus import heldout_text
-from quantkit.inspection import inspect
-from quantkit.onnx_builder import build_graph
-from quantkit.onnx_export import export_onnx
-from quantkit.onnx_file import OnnxFile
-from quantkit.onnx_matrices import matrices
-from quantkit.onnx_triton import model_config
-from quantkit.verify import verify
+from quantkit.formats.onnx.builder import build_graph
+from quantkit.formats.onnx.file import OnnxFile
+from quantkit.formats.onnx.matrices import matrices
+from quantkit.formats.onnx.triton import model_config
+from quantkit.pipeline.onnx_export import export_onnx
 
 # Checkpoint -> how the builder was given it.
 ROADS = {"rtn": "gptq", "awq": "awq", "w8a16": "float32", "w8a8": "float32"}

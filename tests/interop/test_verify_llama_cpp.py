@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gguf_cases import EXPORTED, QUANTIZED
 
-from quantkit.verify import verify
+from quantkit.checks.verify import verify
 
 
 @pytest.mark.parametrize("name", [*EXPORTED, *QUANTIZED])

@@ -1,0 +1,171 @@
+"""A model run block by block over all sequences, its hidden states in a file: memory for one block.
+
+Shapes: B sequences in a batch, T tokens, H hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibration.rounded_inputs import QuantizedActivations
+from quantkit.checkpoint.disk import disk_errors
+from quantkit.checkpoint.files import Source
+from quantkit.checkpoint.safetensors import read_into, write_from
+from quantkit.model.causal import BlockCall, CausalModel, TapCallback
+from quantkit.model.requantized import Decoded
+from quantkit.numbers.scheme import Scheme
+from quantkit_eval.sequences import Batch, Workload
+
+
+class States:
+    """Hidden states of all batches in one file, `slots` times over."""
+
+    def __init__(
+        self, directory: Path, workload: Workload, hidden: int, dtype: torch.dtype, slots: int = 1
+    ) -> None:
+        self._workload, self._hidden, self._dtype = workload, hidden, dtype
+        sizes = [batch.ids.numel() * hidden * dtype.itemsize for batch in workload.batches]
+        self._starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        self._slot_bytes = sum(sizes)
+        self._path = directory / "hidden.bin"
+        with disk_errors(self._path, slots * self._slot_bytes):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+
+    def read(self, number: int, slot: int = 0) -> Tensor:
+        """The states of a batch [B, T, H], fresh memory on the CPU."""
+        batch = self._workload.batches[number]
+        out = torch.empty(*batch.ids.shape, self._hidden, dtype=self._dtype)
+        count = read_into(self._file, out, slot * self._slot_bytes + self._starts[number])
+        assert count == out.nbytes, "states are read only after they were written"
+        return out
+
+    def write(self, number: int, hidden_BTH: Tensor, slot: int = 0) -> None:
+        """Stores the states of a batch.  Raises OutputError if the disk is full."""
+        with disk_errors(self._path):
+            content = hidden_BTH.to("cpu", self._dtype).contiguous()
+            write_from(self._file, content, slot * self._slot_bytes + self._starts[number])
+
+    def close(self) -> None:
+        """Closes and removes the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            self._path.unlink(missing_ok=True)
+
+
+class ModelStream:
+    """One model and where its hidden states are between two blocks.
+
+    Quantized weights are decoded once and multiplied in `dtype`; inputs of 8-bit activation schemes
+    are rounded per token as the layers that run them do.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        workload: Workload,
+        directory: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name, self.source, self.workload = name, source, workload
+        self.device = device
+        self.model = CausalModel.open(
+            source, trust_remote_code=trust_remote_code, dtype=dtype, device=device
+        )
+        schemes: Mapping[str, Scheme] = source.schemes if isinstance(source, Decoded) else {}
+        self._eight_bit = {n: s.kind for n, s in schemes.items() if s.activation_bits == 8}
+        self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
+        first, _ = self._call(workload.batches[0])
+        self.hidden_size: int = first.shape[-1]
+        self.states = States(directory, workload, self.hidden_size, first.dtype)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        return self.model.num_blocks
+
+    def embed(self) -> None:
+        """Writes what enters the first block."""
+        for number, batch in enumerate(self.workload.batches):
+            self.write(number, self._call(batch)[0])
+
+    def load(self, index: int) -> nn.Module:
+        """A block with its weights; drop the reference to free it."""
+        with torch.no_grad():
+            return self.model.load_block(index)
+
+    def run(
+        self, index: int, block: nn.Module, number: int, hidden_BTH: Tensor | None = None
+    ) -> Tensor:
+        """What the block makes of batch `number`, of its stored states or of those given."""
+        batch = self.workload.batches[number]
+        hidden = self.read(number) if hidden_BTH is None else hidden_BTH
+        call = self._calls_of(batch)[index]
+        eight_bit = {
+            ref.parameter: self._eight_bit[ref.name]
+            for ref in self.model.weights(index)
+            if ref.name in self._eight_bit
+        }
+        with contextlib.ExitStack() as modes:
+            modes.enter_context(torch.no_grad())
+            if eight_bit:
+                modes.enter_context(QuantizedActivations(block, eight_bit))
+            return self.model.run(block, hidden.to(self.device), call)
+
+    @contextlib.contextmanager
+    def tapped(self, index: int, block: nn.Module, callback: TapCallback) -> Iterator[None]:
+        """While active, `run` hands every input of a product to the callback."""
+        with self.model.tap(index, block, None, callback):
+            yield
+
+    def advance(self, index: int, block: nn.Module, done: Callable[[], object]) -> None:
+        """Runs a block over all batches, in place; calls `done` after each."""
+        for number in range(len(self.workload.batches)):
+            self.write(number, self.run(index, block, number))
+            done()
+
+    def read(self, number: int) -> Tensor:
+        """The states of a batch [B, T, H], fresh memory on the CPU."""
+        return self.states.read(number)
+
+    def write(self, number: int, hidden_BTH: Tensor) -> None:
+        """Stores the states of a batch.  Raises OutputError if the disk is full."""
+        self.states.write(number, hidden_BTH)
+
+    def close(self) -> None:
+        """Closes and removes the file of states."""
+        self.states.close()
+
+    def __enter__(self) -> ModelStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, batch: Batch) -> tuple[Tensor, tuple[BlockCall, ...]]:
+        with torch.no_grad():
+            return self.model.calls(batch.ids)
+
+    def _calls_of(self, batch: Batch) -> tuple[BlockCall, ...]:
+        """The blocks' other arguments: without padding masks they depend on the shape only."""
+        shape = (batch.ids.shape[0], batch.ids.shape[1])
+        if shape not in self._calls:
+            self._calls[shape] = self._call(batch)[1]
+        return self._calls[shape]

@@ -1,0 +1,1 @@
+"""Tasks: multiple choice, lm-evaluation-harness, completions."""

@@ -1,0 +1,343 @@
+"""Triton: the fused product of every weight-only op for few rows, and a decoder for many.
+
+M rows of x, N rows of the weight (padded: N_PAD), K columns, G groups per row.  The product is
+computed transposed, acc[N, M] = weight · xᵀ: wgmma reads its left operand from registers, where the
+decoded values are, and works at 16 rows of x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit_kernels.gpu.decode import decode
+from quantkit_kernels.gpu.reduce import reduce, workspace
+from quantkit_kernels.gpu.tuning import Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """What the kernels read of a weight.
+
+    kind    "int4", "int8", "fp8" or "nf4"
+    packed  int32 [K'/128, N', 16 or 32]
+    scale   [G', N'], or with `table` its uint8 codes
+    zero    uint8 [G', N'] or None (8 for int4)
+    group   columns that share a scale; 0 means the row
+    table, absmax, offset   nested scales: value = table[code] · absmax[(n·G + g) / 256] + offset
+    """
+
+    kind: str
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    group: int
+    table: Tensor | None = None
+    absmax: Tensor | None = None
+    offset: Tensor | None = None
+
+
+@triton.jit
+def _scales(
+    scale,
+    table,
+    absmax,
+    offset,
+    group,
+    rows,
+    N,
+    N_PAD,
+    K,
+    GROUP: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Scales of a group [BN, 1], or of a row of groups [BN, P], as stored."""
+    s = tl.load(scale + group * N_PAD + rows[:, None])
+    if NESTED:
+        flat = rows[:, None] * (K // GROUP) + group
+        # Padded rows have no outer scale; padded columns meet zeros of x.
+        outer = tl.load(absmax + flat // 256, mask=flat < N * (K // GROUP), other=0.0)
+        s = tl.load(table + s.to(tl.int32)) * outer + tl.load(offset)
+    return s
+
+
+@triton.jit
+def _x_tile(
+    x_row,
+    start,
+    present,
+    K,
+    WIDTH: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """x transposed [WIDTH, BM], zero outside; float32 for the interpreter."""
+    columns = start + tl.arange(0, WIDTH)
+    inside = present[None, :]
+    if not EVEN_K:
+        inside = inside & (columns < K)[:, None]
+    tile = tl.load(x_row + columns[:, None], mask=inside, other=0.0)
+    if not ASM:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def accumulate(
+    x_row,
+    present,
+    packed,
+    scale,
+    zero,
+    table,
+    absmax,
+    offset,
+    rows,
+    first,
+    last,
+    N,
+    N_PAD,
+    K,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NESTED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Float32 [BN, BM]: rows of the weight times `present` rows of x, blocks `first` to `last`."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    for block in tl.range(first, last, num_stages=STAGES):
+        values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, DTYPE, ASM)
+        # Scales of 64 columns and more go on the float32 product: integer codes are never rounded.
+        if GROUP == 64:
+            low, high = tl.split(tl.permute(tl.reshape(values, (BN, 2, 64)), (0, 2, 1)))
+            first_x = _x_tile(x_row, block * 128, present, K, 64, EVEN_K, ASM)
+            s = _scales(scale, table, absmax, offset, 2 * block, rows, N, N_PAD, K, 64, NESTED)
+            acc += tl.dot(low.to(first_x.dtype), first_x) * s.to(tl.float32)
+            second_x = _x_tile(x_row, block * 128 + 64, present, K, 64, EVEN_K, ASM)
+            s = _scales(scale, table, absmax, offset, 2 * block + 1, rows, N, N_PAD, K, 64, NESTED)
+            acc += tl.dot(high.to(second_x.dtype), second_x) * s.to(tl.float32)
+        else:
+            x_KM = _x_tile(x_row, block * 128, present, K, 128, EVEN_K, ASM)
+            if GROUP == 0:
+                acc = tl.dot(values, x_KM, acc)
+            elif GROUP >= 128:
+                group = block // (GROUP // 128)
+                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                acc += tl.dot(values, x_KM) * s.to(tl.float32)
+            else:
+                group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
+                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                grouped = tl.reshape(values, (BN, 128 // GROUP, GROUP))
+                if s.dtype == values.dtype:
+                    grouped = grouped * s[:, :, None]
+                else:
+                    grouped = grouped.to(tl.float32) * s.to(tl.float32)[:, :, None]
+                acc = tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM, acc)
+    if GROUP == 0:
+        acc *= tl.load(scale + rows).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def fused_kernel(
+    x,
+    packed,
+    scale,
+    zero,
+    table,
+    absmax,
+    offset,
+    bias,
+    out,
+    M,
+    N,
+    N_PAD,
+    K,
+    stride_x,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NESTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    STAGES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """out[split, m, n]: this program's share of the columns; with SPLIT 1 the whole, plus bias."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(2) * BM + tl.arange(0, BM)
+    x_row = x + tokens[None, :].to(tl.int64) * stride_x
+    blocks = tl.cdiv(K, 128)
+    share = tl.cdiv(blocks, SPLIT)
+    first = split * share
+    acc = accumulate(
+        x_row,
+        tokens < M,
+        packed,
+        scale,
+        zero,
+        table,
+        absmax,
+        offset,
+        rows,
+        first,
+        tl.minimum(first + share, blocks),
+        N,
+        N_PAD,
+        K,
+        KIND,
+        GROUP,
+        HAS_ZERO,
+        NESTED,
+        EVEN_K,
+        BN,
+        BM,
+        STAGES,
+        DTYPE,
+        ASM,
+    )
+    inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    place = (split.to(tl.int64) * M + tokens[None, :]) * N + rows[:, None]
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    packed,
+    scale,
+    zero,
+    table,
+    absmax,
+    offset,
+    out,
+    N,
+    N_PAD,
+    K,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    NESTED: tl.constexpr,
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """out [N, K] = value · scale."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    block = tl.program_id(1)
+    # float16 holds integer codes exactly whatever the output's dtype.
+    values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, tl.float16, ASM)
+    values = values.to(tl.float32)
+    PER_BLOCK: tl.constexpr = 128 // GROUP if GROUP > 0 and GROUP < 128 else 1
+    if GROUP == 0:
+        group = tl.arange(0, 1)[None, :]
+    else:
+        group = (block * 128 // GROUP + tl.arange(0, PER_BLOCK))[None, :]
+    s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+    grouped = tl.reshape(values, (BN, PER_BLOCK, 128 // PER_BLOCK))
+    weight = tl.reshape(grouped * s.to(tl.float32)[:, :, None], (BN, 128))
+    columns = block * 128 + tl.arange(0, 128)
+    place = rows[:, None].to(tl.int64) * K + columns[None, :]
+    inside = (rows < N)[:, None] & (columns < K)[None, :]
+    tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)
+
+
+def matmul(
+    x_MK: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    out_features: int,
+    tile: Tile,
+    *,
+    use_asm: bool = True,
+) -> Tensor:
+    """[M, N] in the dtype of x; rows of x are contiguous, M > 0.
+
+    `use_asm=False` decodes in plain Triton and multiplies in float32, for the interpreter.
+    """
+    rows, columns = x_MK.shape
+    out = torch.empty(rows, out_features, dtype=x_MK.dtype, device=x_MK.device)
+    whole = tile.split == 1
+    target = out if whole else workspace(tile.split, rows, out_features, x_MK.device)
+    padded = weight.packed.shape[1]
+    unused = weight.scale
+    grid = (padded // tile.rows, tile.split, triton.cdiv(rows, tile.tokens))
+    fused_kernel[grid](
+        x_MK,
+        weight.packed,
+        weight.scale,
+        unused if weight.zero is None else weight.zero,
+        unused if weight.table is None else weight.table,
+        unused if weight.absmax is None else weight.absmax,
+        unused if weight.offset is None else weight.offset,
+        bias if whole and bias is not None else unused,
+        target,
+        rows,
+        out_features,
+        padded,
+        columns,
+        x_MK.stride(0),
+        KIND=weight.kind,
+        GROUP=weight.group,
+        HAS_ZERO=weight.zero is not None,
+        NESTED=weight.table is not None,
+        HAS_BIAS=whole and bias is not None,
+        EVEN_K=columns % 128 == 0,
+        SPLIT=tile.split,
+        BN=tile.rows,
+        BM=tile.tokens,
+        STAGES=tile.stages,
+        ASM=use_asm,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )
+    if not whole:
+        reduce(target, bias, out)
+    return out
+
+
+def dequantize(
+    weight: Weight, shape: tuple[int, int], dtype: torch.dtype, *, use_asm: bool = True
+) -> Tensor:
+    """The weight [N, K] in `dtype`; integer weights are rounded once."""
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    blocks, padded, _ = weight.packed.shape
+    block_rows = 64
+    unused = weight.scale
+    decode_kernel[(padded // block_rows, blocks)](
+        weight.packed,
+        weight.scale,
+        unused if weight.zero is None else weight.zero,
+        unused if weight.table is None else weight.table,
+        unused if weight.absmax is None else weight.absmax,
+        unused if weight.offset is None else weight.offset,
+        out,
+        shape[0],
+        padded,
+        shape[1],
+        KIND=weight.kind,
+        GROUP=weight.group,
+        HAS_ZERO=weight.zero is not None,
+        NESTED=weight.table is not None,
+        BN=block_rows,
+        ASM=use_asm,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out

@@ -1,0 +1,222 @@
+"""Which tile a kernel uses: measured if this GPU was tuned, otherwise by a rule.
+
+A table belongs to one GPU model and one version of torch and triton.  It maps (op, dtype, group, N,
+K, rows) to a tile, or to None where decoding the weight and a plain matmul was faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from quantkit_kernels.cpu.native import cache_folder
+
+# Above this many rows the tensor cores are busy whatever the weight's width: decode once instead.
+DECODE_ROWS = 256
+# Row counts that are tuned; others use the nearest.
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """How a kernel cuts its work: `rows` of the weight by `tokens` of x, columns in `split` parts.
+
+    `stages` is the depth of the load pipeline.
+    """
+
+    rows: int
+    tokens: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One product: x [tokens, columns] by a weight [rows, columns]; `group` 0 is a whole row."""
+
+    op: str
+    dtype: str
+    group: int
+    rows: int
+    columns: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A measured choice; `microseconds` is its median time."""
+
+    problem: Problem
+    tile: Tile | None
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Measured choices for one GPU model."""
+
+    entries: tuple[Entry, ...]
+
+    def find(self, problem: Problem) -> Entry | None:
+        """The entry of this problem, else that of the nearest shape of the same kind, else None."""
+        alike = [
+            entry
+            for entry in self.entries
+            if (entry.problem.op, entry.problem.dtype, entry.problem.group)
+            == (problem.op, problem.dtype, problem.group)
+        ]
+        return min(alike, key=lambda entry: _distance(entry.problem, problem), default=None)
+
+    def to_json(self) -> str:
+        """The table as `read_table` reads it."""
+        return json.dumps([asdict(entry) for entry in self.entries], indent=1)
+
+    def merged(self, newer: Iterable[Entry]) -> Table:
+        """This table with entries added or replaced."""
+        known = {entry.problem: entry for entry in self.entries}
+        known.update({entry.problem: entry for entry in newer})
+        return Table(tuple(known.values()))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, device: int) -> Tile | None:
+    """The tile for a problem on a CUDA device; None means: decode the weight, then a plain matmul.
+
+    Reads the tuned table once per process and never measures anything itself.
+    """
+    entry = tuned(device).find(problem)
+    if entry is not None:
+        return entry.tile
+    if problem.tokens > DECODE_ROWS:
+        return None
+    return heuristic(problem, *_device(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_eight(problem: Problem, device: int) -> Tile:
+    """The tile of a product of 8-bit numbers, which never decodes."""
+    entry = tuned(device).find(problem)
+    if entry is not None and entry.tile is not None:
+        return entry.tile
+    return heuristic(problem, *_device(device))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_experts(problem: Problem, experts: int, device: int) -> Tile:
+    """The tile of a product with the weights of so many experts; `tokens` counts all their rows."""
+    return heuristic(problem, *_device(device), experts=experts)
+
+
+def heuristic(problem: Problem, multiprocessors: int, capability: int, *, experts: int = 1) -> Tile:
+    """A tile that keeps every multiprocessor loading: two programs each, split over the columns.
+
+    `capability` is that of the GPU, as in 90; `experts` share the rows evenly, it is hoped.  The
+    limits are those up to which no kernel spills registers when compiled
+    (tests/kernel_ops/test_aot.py).
+    """
+    widest = 128 if problem.op in ("w8a8", "fp8a8") and capability == 90 else 64
+    each = -(-problem.tokens // experts)
+    tokens = min(widest, max(16, 1 << max(each - 1, 0).bit_length()))
+    row_tiles = -(-problem.rows // 128)
+    programs = row_tiles * min(experts * -(-each // tokens), problem.tokens)
+    blocks = -(-problem.columns // 128)
+    wanted = max(1, 2 * multiprocessors // max(programs, 1))
+    # At least four blocks a program, or the pipeline never fills.
+    split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
+    few_warps = tokens == 16 and (capability < 100 or problem.op in ("w8a16", "fp8a16"))
+    return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
+
+
+@functools.cache
+def tuned(device: int) -> Table:
+    """What `quantkit tune` measured for a CUDA device, else the table we ship, or an empty one."""
+    name = device_name(device)
+    for path in (cache_path(name), shipped_path(name)):
+        if path.is_file():
+            return read_table(path)
+    return Table(())
+
+
+def read_table(path: Path) -> Table:
+    """The table of a JSON file."""
+    return Table(
+        tuple(
+            Entry(
+                problem=Problem(**item["problem"]),
+                tile=None if item["tile"] is None else Tile(**item["tile"]),
+                microseconds=float(item["microseconds"]),
+            )
+            for item in json.loads(path.read_text(encoding="utf-8"))
+        )
+    )
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Writes a table; readers see the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(table.to_json() + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    tuned.cache_clear()
+    choose.cache_clear()
+    choose_eight.cache_clear()
+    choose_experts.cache_clear()
+
+
+def cache_path(device: str) -> Path:
+    """Where the table made here is kept."""
+    import triton
+
+    version = torch.__version__.split("+")[0]
+    return cache_folder() / f"{device}-torch{version}-triton{triton.__version__}.json"
+
+
+def shipped_path(device: str) -> Path:
+    """Where the table of a GPU that we measured would be."""
+    return Path(__file__).parent / "tuned" / f"{device}.json"
+
+
+def device_name(device: int) -> str:
+    """The GPU's name as a file name."""
+    name = torch.cuda.get_device_properties(device).name.lower()
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def candidates(problem: Problem, multiprocessors: int, capability: int) -> Sequence[Tile]:
+    """The tiles worth timing for a problem, the rule's first."""
+    first = heuristic(problem, multiprocessors, capability)
+    tokens = first.tokens
+    blocks = -(-problem.columns // 128)
+    splits = [split for split in (1, 2, 4, 8, 16) if split <= max(1, blocks // 2)]
+    found = [first]
+    shapes = [(64, 4), (128, 4), (128, 8)] if tokens == 16 else [(64, 4), (128, 8)]
+    for rows, warps in shapes:
+        for stages in (2, 3, 4):
+            for split in splits:
+                tile = Tile(rows=rows, tokens=tokens, split=split, warps=warps, stages=stages)
+                if tile not in found:
+                    found.append(tile)
+    return found
+
+
+def _distance(entry: Problem, problem: Problem) -> float:
+    pairs = (
+        (entry.rows, problem.rows),
+        (entry.columns, problem.columns),
+        (entry.tokens, problem.tokens),
+    )
+    return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+
+
+@functools.cache
+def _device(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor

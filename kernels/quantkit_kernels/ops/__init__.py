@@ -1,0 +1,1 @@
+"""Ops: one file, one torch.library op."""

@@ -1,0 +1,185 @@
+"""quantkit::nf4: NF4 weights in flat blocks of 64, scales plain or quantized themselves.
+
+Blocks must lie within rows (K a multiple of 64).  M rows of x, N rows of the weight, K columns,
+G = K/64 blocks per row.  weight = codebook[code] · absmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit_kernels.cpu.tiled import tiled_linear
+from quantkit_kernels.ops import layout, weight_only
+from quantkit_kernels.ops.codebook import NF4
+from quantkit_kernels.ops.device import Device
+from quantkit_kernels.ops.rows import flat_rows
+
+BLOCK = 64
+# Blocks that share an outer scale.
+OUTER = 256
+
+torch.library.define(
+    "quantkit::nf4",
+    "(Tensor x, Tensor packed, Tensor scale, Tensor? table, Tensor? absmax, Tensor? offset, "
+    "Tensor? bias, int out_features) -> Tensor",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested:
+    """Scales that are codes: value = table[code] · absmax[block / 256] + offset, all float32."""
+
+    table: Tensor
+    absmax: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight in the layout of one device.
+
+    triton: `packed` qk4 with adjacent pairs int32 [K'/128, N', 16]; `scale` float32 or, nested,
+    its uint8 codes [G', N'].  cpu: `packed` uint8 [N, K/2], first code low; `scale` [N, G].
+    """
+
+    packed: Tensor
+    scale: Tensor
+
+
+def supported(
+    *, block: int | None, shape: tuple[int, int], dtype: torch.dtype, device: Device
+) -> str | None:
+    """Why a weight [N, K] cannot run here, or None if it can."""
+    if block != BLOCK:
+        return f"blocks of {block}: the kernel takes blocks of {BLOCK}"
+    if shape[1] % BLOCK:
+        return f"{shape[1]} columns: blocks of {BLOCK} straddle the rows"
+    return weight_only.unsupported(dtype, device)
+
+
+def pack(codes_NK: Tensor, scale_NG: Tensor, device: Device) -> Packed:
+    """A supported weight of codes uint8 [N, K]; the scale is float32, or its uint8 codes."""
+    if device == "triton":
+        scale = layout.pad_groups(scale_NG, codes_NK.shape[1], BLOCK)
+        return Packed(packed=layout.pack_qk4(codes_NK, adjacent=True), scale=scale)
+    packed = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
+    return Packed(packed=packed, scale=scale_NG.contiguous())
+
+
+def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Codes uint8 [N, K], the inverse of `pack` on both devices."""
+    if packed.dtype == torch.int32:
+        return layout.unpack_qk4(packed, *shape, adjacent=True)
+    return torch.stack((packed & 15, packed >> 4), dim=-1).view(shape)
+
+
+def scales(
+    scale_NG: Tensor,
+    first_row: int,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """Float32 scales of some rows [n, G], the first of which is `first_row`."""
+    if table is None:
+        return scale_NG.to(torch.float32)
+    assert absmax is not None and offset is not None
+    rows, groups = scale_NG.shape
+    flat = torch.arange(first_row * groups, (first_row + rows) * groups, device=scale_NG.device)
+    outer = absmax[flat // OUTER].view(rows, groups)
+    return table[scale_NG.to(torch.int64)] * outer + offset
+
+
+def reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    """The op in plain PyTorch: the weight decoded in float32, rounded to the dtype of x."""
+    columns = x.shape[-1]
+    codes = unpack(packed, (out_features, columns)).to(torch.int64)
+    if packed.dtype == torch.int32:
+        scale = scale.t()[:out_features, : columns // BLOCK]
+    book = torch.tensor(NF4, device=x.device)
+    value = scales(scale, 0, table, absmax, offset).repeat_interleave(BLOCK, dim=1)
+    weight = (book[codes] * value).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _cpu(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    if packed.dtype != torch.uint8:
+        return reference(x, packed, scale, table, absmax, offset, bias, out_features)
+    x_MK, out_shape = flat_rows(x, out_features)
+    if x_MK.shape[0] == 0:
+        return x.new_empty(out_shape)
+    # Both values of a byte at once: half the lookups.
+    book = torch.tensor(NF4)
+    pairs = torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=-1)
+
+    def decode(rows: slice) -> Tensor:
+        part = packed[rows]
+        values = pairs.index_select(0, part.reshape(-1).to(torch.int32))
+        value = scales(scale[rows], rows.start, table, absmax, offset)
+        return values.view(len(part), -1, BLOCK).mul_(value[..., None]).view(len(part), -1)
+
+    return tiled_linear(x_MK, out_features, bias, decode).view(out_shape)
+
+
+def _cuda(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    from quantkit_kernels.gpu.fused import Weight
+
+    weight = Weight(
+        kind="nf4",
+        packed=packed,
+        scale=scale,
+        zero=None,
+        group=BLOCK,
+        table=table,
+        absmax=absmax,
+        offset=offset,
+    )
+    return weight_only.run_triton("nf4", x, weight, bias, out_features)
+
+
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+torch.library.impl("quantkit::nf4", "CPU", _cpu)
+torch.library.impl("quantkit::nf4", "CUDA", _cuda)
+torch.library.register_fake("quantkit::nf4", _fake)

@@ -1,0 +1,1 @@
+"""Calibration: text, tokens, hidden states, statistics of a block."""

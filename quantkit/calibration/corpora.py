@@ -1,0 +1,115 @@
+"""Documents for calibration: what a source's name, or a Python object, stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.calibration.documents import (
+    Corpus,
+    Origin,
+    dataset_corpus,
+    no_such_file,
+    shuffled,
+    to_document,
+)
+from quantkit.calibration.tables import (
+    BUILDERS,
+    dataset_fingerprint,
+    file_sha256,
+    named_dataset,
+    saved_dataset,
+    table_file,
+)
+from quantkit.errors import CalibrationError
+
+
+def open_corpus(
+    spec: Any,
+    *,
+    column: str | None,
+    seed: int | None,
+    prefer_messages: bool,
+    max_characters: int,
+) -> Corpus:
+    """The documents of a source, read lazily.
+
+    seed              decides the order of documents; None keeps the stored one, empty rows too
+    prefer_messages   where rows have both text and messages, take the messages
+    max_characters    how much of a .txt file is read at most
+    Raises CalibrationError, also later while the documents are read.
+    """
+    if isinstance(spec, Path):
+        spec = str(spec)
+    if not isinstance(spec, str):
+        return _python_corpus(spec, column, seed, prefer_messages)
+    source, column = _split_column(spec, column)
+    if source == "demo":
+        return _demo_corpus(seed)
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in (".txt", *BUILDERS):
+        raise CalibrationError(
+            f"calibration file {source}: {suffix or 'no'} extension; "
+            "allowed are .txt, .jsonl, .parquet and saved dataset directories"
+        )
+    if suffix == ".txt":
+        return _text_file(path, max_characters)
+    if suffix in BUILDERS:
+        return table_file(path, column, seed, prefer_messages)
+    if path.is_dir() and any((path / n).is_file() for n in ("state.json", "dataset_dict.json")):
+        return saved_dataset(path, None, column, seed, prefer_messages)
+    return named_dataset(source, column, seed, prefer_messages)
+
+
+def _split_column(spec: str, column: str | None) -> tuple[str, str | None]:
+    source, mark, named = spec.rpartition("#")
+    if not mark or Path(spec).expanduser().exists():
+        return spec, column
+    if not source or not named:
+        raise CalibrationError(f"calibration {spec!r}: write SOURCE#column")
+    if column is not None and column != named:
+        raise CalibrationError(
+            f"calibration {spec!r} names column {named!r}, but column {column!r} was also given"
+        )
+    return source, named
+
+
+def _demo_corpus(seed: int | None) -> Corpus:
+    from quantkit.demo.corpus import calibration_text
+
+    return Corpus(origin=Origin(source="demo"), documents=shuffled(calibration_text(), seed))
+
+
+def _text_file(path: Path, max_characters: int) -> Corpus:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(max_characters)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"calibration file {path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise CalibrationError(f"calibration file {path} cannot be read: {error}") from error
+    if not text.strip():
+        raise CalibrationError(f"calibration file {path} holds no text")
+    origin = Origin(source=path.name, file_sha256=file_sha256(path))
+    return Corpus(origin=origin, documents=iter([text]), one_text=True)
+
+
+def _python_corpus(
+    spec: Any, column: str | None, seed: int | None, prefer_messages: bool
+) -> Corpus:
+    if hasattr(spec, "column_names") and hasattr(spec, "features"):
+        origin = Origin(source="python", revision=dataset_fingerprint(spec))
+        return dataset_corpus(spec, origin, column, seed, prefer_messages)
+    if not isinstance(spec, Sequence) or not spec:
+        raise CalibrationError(
+            f"calibration of type {type(spec).__name__}, {'empty' if not spec else 'unusable'}: "
+            "give a source name, a list of strings, a datasets.Dataset or token ids"
+        )
+    documents = [to_document(value, f"entry {index}") for index, value in enumerate(spec)]
+    return Corpus(
+        origin=Origin(source="python"), documents=shuffled([d for d in documents if d], seed)
+    )

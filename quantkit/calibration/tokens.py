@@ -1,0 +1,202 @@
+"""Calibration tokens: what a method sees of the world, and the record of exactly what that was.
+
+A source is `demo`, a file (.txt .jsonl .parquet), a saved dataset directory, a Hub dataset
+(`name[@revision][:config[:split]]`), or Python objects; `SOURCE#column` names the text column.
+Shapes: N windows, T tokens in each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.corpora import open_corpus
+from quantkit.calibration.documents import Message, Origin
+from quantkit.calibration.windows import Packed, pack, pack_token_rows
+from quantkit.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+# A `str` or Path is a source name; a sequence of strings is the documents themselves.
+CalibrationSource: TypeAlias = (
+    "str | Path | Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]] "
+    "| Sequence[Tensor] | Tensor | Dataset | IterableDataset"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRecord:
+    """What was used, for reports; JSON-able through `to_dict`.
+
+    source              `demo`, a Hub name, a file name (never its directory) or `python`
+    revision            Hub commit or `datasets` fingerprint, where there is one
+    file_sha256         of a local file's bytes
+    tokens_sha256       of ids and mask: equal hashes mean equal statistics
+    documents           how many were used, `repeated_documents` of them equal to an earlier one
+    tokens              how many count, padding excluded
+    notes               what differed from the request
+    """
+
+    source: str
+    config: str | None = None
+    split: str | None = None
+    column: str | None = None
+    revision: str | None = None
+    file_sha256: str | None = None
+    tokens_sha256: str
+    samples: int
+    seq_len: int
+    seed: int
+    documents: int
+    repeated_documents: int
+    tokens: int
+    chat_template: bool
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as JSON types."""
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Token windows: ids int64 [N, T], mask bool [N, T] (False: padding), and their record."""
+
+    ids: Tensor
+    mask: Tensor
+    record: CalibrationRecord
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 2 or self.ids.shape != self.mask.shape:
+            raise CalibrationError(
+                f"calibration ids {tuple(self.ids.shape)} and mask {tuple(self.mask.shape)} "
+                "must be two equal [windows, tokens] shapes"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of shape, ids and mask: the part of a calibration that results depend on."""
+        return self.record.tokens_sha256
+
+
+def load_calibration(
+    spec: CalibrationSource,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    text_column: str | None = None,
+    max_length: int | None = None,
+    vocab_size: int | None = None,
+) -> Calibration:
+    """`samples` windows of `seq_len` tokens from a source, the same ones for the same arguments.
+
+    max_length  the model's positions: a longer seq_len is cut to it, with a note in the record
+    vocab_size  the model's: a token id beyond it is an error
+    tokenizer   may be None only for token ids
+    The packing rules are in docs/calibration.md.  Raises CalibrationError.
+    """
+    if samples < 1 or seq_len < 1:
+        raise CalibrationError(
+            f"--samples {samples} x --seq-len {seq_len}: both must be at least 1"
+        )
+    notes: list[str] = []
+    if max_length is not None and seq_len > max_length:
+        notes.append(f"seq_len {seq_len} cut to the model's {max_length} positions")
+        seq_len = max_length
+    if isinstance(spec, Tensor) or _holds_token_ids(spec):
+        packed = pack_token_rows(spec, samples, seq_len, _pad_id(tokenizer))
+        origin = Origin(source="python")
+    else:
+        if tokenizer is None:
+            raise CalibrationError("calibration text needs a tokenizer; give one, or token ids")
+        corpus = open_corpus(
+            spec,
+            column=text_column,
+            seed=seed,
+            prefer_messages=bool(tokenizer.chat_template),
+            max_characters=_MAX_CHARACTERS_PER_TOKEN * samples * seq_len,
+        )
+        packed = pack(corpus, tokenizer, samples, seq_len, _pad_id(tokenizer))
+        origin = corpus.origin
+    _check_vocabulary(packed.ids, vocab_size)
+    return _with_record(packed, origin, seed, [*notes, *packed.notes])
+
+
+# No tokenizer packs this many characters into a token on average; bounds what is read of a text.
+_MAX_CHARACTERS_PER_TOKEN = 64
+
+
+def _with_record(packed: Packed, origin: Origin, seed: int, notes: list[str]) -> Calibration:
+    samples, seq_len = packed.ids.shape
+    record = CalibrationRecord(
+        source=origin.source,
+        config=origin.config,
+        split=origin.split,
+        column=origin.column,
+        revision=origin.revision,
+        file_sha256=origin.file_sha256,
+        tokens_sha256=_tokens_sha256(packed.ids, packed.mask),
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        documents=packed.documents,
+        repeated_documents=packed.repeated,
+        tokens=int(packed.mask.sum()),
+        chat_template=packed.chat_template,
+        notes=tuple(notes),
+    )
+    return Calibration(ids=packed.ids, mask=packed.mask, record=record)
+
+
+def _tokens_sha256(ids_NT: Tensor, mask_NT: Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(ids_NT.shape)).encode())
+    digest.update(ids_NT.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
+    digest.update(mask_NT.to(torch.uint8).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _holds_token_ids(spec: object) -> bool:
+    if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
+        return False
+    first = spec[0]
+    if isinstance(first, Tensor):
+        return True
+    return (
+        isinstance(first, Sequence)
+        and not isinstance(first, str)
+        and bool(first)
+        and not isinstance(first[0], Mapping | str)
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    # Padding is masked everywhere, so any id the model knows will do.
+    for token_id in (
+        getattr(tokenizer, "pad_token_id", None),
+        getattr(tokenizer, "eos_token_id", None),
+    ):
+        if token_id is not None:
+            return int(token_id)
+    return 0
+
+
+def _check_vocabulary(ids_NT: Tensor, vocab_size: int | None) -> None:
+    smallest, largest = int(ids_NT.min()), int(ids_NT.max())
+    if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
+        bad = smallest if smallest < 0 else largest
+        allowed = "0 or more" if vocab_size is None else f"0 to {vocab_size - 1}"
+        raise CalibrationError(
+            f"calibration holds token id {bad}, the model knows {allowed}; "
+            "use the tokenizer that belongs to the model"
+        )

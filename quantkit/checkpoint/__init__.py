@@ -1,0 +1,1 @@
+"""Checkpoints: tensors by name in ranges, shards out, durable output."""

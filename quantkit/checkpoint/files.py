@@ -1,0 +1,278 @@
+"""Where weights come from: tensors by name, read in byte ranges from the files of a checkpoint.
+
+`Source` is what the rest of quantkit reads; `FileSource` is a directory of safetensors,
+`live.LiveSource` a Hugging Face model in memory, and GGUF and ONNX files have their own.
+Nothing is memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.hub import SIDE_FILES, download
+from quantkit.checkpoint.safetensors import (
+    INDEX,
+    WEIGHTS,
+    StoredTensor,
+    TensorInfo,
+    read_header,
+    read_into,
+    refuse_git_lfs,
+)
+from quantkit.checkpoint.source import Reader, Source
+from quantkit.errors import CheckpointError
+from quantkit.formats.containers import container_of, is_onnx
+from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.onnx.source import OnnxSource
+
+__all__ = ["FileSource", "Source", "TensorInfo", "open_source", "refuse_quantized"]
+
+
+class FileSource(Reader):
+    """A directory of config.json and safetensors, as `save_pretrained` or the Hub's cache has it.
+
+    Opening reads and checks all headers, no weights.  Raises CheckpointError for anything that is
+    missing, damaged, pickled, a Git-LFS pointer, or reaches outside the directory.
+    """
+
+    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+        self.path = Path(path)
+        self._trust_remote_code = trust_remote_code
+        if not (self.path / "config.json").is_file():
+            if (self.path / "adapter_config.json").is_file():
+                raise CheckpointError(
+                    f"{self.path}: this is a PEFT adapter; merge it into its model "
+                    "(merge_and_unload), save that, and give its directory"
+                )
+            raise CheckpointError(
+                f"{self.path}: this is no model: there is no config.json; give the directory that "
+                "save_pretrained wrote or a repository name on the Hub"
+            )
+        self._config_content = _contained(self.path, "config.json").read_bytes()
+        _json_object(self.path / "config.json", self._config_content)
+        self._tensors: dict[str, StoredTensor] = {}
+        self._files: dict[str, Path] = {}
+        for file, wanted in _weight_files(self.path).items():
+            self._add(file, wanted)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json, parsed anew at each call: the caller may change it."""
+        return _json_object(self.path / "config.json", self._config_content)
+
+    @property
+    def home(self) -> Path:
+        """The directory itself."""
+        return self.path
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors in the checkpoint, sorted."""
+        return tuple(sorted(self._tensors))
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor; CheckpointError if there is none of this name."""
+        return self._stored(name).info
+
+    def read_flat(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements start..stop of the flattened tensor [stop - start], fresh memory."""
+        stored = self._stored(name)
+        if not 0 <= start <= stop <= stored.info.numel:
+            raise IndexError(f"{name}: elements {start}..{stop} of {stored.info.numel}")
+        buffer = torch.empty(stop - start, dtype=stored.info.dtype)
+        path = self._files[name]
+        try:
+            with path.open("rb", buffering=0) as file:
+                position = stored.offset + start * stored.info.dtype.itemsize
+                done = read_into(file.fileno(), buffer, position)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name}: cannot be read: {error.strerror}") from error
+        if done < buffer.nbytes:
+            raise CheckpointError(f"{path}: {name}: the file was truncated while in use")
+        return buffer
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        """Relative name -> path of the tokenizer, generation config, templates, licence files.
+
+        With `trust_remote_code` the *.py files too.  Without config.json and README.md: the output
+        has its own.
+        """
+        patterns = SIDE_FILES + (("*.py",) if self._trust_remote_code else ())
+        found: dict[str, Path | bytes] = {}
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                if path.is_file() and path.suffix not in (".safetensors", ".bin"):
+                    name = path.relative_to(self.path).as_posix()
+                    found[name] = _contained(self.path, name)
+        return dict(sorted(found.items()))
+
+    def _config_bytes(self) -> bytes:
+        return self._config_content
+
+    def _stored(self, name: str) -> StoredTensor:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path}: there is no tensor {name}") from None
+
+    def _add(self, file: str, wanted: list[str]) -> None:
+        path = _contained(self.path, file)
+        for stored in read_header(path):
+            name = stored.info.name
+            if name in self._tensors:
+                raise CheckpointError(
+                    f"{path}: {name}: the tensor is in {self._files[name].name} too; "
+                    "one of the two shards belongs to another checkpoint"
+                )
+            self._tensors[name] = stored
+            self._files[name] = path
+        for name in wanted:
+            if self._files.get(name) != path:
+                raise CheckpointError(
+                    f"{path}: {name}: the index says that this shard holds the tensor, but it "
+                    "does not; download the shards and the index together again"
+                )
+
+
+def open_source(
+    model_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
+
+    Raises CheckpointError if it is none of these or cannot be fetched.
+    """
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        from quantkit.checkpoint.live import LiveSource
+
+        return LiveSource(model_or_path)
+    path = Path(model_or_path).expanduser()
+    if (file := container_of(path)) is not None:
+        return OnnxSource(file) if is_onnx(file) else GgufSource(file)
+    if path.is_dir():
+        return FileSource(path, trust_remote_code=trust_remote_code)
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: this is a file, and no GGUF or ONNX; give the directory of the model"
+        )
+    name = os.fspath(model_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+        raise CheckpointError(
+            f"{name}: there is no such directory, and it cannot be a repository on the Hub; "
+            "give a model's directory or a name such as organisation/model"
+        )
+    folder = download(name, revision, trust_remote_code)
+    return FileSource(folder, trust_remote_code=trust_remote_code)
+
+
+def refuse_quantized(source: Source) -> None:
+    """Raises CheckpointError if the checkpoint is quantized already: its weights are no originals.
+
+    Reading such a checkpoint is fine (load, inspect, verify); quantizing it again is not.
+    """
+    config = source.config
+    for part in (config, config.get("text_config")):
+        for key in ("quantization_config", "compression_config"):
+            found = part.get(key) if isinstance(part, dict) else None
+            if found:
+                method = found.get("quant_method") if isinstance(found, dict) else None
+                raise CheckpointError(
+                    f"the model is already quantized (config.json: {key}, method "
+                    f"{method or 'unknown'}); give the original full-precision model, or pass "
+                    "--requantize to quantize the decoded weights again, at a loss"
+                )
+    packed = (".qweight", ".weight_packed", ".weight.absmax")
+    for name in source.names():
+        if name.endswith(packed):
+            raise CheckpointError(
+                f"{name}: the model is already quantized, though its config.json does not say so; "
+                "give the original full-precision model"
+            )
+
+
+def _weight_files(root: Path) -> Mapping[str, list[str]]:
+    """File name -> tensors the index wants from it ([] without an index), as transformers picks."""
+    if (root / WEIGHTS).exists():
+        return {WEIGHTS: []}
+    if not (root / INDEX).exists():
+        raise CheckpointError(_no_weights(root))
+    index = _contained(root, INDEX)
+    weight_map = _json_object(index, index.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: the index has no weight_map; download it again")
+    files: dict[str, list[str]] = {}
+    for name, file in sorted(weight_map.items()):
+        if not isinstance(file, str) or not _is_inside(file):
+            raise CheckpointError(
+                f"{index}: {name}: the shard {ascii(file)[:100]} is not allowed: it must be a "
+                "*.safetensors file inside the model's directory"
+            )
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _no_weights(root: Path) -> str:
+    """Why a directory without model.safetensors and without an index has no usable weights."""
+    endings = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+    pickles = sorted(path.name for path in root.iterdir() if path.suffix in endings)
+    others = sorted(path.name for path in root.glob("*.safetensors"))
+    if others:
+        return f"{root}: {INDEX} is missing: {', '.join(others[:3])} cannot be put together; add it"
+    if pickles:
+        return (
+            f"{root}: the weights are pickle files ({', '.join(pickles[:3])}), which can run code "
+            "when opened and are refused; load them where you trust them and call "
+            "model.save_pretrained(directory), which writes safetensors"
+        )
+    return f"{root}: there are no weights: neither {WEIGHTS} nor {INDEX}; safetensors are needed"
+
+
+def _is_inside(file: str) -> bool:
+    """True for a plain relative path to a *.safetensors file that stays below its directory."""
+    path = PurePosixPath(file)
+    return (
+        file.endswith(".safetensors")
+        and file.isprintable()
+        and len(file) < 200
+        and not any(character in file for character in "\\:")
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and str(path) == file
+    )
+
+
+def _contained(root: Path, file: str) -> Path:
+    """The path of a file of the checkpoint; links may lead only inside it or to the Hub's blobs."""
+    path = root / file
+    if not path.is_file():
+        raise CheckpointError(f"{path}: the file is missing; download or copy the model again")
+    real, home = path.resolve(), root.resolve()
+    blobs = home.parent.parent / "blobs"
+    in_cache = home.parent.name == "snapshots" and real.parent == blobs
+    if not (real.is_relative_to(home) or in_cache):
+        raise CheckpointError(
+            f"{path}: the link leads out of the model's directory, to {real}; copy the file"
+        )
+    try:
+        with path.open("rb") as stream:
+            refuse_git_lfs(path, stream.read(100))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return path
+
+
+def _json_object(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: this is no valid JSON ({error}); download it again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: no JSON object; download it again")
+    return value

@@ -1,0 +1,116 @@
+"""The manifest of a finished checkpoint: sha256 and size of every file, in one file written last.
+
+`quantkit/manifest.json` itself, `quantkit/run.json` (times and peaks, which differ between runs)
+and `quantkit/evaluation/` (written later) are not in it; nothing else may be in the directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.errors import OutputError
+
+MANIFEST = "quantkit/manifest.json"
+RUN = "quantkit/run.json"
+EVALUATION = "quantkit/evaluation"
+_EXCLUDED = frozenset({MANIFEST, RUN})
+_PIECE_BYTES = 4 * 2**20
+
+
+def write_manifest(directory: Path, *, ignore: frozenset[str] = frozenset()) -> Path:
+    """The manifest's path, written for all files below `directory` as they are now.
+
+    `ignore`: top-level names to leave out.  Equal content gives equal bytes.  Raises OutputError
+    for anything that is no plain file.
+    """
+    files = {}
+    with disk_errors(directory):
+        # An interrupted run may have left it; it would be taken for a file of the checkpoint.
+        (directory / f"{MANIFEST}.tmp").unlink(missing_ok=True)
+        for name, path in _files(directory, ignore).items():
+            if path.is_symlink() or not path.is_file():
+                raise OutputError(f"{path}: not a plain file; a checkpoint holds nothing else")
+            files[name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+        (directory / MANIFEST).parent.mkdir(exist_ok=True)
+    text = json.dumps({"version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
+    write_file(directory / MANIFEST, text.encode())
+    return directory / MANIFEST
+
+
+def verify_manifest(directory: Path) -> list[str]:
+    """What differs from the manifest, one sentence each; an empty list if nothing does."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        files = _entries(manifest)
+    except FileNotFoundError:
+        return [f"{MANIFEST}: missing; the checkpoint is unfinished or was not made by quantkit"]
+    except (OSError, ValueError, RecursionError) as error:
+        return [f"{MANIFEST}: cannot be read ({error})"]
+    present = _files(directory, frozenset())
+    problems = [f"{name}: not in the manifest" for name in sorted(set(present) - set(files))]
+    for name, (digest, size) in sorted(files.items()):
+        path = present.get(name)
+        if path is None or not path.is_file():
+            problems.append(f"{name}: missing")
+            continue
+        try:
+            found = path.stat().st_size
+            if found != size:
+                problems.append(f"{name}: {found} bytes, the manifest says {size}")
+            elif _sha256(path) != digest:
+                problems.append(f"{name}: the content differs from the manifest's sha256")
+        except OSError as error:
+            problems.append(f"{name}: cannot be read ({error.strerror})")
+    return problems
+
+
+def _files(directory: Path, ignore: frozenset[str]) -> dict[str, Path]:
+    """Relative name -> path of everything below that is no directory, sorted, less the excluded."""
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        if Path(folder) == directory:
+            folders[:] = [name for name in folders if name not in ignore]
+            names = [name for name in names if name not in ignore]
+        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        for name in [*names, *links]:
+            path = Path(folder, name)
+            found[path.relative_to(directory).as_posix()] = path
+    return {
+        name: path
+        for name, path in sorted(found.items())
+        # An unfinished report lies in evaluation.partial.
+        if name not in _EXCLUDED and not name.startswith((f"{EVALUATION}/", f"{EVALUATION}."))
+    }
+
+
+def _entries(manifest: Any) -> dict[str, tuple[str, int]]:
+    """File name -> (sha256, size); ValueError if the manifest has another form."""
+    if not isinstance(manifest, dict) or manifest.get("version") != 1:
+        raise ValueError("not a version 1 manifest")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError("no files")
+    entries = {}
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not isinstance(entry, dict):
+            raise ValueError(f"{name!a}: not an entry")
+        digest, size = entry.get("sha256"), entry.get("size")
+        if not isinstance(digest, str) or not isinstance(size, int):
+            raise ValueError(f"{name!a}: needs sha256 and size")
+        entries[name] = (digest, size)
+    return entries
+
+
+def _sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in bounded pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,282 @@
+"""Where output weights go: safetensors shards laid out up front and filled by name in any order.
+
+All names, dtypes and shapes are known before the work starts, so headers, offsets and the disk
+needed are exact, a full disk shows at the start, and the same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from quantkit.checkpoint.disk import disk_errors, reserve, sync_directory, write_file
+from quantkit.checkpoint.safetensors import (
+    DTYPE_NAMES,
+    PIECE_BYTES,
+    StoredTensor,
+    TensorInfo,
+    build_header,
+    read_into,
+    write_from,
+)
+from quantkit.checkpoint.source import Source
+from quantkit.errors import FormatError, OutputError, ResumeError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file: its name, header and tensors, each with its offset from the start of the file."""
+
+    file: str
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Exact size of the file."""
+        return len(self.header) + sum(tensor.info.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """Every output file and where each tensor lies in it."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Exact bytes of all shards on disk, without the index."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[Shard, StoredTensor]]:
+        """Tensor name -> its shard and its place there."""
+        return {
+            tensor.info.name: (shard, tensor) for shard in self.shards for tensor in shard.tensors
+        }
+
+    @property
+    def index_file(self) -> str:
+        """Name of the index: model.safetensors.index.json unless planned with another stem."""
+        return self.shards[0].file.split("-00001-of-")[0] + ".safetensors.index.json"
+
+    def index(self) -> bytes | None:
+        """Content of the index file; None for a single shard, which needs none."""
+        if len(self.shards) == 1:
+            return None
+        total = sum(tensor.info.nbytes for _, tensor in self.places.values())
+        weight_map = {name: shard.file for name, (shard, _) in self.places.items()}
+        fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+
+
+def plan_shards(
+    infos: Sequence[TensorInfo], max_shard_bytes: int, *, stem: str = "model"
+) -> ShardLayout:
+    """The files that will hold these tensors, filled in the given order.
+
+    A shard holds at most `max_shard_bytes` of tensors; a larger tensor gets one of its own.  Inside
+    a shard wider dtypes come first, as readers view each tensor at an aligned address.
+    """
+    if max_shard_bytes < 1:
+        raise OutputError(f"max shard size {max_shard_bytes}: must be at least 1 byte")
+    names = [info.name for info in infos]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise FormatError(f"{twice}: the tensor is planned twice; a checkpoint holds a name once")
+    for info in infos:
+        if info.dtype not in DTYPE_NAMES:
+            raise FormatError(f"{info.name}: safetensors cannot hold {info.dtype}")
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in infos:
+        if groups[-1] and filled + info.nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(info)
+        filled += info.nbytes
+    count = len(groups)
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+        file = f"{stem}{part}.safetensors"
+        ordered = sorted(group, key=lambda info: -info.dtype.itemsize)
+        header = build_header(ordered)
+        position = len(header)
+        tensors = []
+        for info in ordered:
+            tensors.append(StoredTensor(info=info, offset=position))
+            position += info.nbytes
+        shards.append(Shard(file=file, header=header, tensors=tuple(tensors)))
+    return ShardLayout(shards=tuple(shards))
+
+
+class ShardWriter:
+    """Fills the shards of a layout in `directory`; a tensor may be put in any order, once.
+
+    Creates the files at their final size with their headers, or takes up those of an interrupted
+    run: `committed` names the tensors its journal vouches for.  Raises OutputError for a full disk
+    and ResumeError if files of committed tensors are gone or changed.
+    """
+
+    def __init__(
+        self, directory: Path, layout: ShardLayout, *, committed: Collection[str] = ()
+    ) -> None:
+        self.directory = directory
+        self.layout = layout
+        unknown = sorted(set(committed) - set(layout.places))
+        if unknown:
+            raise ResumeError(
+                f"{directory}: {unknown[0]} was written by the earlier run, but is not planned "
+                "now; use --fresh to start over"
+            )
+        self._written = set(committed)
+        self._dirty: set[str] = set()
+        self._descriptors: dict[str, int] = {}
+        try:
+            for shard in layout.shards:
+                self._descriptors[shard.file] = self._open(shard)
+            sync_directory(directory)
+        except BaseException:
+            self._release()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._release()
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a whole tensor.
+
+        Raises FormatError unless name, dtype and shape are as planned and the name is new.
+        """
+        shard, place = self._claim(name, tensor.dtype, tuple(tensor.shape))
+        with self._disk():
+            write_from(
+                self._descriptors[shard.file], tensor.detach().contiguous().cpu(), place.offset
+            )
+        self._done(name, shard)
+
+    def copy(self, name: str, source: Source, source_name: str | None = None) -> None:
+        """Copies a tensor (`source_name`, by default the same name) in pieces of 8 MiB."""
+        original = source_name or name
+        info = source.info(original)
+        shard, place = self._claim(name, info.dtype, info.shape)
+        step = PIECE_BYTES // info.dtype.itemsize
+        for start in range(0, info.numel, step):
+            stop = min(start + step, info.numel)
+            offset = place.offset + start * info.dtype.itemsize
+            with self._disk():
+                # No name for the piece: it would live on while the next one is read.
+                write_from(
+                    self._descriptors[shard.file], source.read_flat(original, start, stop), offset
+                )
+        self._done(name, shard)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor put earlier or by the interrupted run, in fresh memory."""
+        shard, place = self._place(name)
+        if name not in self._written:
+            raise FormatError(f"{name}: the tensor has not been written yet")
+        buffer = torch.empty(place.info.shape, dtype=place.info.dtype)
+        with self._disk():
+            done = read_into(self._descriptors[shard.file], buffer, place.offset)
+        if done < buffer.nbytes:
+            raise OutputError(f"{self.directory / shard.file}: {name}: the file was cut short")
+        return buffer
+
+    def missing(self) -> tuple[str, ...]:
+        """Names planned, but neither put nor committed, sorted."""
+        return tuple(sorted(set(self.layout.places) - self._written))
+
+    def sync(self) -> None:
+        """Returns when everything put so far is on the disk; then the journal may say so."""
+        with self._disk():
+            for file in sorted(self._dirty):
+                os.fsync(self._descriptors[file])
+        self._dirty.clear()
+
+    def close(self) -> None:
+        """Ends the work: checks that every tensor was written, syncs, writes the index.
+
+        Raises FormatError naming the tensors never written; the files then stay as they are.
+        """
+        missing = self.missing()
+        if missing:
+            self._release()
+            raise FormatError(
+                f"{self.directory}: {len(missing)} planned tensors were never written, "
+                f"{', '.join(missing[:3])} among them"
+            )
+        self.sync()
+        self._release()
+        index = self.layout.index()
+        if index is not None:
+            write_file(self.directory / self.layout.index_file, index)
+
+    def _open(self, shard: Shard) -> int:
+        """A descriptor of the shard's file, at full size and with its header on the disk."""
+        path = self.directory / shard.file
+        with self._disk():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                if (
+                    os.fstat(descriptor).st_size == shard.num_bytes
+                    and os.pread(descriptor, len(shard.header), 0) == shard.header
+                ):
+                    return descriptor
+                lost = sorted({t.info.name for t in shard.tensors} & self._written)
+                if lost:
+                    raise ResumeError(
+                        f"{path}: the file with {lost[0]} is gone or changed since the earlier "
+                        "run; use --fresh to start over"
+                    )
+                os.ftruncate(descriptor, 0)
+                reserve(descriptor, shard.num_bytes)
+                os.pwrite(descriptor, shard.header, 0)
+                os.fsync(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return descriptor
+
+    def _place(self, name: str) -> tuple[Shard, StoredTensor]:
+        try:
+            return self.layout.places[name]
+        except KeyError:
+            raise FormatError(f"{name}: no such tensor is planned for the output") from None
+
+    def _claim(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> tuple[Shard, StoredTensor]:
+        """The place of a tensor about to be written; FormatError unless it is as planned."""
+        shard, place = self._place(name)
+        if (dtype, shape) != (place.info.dtype, place.info.shape):
+            raise FormatError(
+                f"{name}: planned as {place.info.dtype} {list(place.info.shape)}, "
+                f"but written as {dtype} {list(shape)}"
+            )
+        if name in self._written:
+            raise FormatError(f"{name}: the tensor is written twice")
+        return shard, place
+
+    def _done(self, name: str, shard: Shard) -> None:
+        self._written.add(name)
+        self._dirty.add(shard.file)
+
+    def _disk(self) -> AbstractContextManager[None]:
+        return disk_errors(self.directory, self.layout.num_bytes)
+
+    def _release(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()

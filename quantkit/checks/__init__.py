@@ -1,0 +1,1 @@
+"""Checks: is it whole, is it right, what is in it."""

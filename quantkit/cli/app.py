@@ -1,0 +1,368 @@
+"""The command line.  Results go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from quantkit.cli import compare as cli_compare
+from quantkit.cli import evaluate as cli_eval
+from quantkit.cli.export import export
+from quantkit.cli.gguf import plan_gguf, quantize_to_gguf
+from quantkit.errors import QuantkitError, RecipeError
+
+if TYPE_CHECKING:
+    from quantkit.pipeline.job import Request
+    from quantkit.pipeline.session import Job
+
+app = typer.Typer(
+    help="Post-training quantization for Hugging Face language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Directory or Hub name of a Hugging Face causal LM.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Directory of a checkpoint, or a GGUF or ONNX file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+MethodOption = Annotated[str | None, typer.Option("--method", help="See `quantkit methods`.")]
+SchemeOption = Annotated[
+    str | None,
+    typer.Option("--scheme", help="w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq]"),
+]
+FormatOption = Annotated[str | None, typer.Option("--format", help="See `quantkit formats`.")]
+CalibOption = Annotated[
+    str,
+    typer.Option(
+        "--calib",
+        help="demo, a Hub dataset (name[:config[:split]]), a .txt, .jsonl or .parquet file, or a "
+        "saved dataset directory; SOURCE#column names the text column.",
+    ),
+]
+SamplesOption = Annotated[int | None, typer.Option("--samples", help="Sequences; default 128.")]
+SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens each; default 2048.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Order of calibration documents.")]
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A recipe file of your own.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="part.field=value, as in rounding.damp=0.05.")
+]
+SkipOption = Annotated[
+    list[str] | None, typer.Option("--skip", help="Keep weights whose name matches the glob.")
+]
+HeadOption = Annotated[
+    str | None, typer.Option("--lm-head", help="Quantize the output head with this scheme.")
+]
+RamOption = Annotated[
+    str | None, typer.Option("--max-ram", help="Most memory the process may use, as in 6GiB.")
+]
+VramOption = Annotated[str | None, typer.Option("--max-vram", help="The same for the GPU.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Of a Hub model.")]
+RemoteOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+UnreadableOption = Annotated[
+    bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
+]
+RequantizeOption = Annotated[
+    bool,
+    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
+]
+
+
+@app.command()
+def quantize(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
+    method: MethodOption = None,
+    scheme: SchemeOption = None,
+    format_name: FormatOption = None,
+    calib: CalibOption = "demo",
+    samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    skip: SkipOption = None,
+    lm_head: HeadOption = None,
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    device: DeviceOption = "auto",
+    max_shard_size: ShardOption = "5GB",
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="Measure what it cost; the report lies in OUT.")
+    ] = False,
+    text: cli_eval.TextOption = "demo",
+    fail_if: cli_eval.FailOption = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model.  The same command goes on where an interrupted one stopped."""
+    from quantkit.cli.summary import outcome_json, outcome_text
+    from quantkit.pipeline.session import run
+
+    try:
+        if format_name == "gguf":
+            quantize_to_gguf(model, out, context.params)
+            return
+        job = _job(model, context.params)
+        if evaluate or fail_if:
+            cli_eval.check_wishes(job, text=text, limits=fail_if or (), requantize=requantize)
+        outcome = run(job, out, fresh=fresh)
+    except KeyboardInterrupt:
+        partial = out.with_name(f"{out.name}.partial")
+        kept = f"what is done is kept in {partial}: the same command goes on there"
+        typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
+        raise typer.Exit(130) from None
+    summary = outcome_json(job, outcome) if as_json else {}
+    if not as_json:
+        typer.echo(outcome_text(job, outcome))
+    if evaluate or fail_if:
+        evaluated = cli_eval.evaluate_output(job, outcome.out, text=text, limits=fail_if or ())
+        if not as_json:
+            cli_eval.finish(evaluated, as_json)
+        summary["evaluation"] = evaluated.summary()
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        if summary.get("evaluation", {}).get("violated"):
+            raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Model,
+    method: MethodOption = None,
+    scheme: SchemeOption = None,
+    format_name: FormatOption = None,
+    calib: CalibOption = "demo",
+    samples: SamplesOption = None,
+    seq_len: SeqLenOption = None,
+    seed: SeedOption = 0,
+    recipe: RecipeOption = None,
+    overrides: SetOption = None,
+    skip: SkipOption = None,
+    lm_head: HeadOption = None,
+    max_ram: RamOption = None,
+    max_vram: VramOption = None,
+    device: DeviceOption = "auto",
+    max_shard_size: ShardOption = "5GB",
+    revision: RevisionOption = None,
+    trust_remote_code: RemoteOption = False,
+    allow_unreadable: UnreadableOption = False,
+    requantize: RequantizeOption = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
+    ] = False,
+    as_json: Json = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
+) -> None:
+    """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
+    from quantkit.cli.summary import plan_json, plan_text
+
+    if format_name == "gguf":
+        plan_gguf(model, context.params)
+        return
+    job = _job(model, context.params)
+    typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
+
+
+@app.command()
+def inspect(path: Checkpoint, as_json: Json = False) -> None:
+    """Show what is in a checkpoint: schemes, bits per weight, size, method, provenance."""
+    from quantkit.checks.inspection import inspect as inspect_checkpoint
+
+    found = inspect_checkpoint(path)
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
+
+
+@app.command()
+def verify(
+    out: Checkpoint,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The source model to compare weights with.")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--runtime",
+            help="transformers, vllm, llama.cpp or onnxruntime: let it run the checkpoint too.",
+        ),
+    ] = None,
+    runtime_python: Annotated[
+        Path | None,
+        typer.Option("--runtime-python", help="Interpreter that has the runtime, if not this one."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a finished checkpoint; exit 1 if anything is wrong."""
+    from quantkit.checks.verify import verify as verify_checkpoint
+
+    result = verify_checkpoint(out, against=against, runtime=runtime, runtime_python=runtime_python)
+    typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    path: Checkpoint,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, triton, cpu, cpu-int8 or reference.")
+    ] = "auto",
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Multiply q/k/v, and gate with up, at once.")
+    ] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; by default the checkpoint's."),
+    ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the step of each token: pays off in long texts."),
+    ] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a text with a quantized (or plain) checkpoint, greedily."""
+    from quantkit.inference.generate import generate_text
+
+    text = generate_text(
+        path, prompt, max_new_tokens,
+        backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled,
+    )  # fmt: skip
+    typer.echo(text)
+
+
+@app.command()
+def tune(
+    path: Checkpoint,
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Time the kernels on this GPU for the shapes of a checkpoint, and keep the best settings."""
+    from quantkit.cli.tune import tune as tune_checkpoint
+
+    tune_checkpoint(path, dtype, typer.echo)
+
+
+app.command()(export)
+
+
+@app.command()
+def methods() -> None:
+    """List the built-in methods."""
+    from quantkit.methods.recipe import builtin_recipes, load_recipe
+
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        typer.echo(f"{name:<14}{recipe.scheme.name:<18}{recipe.summary}")
+
+
+@app.command()
+def formats() -> None:
+    """List the on-disk formats."""
+    from quantkit.formats.format import available_formats, installed_formats, make_format
+
+    for name in available_formats():
+        first_line = (type(make_format(name)).__doc__ or "").strip().splitlines()[0]
+        typer.echo(f"{name:<20}{first_line}")
+    for name in installed_formats():
+        typer.echo(f"{name:<20}Of an installed package.")
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Directory for the quantized models and the report.")
+    ] = Path("demo-out"),
+    method: Annotated[
+        str, typer.Option("--method", help="Whose model writes a line; compared too.")
+    ] = "awq",
+) -> None:
+    """Quantize the embedded demo model five ways and rate them in one report."""
+    from quantkit.cli.demo import run_demo
+
+    run_demo(out, method, typer.echo)
+
+
+app.command("eval")(cli_eval.evaluate)
+app.command()(cli_compare.compare)
+app.command()(cli_eval.bench)
+
+
+def _request(options: Mapping[str, Any]) -> Request:
+    """The request that the options of `quantize` and `plan` spell out."""
+    from quantkit.checkpoint.memory import parse_size
+    from quantkit.methods.recipe import load_recipe
+    from quantkit.pipeline.job import Request
+
+    if options["method"] is None and options["recipe"] is None:
+        raise RecipeError("name a method with --method (see `quantkit methods`) or a --recipe FILE")
+
+    def size(text: str | None) -> int | None:
+        return None if text is None else parse_size(text)
+
+    return Request(
+        recipe=load_recipe(
+            options["method"],
+            path=options["recipe"],
+            overrides=options["overrides"] or (),
+            scheme=options["scheme"],
+            skip=options["skip"] or (),
+            head=options["lm_head"],
+            samples=options["samples"],
+            seq_len=options["seq_len"],
+        ),
+        calibration=options["calib"],
+        seed=options["seed"],
+        format_name=options["format_name"],
+        max_ram=size(options["max_ram"]),
+        max_vram=size(options["max_vram"]),
+        device=options["device"],
+        max_shard_bytes=parse_size(options["max_shard_size"]),
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+        allow_unreadable=options["allow_unreadable"],
+        requantize=options["requantize"],
+    )
+
+
+def _job(model: str, options: Mapping[str, Any]) -> Job:
+    from quantkit.checkpoint.memory import return_large_blocks
+    from quantkit.pipeline.job import prepare
+
+    request = _request(options)
+    if request.max_ram is not None:
+        return_large_blocks()
+    return prepare(model, request)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except QuantkitError as error:
+        typer.echo(f"quantkit: {error}", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(0)

@@ -1,0 +1,127 @@
+"""What the command line prints about a plan and about a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from quantkit.checkpoint.manifest import RUN
+from quantkit.checkpoint.memory import format_size, with_spare
+from quantkit.pipeline.finish import REPORT
+from quantkit.pipeline.session import Job, Outcome
+
+
+def plan_json(job: Job) -> dict[str, Any]:
+    """The plan as JSON values."""
+    plan, need = job.plan, job.prediction
+    return {
+        "method": plan.recipe.method,
+        "scheme": plan.recipe.scheme.name,
+        "format": plan.format.name,
+        "readers": dict(plan.readers),
+        "bits_per_weight": round(plan.bits_per_weight, 4),
+        "bits_per_quantized_weight": round(plan.bits_per_quantized_weight, 4),
+        "output_bytes": plan.layout.num_bytes,
+        "predicted": {
+            "peak_ram_bytes": need.peak(job.max_ram),
+            "smallest_max_ram_bytes": with_spare(need.smallest),
+            "disk_bytes": need.disk,
+            "seconds": round(need.seconds, 1),
+        },
+        "calibration": None if job.calibration is None else job.calibration.record.to_dict(),
+        "tensors": [
+            {
+                "name": fate.name,
+                "fate": fate.fate,
+                "scheme": None if fate.scheme is None else fate.scheme.name,
+                "reason": fate.reason,
+                "shape": list(fate.shape),
+                "bytes": fate.num_bytes,
+            }
+            for fate in plan.fates
+        ],
+    }
+
+
+def plan_text(job: Job) -> str:
+    """The plan for people: every tensor's fate, then the totals."""
+    plan, need = job.plan, job.prediction
+    rows = [("tensor", "fate", "scheme", "size", "reason")]
+    for fate in plan.fates:
+        scheme = "" if fate.scheme is None else fate.scheme.name
+        rows.append((fate.name, fate.fate, scheme, format_size(fate.num_bytes), fate.reason))
+    lines = [*columns(rows), "", *_totals(job)]
+    lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted")
+    lines.append(f"disk       {format_size(need.disk)}")
+    lines.append(f"time       about {_duration(need.seconds)}")
+    return "\n".join(lines)
+
+
+def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
+    """The final summary as JSON values."""
+    report = json.loads((outcome.out / REPORT).read_bytes())
+    run = json.loads((outcome.out / RUN).read_bytes())
+    return {
+        "out": str(outcome.out),
+        "written": outcome.written,
+        "method": report["method"],
+        "scheme": report["scheme"],
+        "format": report["format"],
+        "size": report["size"],
+        "readers": report["readers"],
+        "degraded": report["degraded"],
+        "run": run,
+    }
+
+
+def outcome_text(job: Job, outcome: Outcome) -> str:
+    """The final summary for people."""
+    if not outcome.written:
+        return f"{outcome.out}: already complete, made by this very command; nothing to do"
+    run = json.loads((outcome.out / RUN).read_bytes())
+    report = json.loads((outcome.out / REPORT).read_bytes())
+    lines = [f"{outcome.out}: complete in {_duration(outcome.seconds)}", *_totals(job)]
+    peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
+    lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
+    for name, note in report["degraded"].items():
+        lines.append(f"degraded   {name}: {note}")
+    lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")
+    return "\n".join(lines)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned text, the last column ragged."""
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _totals(job: Job) -> list[str]:
+    plan = job.plan
+    source = sum(fate.source_bytes for fate in plan.fates)
+    lines = [
+        f"method     {plan.recipe.method}, {plan.recipe.scheme.name}, as {plan.format.name}",
+        f"size       {format_size(plan.layout.num_bytes)}, was {format_size(source)}: "
+        f"{source / plan.layout.num_bytes:.2f}x smaller",
+        f"bits       {plan.bits_per_weight:.3f} per weight, "
+        f"{plan.bits_per_quantized_weight:.3f} among the quantized",
+    ]
+    for runtime, reason in plan.readers.items():
+        lines.append(f"{runtime:<20} {'reads it' if reason is None else 'no: ' + reason}")
+    if job.calibration is not None:
+        record = job.calibration.record
+        lines.append(f"calibrated on {record.source}: {record.samples} x {record.seq_len} tokens")
+        lines.extend(f"note: {note}" for note in record.notes)
+    if plan.unties_head:
+        lines.append("note: the output head was tied to the embedding and is stored apart now")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,389 @@
+"""On-disk formats: what each must offer, and how a name finds one (the file name is the registry).
+
+`--format compressed-tensors` means class `CompressedTensors` in formats/compressed_tensors.py;
+`package.module:Class` names a third party's, and an installed package announces its own as an
+entry point of the group `quantkit.formats`: only such a one is found when a checkpoint names it.
+A format maps one weight to named tensors and back; files, shards and indexes are the checkpoint's
+business.
+
+Shapes: O out features, I in features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Source
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor
+
+_PACKAGE = "quantkit.formats"
+_ENTRY_POINTS = "quantkit.formats"
+# quant_method -> file and class of what reads it and cannot write it.
+_READ_ONLY: Mapping[str, tuple[str, str]] = {
+    "fp8": ("_fp8_blocks", "Fp8Blocks"),
+    "mxfp4": ("_mxfp4", "Mxfp4"),
+    "onnx": ("onnx.format", "OnnxWeights"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedWeight:
+    """A quantizable weight and what becomes of it.
+
+    name         in the checkpoint, as in "model.layers.0.mlp.up_proj.weight"
+    module       path of the module that holds it in the transformers model (differs from `name`
+                 where transformers renames: fused experts, a base model without its prefix)
+    shape        (O, I), whatever the storage
+    scheme       None = kept in full precision
+    transposed   the source stores [I, O] (Conv1D)
+    expert       transformers holds it as a slice of a fused 3-D parameter
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    scheme: Scheme | None
+    transposed: bool = False
+    expert: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight:
+    """A quantized weight found in a checkpoint; `tensors` are the names of all that belong to it.
+
+    transposed   the format stores its codes [I, O]
+    permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
+    expert       the weight is this slice of `tensors`, which hold all experts of a layer
+    """
+
+    name: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tensors: tuple[str, ...]
+    transposed: bool = False
+    permuted: bool = False
+    expert: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight: PlannedWeight,
+        dtype: torch.dtype,
+        infos: Sequence[TensorInfo],
+        *,
+        permuted: bool = False,
+    ) -> StoredWeight:
+        """The weight, whose original dtype is `dtype`, as it lies in these tensors."""
+        assert weight.scheme is not None, weight.name
+        return cls(
+            name=weight.name,
+            scheme=weight.scheme,
+            shape=weight.shape,
+            dtype=dtype,
+            tensors=tuple(info.name for info in infos),
+            transposed=weight.transposed,
+            permuted=permuted,
+        )
+
+
+@runtime_checkable
+class FormatReader(Protocol):
+    """One on-disk layout of quantized weights, to read."""
+
+    name: ClassVar[str]
+
+    def weights(self, source: Source) -> dict[str, StoredWeight]:
+        """Weight name -> how it is stored, for every quantized weight of a checkpoint.
+
+        Raises CheckpointError if the tensors and `quantization_config` contradict each other, or
+        if the checkpoint uses something this format's implementation does not know.
+        """
+        ...
+
+    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
+        """The inverse of `pack`: same codes, scale and zero."""
+        ...
+
+
+@runtime_checkable
+class Format(FormatReader, Protocol):
+    """One on-disk layout of quantized weights, to read and to write."""
+
+    # Whether columns of one group may lie apart (`QuantizedTensor.columns`).
+    holds_permuted: ClassVar[bool]
+
+    def supports(self, scheme: Scheme) -> str | None:
+        """None if the format can hold the scheme, else why not (without other formats' names)."""
+        ...
+
+    def supports_shape(self, weight: PlannedWeight) -> str | None:
+        """None if a weight of this shape can be held under its scheme, else why not and what fits.
+
+        The scheme itself is supported and its `check_shape` passed.
+        """
+        ...
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None if one checkpoint can hold these weights side by side, else which not and why."""
+        ...
+
+    def readers(
+        self, weights: Sequence[PlannedWeight], model_type: str
+    ) -> Mapping[str, str | None]:
+        """Runtime -> None if it reads the checkpoint, else the reason why it does not."""
+        ...
+
+    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+        """Exactly the tensors `pack` returns; `dtype` is that of the weight in the source."""
+        ...
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The nearest tensor that `pack` takes, and what was rounded; the tensor itself and None
+        if it is held exactly.  The scheme is supported."""
+        ...
+
+    def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """Checkpoint name -> contiguous CPU tensor.  Memory: the result plus a bounded chunk."""
+        ...
+
+    def config(
+        self,
+        weights: Sequence[PlannedWeight],
+        *,
+        model_type: str,
+        dtype: torch.dtype,
+        others: Sequence[TensorInfo] = (),
+    ) -> dict[str, Any]:
+        """The `quantization_config` for config.json.
+
+        `weights` are all quantizable weights, the kept ones included; `others` are the model's
+        other tensors, so that linear layers outside the blocks can be listed as kept too.
+        """
+        ...
+
+
+def available_formats() -> list[str]:
+    """Names of the built-in formats, sorted."""
+    package = importlib.import_module(_PACKAGE)
+    names = (m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+    found = (_class_of(name) for name in names)
+    return sorted(cls.name for cls in found if cls is not None)
+
+
+def installed_formats() -> list[str]:
+    """Names of the formats that other installed packages bring, sorted."""
+    return sorted(set(entry_points(group=_ENTRY_POINTS).names) - {*available_formats()})
+
+
+def make_format(name: str) -> Format:
+    """The format of that name.  Raises FormatError listing the known ones."""
+    if ":" in name:
+        module, _, attribute = name.partition(":")
+        try:
+            made = getattr(importlib.import_module(module), attribute)()
+        except (ImportError, AttributeError) as error:
+            raise FormatError(f"format {name!r} cannot be imported: {error}") from error
+        return demand_writer(made)
+    if name in available_formats() and (cls := _class_of(name)) is not None:
+        return cls()
+    if (found := _installed(name)) is not None:
+        return demand_writer(found)
+    known = ", ".join([*available_formats(), *installed_formats()])
+    raise FormatError(f"format {name!r} is unknown; known: {known}, or package.module:Class")
+
+
+def code_of(fmt: FormatReader) -> str:
+    """sha256 of the file a third party's format comes from; empty for a built-in one."""
+    module = type(fmt).__module__
+    file = sys.modules[module].__file__
+    if module.startswith(f"{_PACKAGE}.") or file is None:
+        return ""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def default_format(scheme: Scheme) -> str:
+    """The format a scheme is written in unless another is asked for.
+
+    compressed-tensors for 4 and 8 bit integers, gptq_v2 for 2 and 3, bitsandbytes for NF4 and FP4.
+    Raises FormatError if no built-in format holds the scheme.
+    """
+    for name in ("compressed-tensors", "bitsandbytes", "gptq_v2"):
+        if make_format(name).supports(scheme) is None:
+            return name
+    raise FormatError(f"scheme {scheme.name}: no format holds it; " + _holders(scheme))
+
+
+def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:
+    """Nothing if the format can hold all weights as planned.
+
+    Raises FormatError that names the weight, the reason, and the formats that can hold its scheme.
+    """
+    reasons: dict[Scheme, str | None] = {}
+    for weight in weights:
+        if weight.scheme is None:
+            continue
+        if weight.scheme not in reasons:
+            reasons[weight.scheme] = chosen.supports(weight.scheme)
+        reason = reasons[weight.scheme]
+        if reason is not None:
+            raise FormatError(
+                f"{weight.name}: {chosen.name} cannot hold {weight.scheme.name}: {reason}; "
+                + _holders(weight.scheme)
+            )
+        reason = chosen.supports_shape(weight)
+        if reason is not None:
+            raise FormatError(
+                f"{weight.name}: {chosen.name} cannot hold shape {weight.shape}: {reason}"
+            )
+    if (reason := chosen.supports_together(weights)) is not None:
+        raise FormatError(f"{chosen.name}: {reason}")
+
+
+def format_of(source: Source) -> FormatReader:
+    """What reads a quantized checkpoint, by its `quantization_config`.
+
+    Looks among the built-in formats and those of installed packages.  Raises FormatError if there
+    is none or if nothing reads it.
+    """
+    config = source.config.get("quantization_config")
+    if not isinstance(config, dict):
+        raise FormatError("config.json has no quantization_config: the model is not quantized")
+    method = config.get("quant_method")
+    version = ""
+    if method == "gptq":
+        # Files older than version 2 do not say which they are.
+        version = str(config.get("checkpoint_format", "gptq"))
+        if version in ("gptq", "gptq_v2"):
+            return make_format(version)
+    elif isinstance(method, str) and method in _READ_ONLY:
+        stem, class_name = _READ_ONLY[method]
+        module = importlib.import_module(f"{_PACKAGE}.{stem}")
+        return cast(FormatReader, getattr(module, class_name)())
+    elif method in ("awq", "compressed-tensors", "bitsandbytes"):
+        return make_format(method)
+    elif isinstance(method, str) and (found := _installed(method)) is not None:
+        return found
+    known = ", ".join([*available_formats(), *installed_formats()])
+    told = f"quant_method {method!r}" + (f" as {version!r}" if version else "")
+    raise FormatError(f"quantization_config: {told} is not read; known: {known}")
+
+
+def demand_writer(reader: FormatReader) -> Format:
+    """The reader, if it is a format that writes too; else FormatError."""
+    if isinstance(reader, Format):
+        return reader
+    name = getattr(reader, "name", type(reader).__name__)
+    if not isinstance(reader, FormatReader):
+        raise FormatError(f"{name}: it is no Format as quantkit/formats/format.py defines it")
+    known = ", ".join(available_formats())
+    raise FormatError(f"{name}: the format is read, not written; written are: {known}")
+
+
+def expert_name(name: str, expert: int) -> str:
+    """What one expert of the fused tensor `name` is called by itself, a weight [O, I]."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{expert}.{leaf}.weight"
+
+
+def named_as_weight(weight: PlannedWeight) -> str | None:
+    """None if other tensors can be named after the weight, else why not."""
+    if not weight.name.endswith(".weight"):
+        return 'the tensor\'s name must end in ".weight"'
+    return None
+
+
+def skipped_too(
+    skipped: Sequence[str], quantized: Sequence[PlannedWeight], *, substrings: bool = False
+) -> str | None:
+    """Which quantized module readers would skip with those to be skipped, and why; None if none.
+
+    transformers matches the names to be skipped as patterns and as endings; vLLM takes AWQ's as
+    `substrings`.
+    """
+    if not skipped:
+        return None
+    pattern = re.compile("|".join(f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in skipped))
+    endings = tuple(skipped)
+    for weight in quantized:
+        if weight.expert:
+            continue
+        within = substrings and any(name in weight.module for name in skipped)
+        if within or pattern.match(weight.module) or weight.module.endswith(endings):
+            return (
+                f"{weight.name}: readers would not take it for quantized, because a kept module's "
+                f"name matches {weight.module!r} too; keep both, or use another format"
+            )
+    return None
+
+
+def check_divides(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
+    """Nothing if a stored weight of this shape can have the scheme, else CheckpointError."""
+    if not scheme.flat and (min(shape) < 1 or shape[1] % (scheme.group_size or 1)):
+        raise CheckpointError(
+            f"{name}: its stored shape {list(shape)} does not fit the scheme {scheme.name} that "
+            "quantization_config gives it"
+        )
+
+
+def check_stored(infos: Sequence[TensorInfo], source: Source, demanded_by: str) -> None:
+    """Nothing if the source holds tensors of just these names, dtypes and shapes.
+
+    Raises CheckpointError that names the tensor and what demands it.
+    """
+    for info in infos:
+        # `info` raises CheckpointError itself if there is no such tensor.
+        stored = source.info(info.name)
+        if (stored.dtype, stored.shape) != (info.dtype, info.shape):
+            raise CheckpointError(
+                f"{info.name}: {stored.dtype} {list(stored.shape)} is stored, but {demanded_by} "
+                f"demands {info.dtype} {list(info.shape)}"
+            )
+
+
+def _installed(name: str) -> FormatReader | None:
+    """The format that an installed package brings under this name; None if none does."""
+    for entry in entry_points(group=_ENTRY_POINTS, name=name):
+        try:
+            made = entry.load()()
+        # Code of others, which may fail in any way.
+        except Exception as error:
+            raise FormatError(
+                f"format {name!r}: {entry.value} of an installed package cannot be made: {error}"
+            ) from error
+        if not isinstance(made, FormatReader) or made.name != name:
+            raise FormatError(
+                f"format {name!r}: {entry.value} of an installed package is no format of this name"
+            )
+        return made
+    return None
+
+
+def _class_of(name: str) -> type[Any] | None:
+    """The class that a file of the formats' folder is named after; None if it holds no such one."""
+    stem = name.replace("-", "_")
+    class_name = "".join(word.capitalize() for word in stem.split("_"))
+    found = getattr(importlib.import_module(f"{_PACKAGE}.{stem}"), class_name, None)
+    # Helpers of the formats lie there too; a class that writes has a name of its own.
+    writes = isinstance(found, type) and hasattr(found, "pack")
+    return found if writes and isinstance(getattr(found, "name", None), str) else None
+
+
+def _holders(scheme: Scheme) -> str:
+    able = [name for name in available_formats() if make_format(name).supports(scheme) is None]
+    return f"formats that can: {', '.join(able)}" if able else "no built-in format can"

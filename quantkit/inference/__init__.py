@@ -1,0 +1,1 @@
+"""Inference: what a checkpoint runs on."""

@@ -1,0 +1,73 @@
+"""Text from a checkpoint on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CompileConfig
+
+from quantkit.checkpoint.files import FileSource
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.errors import ModelError
+from quantkit.inference.load import load
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def generate_text(
+    path: Path,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    backend: str = "auto",
+    fuse: bool = False,
+    device: str = "auto",
+    dtype: str | None = None,
+    compiled: bool = False,
+) -> str:
+    """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one.
+
+    `dtype` names what the model computes in, None is the config's; `compiled` as in
+    `decoding_options`.  Raises ModelError for another dtype than float32, bfloat16 and float16.
+    """
+    if dtype not in (None, *_DTYPES):
+        raise ModelError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = None if dtype is None else _DTYPES[dtype]
+    model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
+    tokenizer = load_tokenizer(FileSource(path))
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            **decoding_options(compiled=compiled),
+        )
+    text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+    return text
+
+
+def decoding_options(*, compiled: bool) -> dict[str, Any]:
+    """What transformers' `generate` takes for a cache of fixed size and a compiled step.
+
+    The first token then waits for the compiler, seconds to minutes; every other one comes sooner.
+    The model's modules must stay as they are from then on.
+    """
+    if not compiled:
+        return {}
+    options = {
+        # As the mode "reduce-overhead", with which options cannot be given.
+        "triton.cudagraphs": True,
+        # Checking that no module has changed took a sixth of a token's time.
+        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
+    }
+    config = CompileConfig(mode=None, options=options)
+    # transformers compiles on GPUs only, unless it is told so.
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}

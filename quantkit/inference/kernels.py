@@ -1,0 +1,367 @@
+"""Quantized weights in the layouts of `quantkit_kernels`, and back again bit for bit.
+
+Scales and zero points are kept as stored beside what the kernels read: they are a few per cent of
+the weight.  Shapes: O out features, I in features, G groups per row.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from quantkit_kernels.ops import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.ops.device import Device
+from torch import Tensor
+
+from quantkit.errors import BackendError, ShapeError
+from quantkit.inference.reference import StoredModule, StoredScale
+from quantkit.numbers.grid import CodebookGrid, grid_of
+from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
+
+
+class PackedKernel(StoredModule, ABC):
+    """What all repacked weights share: the stored numbers without the codes, and the inverse."""
+
+    decodes_always = False
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__()
+        self.shape = tensor.shape
+        self.scheme = tensor.scheme
+        self.weight_dtype = tensor.dtype
+        self.device_kind: Device = device
+        self.name = f"{device} {type(self).__name__}"
+        self.scale = StoredScale(tensor.scale)
+        self.register_buffer("zero", tensor.zero)
+        self.register_buffer("columns", tensor.columns)
+
+    @property
+    def quantized_tensor(self) -> QuantizedTensor:
+        """The tensor this was made of, bit for bit; unpacks the codes into fresh memory."""
+        return QuantizedTensor(
+            codes=self.codes(),
+            scale=self.scale.get(),
+            zero=self._buffers["zero"],
+            scheme=self.scheme,
+            dtype=self.weight_dtype,
+            columns=self._buffers["columns"],
+        )
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., I] -> [..., O] in the dtype of x."""
+        columns = self._buffers["columns"]
+        if columns is not None:
+            # The weight stays in the order of its groups: the input follows it.
+            x = x.index_select(-1, columns)
+        return self.multiply(x, bias)
+
+    @abstractmethod
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+
+    @staticmethod
+    @abstractmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+
+
+class Int4Kernel(PackedKernel):
+    """4-bit integer weights on `quantkit::w4a16`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+    kernel_zero: Tensor | None
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = w4a16.pack(
+            tensor.codes, tensor.scale.values(), tensor.zero, tensor.scheme.group_size, device
+        )
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+        self.register_buffer("kernel_zero", weight.zero)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w4a16.supported(
+            bits=tensor.scheme.bits,
+            group_size=tensor.scheme.group_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w4a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w4a16(
+            x,
+            self.packed,
+            self.kernel_scale,
+            self.kernel_zero,
+            bias,
+            self.group_size,
+            self.shape[0],
+        )
+        return out
+
+
+class Int8Kernel(PackedKernel):
+    """8-bit integer weights on `quantkit::w8a16`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = w8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
+        self.group_size = weight.group_size
+        self.decodes_always = weight.group_size > 0
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w8a16.supported(
+            symmetric=tensor.scheme.symmetric,
+            group_size=tensor.scheme.group_size,
+            dtype=dtype,
+            device=device,
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w8a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w8a16(
+            x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
+        )
+        return out
+
+
+class RoundedInputKernel(PackedKernel):
+    """Every scheme on `quantkit::int8_dot`, which rounds activations to int8 in blocks of 32.
+
+    Those of W8A8 and of FP8 too, instead of one scale per token.
+    """
+
+    packed: Tensor
+    kernel_scale: Tensor
+    kernel_zero: Tensor | None
+    table: Tensor | None
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        scheme, scale = tensor.scheme, tensor.scale.values()
+        if scheme.kind == "int":
+            group, bits = scheme.group_size, scheme.bits
+            weight = int8_dot.pack(tensor.codes, scale, tensor.zero, group, bits)
+        elif scheme.kind == "fp8":
+            weight = int8_dot.pack_floats(tensor.codes, scale, scheme.group_size)
+        else:
+            grid = grid_of(scheme)
+            assert isinstance(grid, CodebookGrid) and scheme.group_size is not None
+            per_row = scale.view(tensor.shape[0], -1)
+            weight = int8_dot.pack_codebook(tensor.codes, per_row, grid.values, scheme.group_size)
+        self.stored_bits = weight.bits
+        self.floats = weight.floats
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+        self.register_buffer("kernel_zero", weight.zero)
+        self.register_buffer("table", weight.table)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        scheme = tensor.scheme
+        if device != "cpu":
+            return "activations are rounded to int8 on CPUs only"
+        if scheme.flat and tensor.shape[1] % (scheme.group_size or 1):
+            return f"{tensor.shape[1]} columns: blocks of {scheme.group_size} straddle the rows"
+        return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return int8_dot.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        if x.shape[-1] != self.shape[1]:
+            raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
+        weight = (self.packed, self.kernel_scale, self.kernel_zero, self.table)
+        numbers = (self.stored_bits, self.floats, self.group_size)
+        out: Any = torch.ops.quantkit.int8_dot(x, *weight, bias, *numbers, self.shape[0])
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            # Straight through the rounding: the value of the op, the gradient of the plain product.
+            decoded = int8_dot.dequantize(*weight, *numbers, self.shape).to(x.dtype)
+            wide = None if bias is None else bias.to(x.dtype)
+            plain = torch.nn.functional.linear(x, decoded, wide)
+            return plain + (out - plain).detach()
+        return out
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Another process may not have built the op, or cannot.
+        if reason := int8_dot.unavailable():
+            raise BackendError(f"backend cpu-int8: {reason}; load it with auto, cpu or reference")
+        super().__setstate__(state)
+
+
+class Int8ActivationKernel(PackedKernel):
+    """8-bit integer weights and activations on `quantkit::w8a8`."""
+
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        packed, scale = w8a8.pack(tensor.codes, tensor.scale.values().view(-1))
+        self.register_buffer("packed", packed)
+        self.register_buffer("kernel_scale", scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return w8a8.supported(dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return w8a8.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.w8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
+        return out
+
+
+class Float8Kernel(PackedKernel):
+    """e4m3 weights on `quantkit::fp8a16`."""
+
+    decodes_always = True
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        weight = fp8a16.pack(tensor.codes, tensor.scale.values(), tensor.scheme.group_size, device)
+        self.group_size = weight.group_size
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return fp8a16.supported(group_size=tensor.scheme.group_size, dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return fp8a16.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.fp8a16(
+            x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
+        )
+        return out
+
+
+class Float8ActivationKernel(PackedKernel):
+    """e4m3 weights and activations on `quantkit::fp8a8`."""
+
+    decodes_always = True
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        packed, scale = fp8a8.pack(tensor.codes, tensor.scale.values().view(-1))
+        self.register_buffer("packed", packed)
+        self.register_buffer("kernel_scale", scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return fp8a8.supported(dtype=dtype, device=device)
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return fp8a8.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        out: Any = torch.ops.quantkit.fp8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
+        return out
+
+
+class Nf4Kernel(PackedKernel):
+    """NF4 weights on `quantkit::nf4`; nested scales are decoded by the kernel."""
+
+    decodes_always = True
+    packed: Tensor
+    kernel_scale: Tensor
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
+        stored = scale.codes if isinstance(scale, NestedScale) else scale.tensor.float()
+        weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        if isinstance(tensor.scale, NestedScale) and tensor.scale.block != nf4.OUTER:
+            return f"nested blocks of {tensor.scale.block}: the kernel takes {nf4.OUTER}"
+        return nf4.supported(
+            block=tensor.scheme.group_size, shape=tensor.shape, dtype=dtype, device=device
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return nf4.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        scale = self.scale.get()
+        nest: tuple[Tensor | None, ...] = (None, None, None)
+        if isinstance(scale, NestedScale):
+            nest = (scale.table, scale.absmax, scale.offset)
+        out: Any = torch.ops.quantkit.nf4(
+            x,
+            self.packed,
+            self.kernel_scale,
+            *nest,
+            bias,
+            self.shape[0],
+        )
+        return out
+
+
+def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
+    """The kernel for a scheme, if there is one."""
+    scheme = tensor.scheme
+    if scheme.kind == "nf4":
+        return Nf4Kernel
+    if scheme.kind not in ("int", "fp8") or not isinstance(tensor.scale, PlainScale):
+        return None
+    eight = scheme.activation_bits == 8
+    if scheme.kind == "fp8":
+        return Float8ActivationKernel if eight else Float8Kernel
+    if eight:
+        return Int8ActivationKernel
+    return {4: Int4Kernel, 8: Int8Kernel}.get(scheme.bits)

@@ -1,0 +1,1 @@
+"""Methods: from weights and statistics to numbers."""

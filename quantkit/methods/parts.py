@@ -1,0 +1,208 @@
+"""The parts a recipe is made of, and how a name finds one: the file name is the registry.
+
+`rounding: gptq` means class `Gptq` in rounding/gptq.py; `package.module:Class` names a
+part from elsewhere.  A part is a frozen dataclass whose fields are its options.
+
+Shapes: O out features, I in features, G groups per row, N groups in all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import pkgutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import (
+    Any,
+    Literal,
+    Protocol,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
+
+from torch import Tensor
+
+from quantkit.errors import RecipeError
+from quantkit.methods.stats import Needs, Stats
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import Scale
+
+PartKind = Literal["range", "rounding", "transform"]
+_PACKAGES: Mapping[str, str] = {
+    "range": "quantkit.methods.ranges",
+    "rounding": "quantkit.methods.rounding",
+    "transform": "quantkit.methods.transforms",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupRange:
+    """A range's answer for one weight.
+
+    scale    as stored
+    zero     float32 [O, G] integers, or None for symmetric schemes
+    coding   float32 scales that codes are computed with: `scale.values()`, except where a format's
+             owner computes codes before it rounds the scales (bitsandbytes' nested absmax)
+    degraded a note for the report if statistics were missing and it had to fall back (else None)
+    """
+
+    scale: Scale
+    zero: Tensor | None
+    coding: Tensor
+    degraded: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """A rounding's answer: codes uint8 [O, I], and a note if it had to fall back (else None).
+
+    `scale` (as stored) and `zero`, float32 [O, G], replace the range's if it chose its own.
+    """
+
+    codes: Tensor
+    degraded: str | None = None
+    scale: Tensor | None = None
+    zero: Tensor | None = None
+
+
+@runtime_checkable
+class Range(Protocol):
+    """Chooses scale and zero per group."""
+
+    def needs(self, scheme: Scheme) -> Needs:
+        """The statistics this range reads."""
+        ...
+
+    def __call__(
+        self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None
+    ) -> GroupRange:
+        """Scale and zero of each group of a float32 weight; options may match its `name`."""
+        ...
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """Chooses codes for given scales.  Rows are independent: weights that share an input arrive
+    stacked, so that one factorisation serves them all."""
+
+    def needs(self, scheme: Scheme) -> Needs:
+        """The statistics this rounding reads."""
+        ...
+
+    def __call__(
+        self,
+        weight_OI: Tensor,
+        scheme: Scheme,
+        scale: Tensor,
+        zero: Tensor | None,
+        stats: Stats | None,
+    ) -> Rounded:
+        """Codes of a float32 weight; scale and zero: float32 [O, G] ([N] for flat blocks)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """A weight that reads the scaled input: float32 [O, I]; scheme None = it stays as it is."""
+
+    name: str
+    weight: Tensor
+    scheme: Scheme | None
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Chooses the vector that a scale group is folded by: producer / s, readers · s."""
+
+    def needs(self, scheme: Scheme) -> Needs:
+        """The statistics this transform reads."""
+        ...
+
+    def __call__(
+        self, readers: Sequence[Reader], stats: Stats, channel_map: Tensor | None
+    ) -> Tensor | None:
+        """s float32 [I] > 0, or None to leave the group as it is.
+
+        channel_map int64 [I]: input channels with equal entries come from one producer channel and
+        must get equal s (GQA); None if each channel has its own.
+        """
+        ...
+
+
+def available(kind: PartKind) -> list[str]:
+    """Names of the built-in parts of a kind, sorted."""
+    package = importlib.import_module(_PACKAGES[kind])
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name[0] != "_")
+
+
+def part_class(kind: PartKind, name: str) -> type[Any]:
+    """The class that `name` stands for.  Raises RecipeError listing the known names."""
+    if ":" in name:
+        module_name, _, class_name = name.partition(":")
+    elif name in available(kind):
+        module_name = f"{_PACKAGES[kind]}.{name}"
+        class_name = "".join(word.capitalize() for word in name.split("_"))
+    else:
+        known = ", ".join(available(kind))
+        raise RecipeError(f"{kind} {name!r} is unknown; known: {known}, or package.module:Class")
+    try:
+        return getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{kind} {name!r} cannot be imported: {error}") from error
+
+
+def code_of(kind: PartKind, name: str) -> str:
+    """sha256 of the file a third party's part comes from; empty for a built-in one."""
+    if ":" not in name:
+        return ""
+    file = sys.modules[part_class(kind, name).__module__].__file__
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def make_part(kind: PartKind, name: str, options: Mapping[str, object]) -> Any:
+    """A part with these options.  Raises RecipeError for an unknown option, listing the known."""
+    cls = part_class(kind, name)
+    if not dataclasses.is_dataclass(cls):
+        raise RecipeError(f"{kind} {name!r} must be a dataclass whose fields are its options")
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = get_type_hints(cls)
+    values: dict[str, object] = {}
+    for key, value in options.items():
+        if key not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise RecipeError(f"{kind} {name!r} has no option {key!r}; its options: {listed}")
+        values[key] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[key], hints[key]):
+            given = known[key].type
+            raise RecipeError(f"{kind} {name!r}: option {key} is {value!r}; it takes {given}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{kind} {name!r}: {error}") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """False if a value from YAML is surely not of the type that an option is declared with."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and (
+            len(inner) != 2
+            or inner[1] is not Ellipsis
+            or all(_fits(each, inner[0]) for each in value)
+        )
+    if hint in (int, float):
+        allowed = int if hint is int else (int, float)
+        return isinstance(value, allowed) and not isinstance(value, bool)
+    return not isinstance(hint, type) or isinstance(value, hint)

@@ -1,0 +1,323 @@
+"""Recipes: a YAML file that names the parts of a method, and the rules that pick weights.
+
+A method is a recipe: transforms, then a range, then a rounding, on the grid of a scheme.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantkit.errors import RecipeError
+from quantkit.methods.parts import PartKind, Range, Rounding, Transform, code_of, make_part
+from quantkit.methods.stats import Needs
+from quantkit.numbers.scheme import Scheme
+
+_KEYS = (
+    "method",
+    "summary",
+    "scheme",
+    "range",
+    "rounding",
+    "transforms",
+    "propagate",
+    "rules",
+    "head",
+    "calibration",
+)
+_RULE_KEYS = ("match", "scheme", "keep")
+_CALIBRATION_KEYS = ("samples", "seq_len")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartSpec:
+    """A part's name and options as the recipe writes them."""
+
+    name: str
+    options: tuple[tuple[str, object], ...] = ()
+
+    @classmethod
+    def from_value(cls, kind: PartKind, value: object) -> PartSpec:
+        """From `gptq` or `{name: gptq, damp: 0.01}`; unknown options raise RecipeError."""
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise RecipeError(
+                f"{kind}: {value!r} given; write a name, or {{name: ..., option: ...}}"
+            )
+        options = tuple((str(k), _frozen(v)) for k, v in value.items() if k != "name")
+        make_part(kind, value["name"], dict(options))
+        return cls(name=value["name"], options=options)
+
+    def to_value(self) -> dict[str, object]:
+        """What the YAML file would say."""
+        return {"name": self.name, **{k: _thawed(v) for k, v in self.options}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """For weights whose checkpoint name matches the glob: a scheme, or keep (scheme None)."""
+
+    match: str
+    scheme: Scheme | None
+
+    def to_value(self) -> dict[str, object]:
+        """What the YAML file would say."""
+        if self.scheme is None:
+            return {"match": self.match, "keep": True}
+        return {"match": self.match, "scheme": self.scheme.name}
+
+    def matches(self, name: str) -> bool:
+        """True if the glob matches the checkpoint name, with or without its `.weight`."""
+        stem = name.removesuffix(".weight")
+        return any(fnmatch.fnmatchcase(n, self.match) for n in (name, stem))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A method, ready to plan: every option has its value and every name has been looked up."""
+
+    method: str
+    summary: str
+    scheme: Scheme
+    range: PartSpec
+    rounding: PartSpec
+    transforms: tuple[PartSpec, ...] = ()
+    propagate: bool = True
+    rules: tuple[Rule, ...] = ()
+    head: Scheme | None = None
+    samples: int = 128
+    seq_len: int = 2048
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object], where: str) -> Recipe:
+        """A recipe from its YAML mapping.  `where` names the file in errors."""
+        for key in data:
+            if key not in _KEYS:
+                raise RecipeError(f"{where}: unknown key {key!r}; known: {', '.join(_KEYS)}")
+        for key in ("method", "scheme", "range", "rounding"):
+            if key not in data:
+                raise RecipeError(f"{where}: {key!r} is missing")
+        transforms = data.get("transforms") or []
+        if not isinstance(transforms, Sequence) or isinstance(transforms, str):
+            raise RecipeError(f"{where}: transforms must be a list")
+        calibration = data.get("calibration") or {}
+        if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
+            raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
+        head = data.get("head")
+        propagate = data.get("propagate", True)
+        if not isinstance(propagate, bool):
+            raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
+        return cls(
+            method=str(data["method"]),
+            summary=str(data.get("summary", "")),
+            scheme=Scheme.parse(str(data["scheme"])),
+            range=PartSpec.from_value("range", data["range"]),
+            rounding=PartSpec.from_value("rounding", data["rounding"]),
+            transforms=tuple(PartSpec.from_value("transform", t) for t in transforms),
+            propagate=propagate,
+            rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
+            head=None if head is None else Scheme.parse(str(head)),
+            samples=_count(calibration, "samples", 128, where),
+            seq_len=_count(calibration, "seq_len", 2048, where),
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """The YAML mapping that gives this recipe again."""
+        data: dict[str, object] = {
+            "method": self.method,
+            "summary": self.summary,
+            "scheme": self.scheme.name,
+            "calibration": {"samples": self.samples, "seq_len": self.seq_len},
+            "propagate": self.propagate,
+            "transforms": [t.to_value() for t in self.transforms],
+            "range": self.range.to_value(),
+            "rounding": self.rounding.to_value(),
+            "rules": [r.to_value() for r in self.rules],
+        }
+        if self.head is not None:
+            data["head"] = self.head.name
+        return data
+
+    def make_range(self) -> Range:
+        """The range part."""
+        part: Range = make_part("range", self.range.name, dict(self.range.options))
+        return part
+
+    def make_rounding(self) -> Rounding:
+        """The rounding part."""
+        part: Rounding = make_part("rounding", self.rounding.name, dict(self.rounding.options))
+        return part
+
+    def make_transforms(self) -> tuple[Transform, ...]:
+        """The transform parts, in order."""
+        return tuple(make_part("transform", t.name, dict(t.options)) for t in self.transforms)
+
+    def code(self) -> str:
+        """Hashes of the parts that come from elsewhere, so that their changes are noticed."""
+        kinds: list[tuple[PartKind, PartSpec]] = [
+            ("range", self.range),
+            ("rounding", self.rounding),
+        ]
+        kinds += [("transform", part) for part in self.transforms]
+        return " ".join(filter(None, (code_of(kind, part.name) for kind, part in kinds)))
+
+    def needs(self, scheme: Scheme) -> Needs:
+        """The statistics this method reads for a weight of that scheme."""
+        needs = self.make_range().needs(scheme) | self.make_rounding().needs(scheme)
+        for transform in self.make_transforms():
+            needs |= transform.needs(scheme)
+        return needs
+
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """Every scheme the recipe can give to a weight."""
+        found = [self.scheme, *(r.scheme for r in self.rules if r.scheme is not None)]
+        return tuple(dict.fromkeys(found if self.head is None else [*found, self.head]))
+
+    @property
+    def calibrated(self) -> bool:
+        """True if any weight needs statistics, so that calibration text is needed."""
+        return any(self.needs(scheme) for scheme in self.schemes)
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Path of each shipped recipe by method name, sorted."""
+    folder = Path(str(files("quantkit"))) / "recipes"
+    if not folder.is_dir():
+        folder = Path(str(files("quantkit"))).parent / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(
+    method: str | None = None,
+    *,
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    scheme: str | None = None,
+    skip: Sequence[str] = (),
+    head: str | None = None,
+    samples: int | None = None,
+    seq_len: int | None = None,
+) -> Recipe:
+    """The recipe of a built-in method or a file, with the command line's changes applied.
+
+    `overrides` are `part.field=value` with YAML values; `skip` globs keep weights and come before
+    the recipe's own rules.  Raises RecipeError or SchemeError.
+    """
+    if path is None:
+        known = builtin_recipes()
+        if method not in known:
+            raise RecipeError(
+                f"method {method!r} is unknown; known: {', '.join(known)}, or --recipe FILE"
+            )
+        path = known[method]
+    data = _read_yaml(path)
+    if method is not None and data.get("method") != method:
+        raise RecipeError(f"{path}: its method is {data.get('method')!r}, not {method!r} as asked")
+    for override in overrides:
+        _override_(data, override)
+    if scheme is not None:
+        data["scheme"] = scheme
+    if head is not None:
+        data["head"] = head
+    recipe = Recipe.from_dict(data, str(path.name))
+    skipped = tuple(Rule(match=glob, scheme=None) for glob in skip)
+    return dataclasses.replace(
+        recipe,
+        rules=skipped + recipe.rules,
+        samples=recipe.samples if samples is None else samples,
+        seq_len=recipe.seq_len if seq_len is None else seq_len,
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise RecipeError(f"{path}: is not YAML: {problem}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping, with the keys method, scheme, range ...")
+    return data
+
+
+def _override_(data: dict[str, Any], text: str) -> None:
+    """Applies `part.field=value`: range.steps=20, rounding.name=gptq, transforms.awq.grid=10."""
+    target, equals, raw = text.partition("=")
+    keys = target.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {text!r}: write part.field=value, as in rounding.damp=0.05")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {text!r}: {raw!r} is not a YAML value") from error
+    where: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        if isinstance(where, list):
+            where[:] = [{"name": part} if isinstance(part, str) else part for part in where]
+            found = [p for p in where if isinstance(p, dict) and p.get("name") == key]
+            if not found:
+                names = ", ".join(str(p.get("name")) for p in where) or "none"
+                raise RecipeError(f"--set {text!r}: no part {key!r} there; the recipe has: {names}")
+            where = found[0]
+            continue
+        if isinstance(where.get(key), str):
+            where[key] = {"name": where[key]}
+        if not isinstance(where.get(key), dict | list):
+            listed = ", ".join(k for k, v in data.items() if isinstance(v, dict | list))
+            raise RecipeError(
+                f"--set {text!r}: {'.'.join(keys[: depth + 1])!r} is no part; parts: {listed}"
+            )
+        where = where[key]
+    if isinstance(where, list):
+        raise RecipeError(f"--set {text!r}: name the part too, as in transforms.awq.grid=10")
+    if keys[-1] == "name" and where.get("name") != value:
+        where.clear()
+    where[keys[-1]] = value
+
+
+def _count(calibration: Mapping[object, object], key: str, default: int, where: str) -> int:
+    value = calibration.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RecipeError(f"{where}: calibration.{key} is {value!r}; give a number of at least 1")
+    return value
+
+
+def _rule_list(value: object, where: str) -> Sequence[object]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RecipeError(f"{where}: rules must be a list")
+    return value
+
+
+def _rule(value: object, where: str) -> Rule:
+    if not isinstance(value, Mapping) or set(value) - set(_RULE_KEYS) or "match" not in value:
+        raise RecipeError(
+            f"{where}: rule {value!r}; "
+            "write {match: GLOB, scheme: NAME} or {match: GLOB, keep: true}"
+        )
+    if ("scheme" in value) == ("keep" in value) or value.get("keep", True) is not True:
+        raise RecipeError(
+            f"{where}: rule {value['match']!r} needs either `scheme: NAME` or `keep: true`"
+        )
+    scheme = Scheme.parse(str(value["scheme"])) if "scheme" in value else None
+    return Rule(match=str(value["match"]), scheme=scheme)
+
+
+def _frozen(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _thawed(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,140 @@
+"""Coordinate descent on codes and scales, from codes that are good already.
+
+Shapes: O out features, I in features, G groups per row, B channels in a block, R rows in a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.columns import column_rounder
+from quantkit.numbers.grid import grid_of, store_scale
+from quantkit.numbers.scheme import Scheme
+
+# Channels whose changes are passed on by vector products before a matrix product takes over.
+_INNER = 32
+# Larger groups keep their scales: a group has to fit one block.
+_LARGEST_BLOCK, _BLOCK = 256, 128
+
+
+def normal_matrix(gram_II: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """(H / diagonal, diagonal) of the damped Gram matrix H, columns divided by their diagonal.
+
+    H is scaled to a mean diagonal of 1; a channel never active gets the diagonal `damp` or 1.
+    """
+    matrix = gram_II / gram_II.diagonal().mean().clamp(min=1e-30)
+    diagonal = matrix.diagonal() + damp
+    diagonal = torch.where(diagonal > 0, diagonal, 1.0)
+    matrix.diagonal().copy_(diagonal)
+    return matrix.div_(diagonal), diagonal
+
+
+class Descent:
+    """Minimises (w - v)·H·(w - v)ᵀ for each row w of a chunk, over codes and group scales.
+
+    Each sweep takes every group's scale anew, as least squares with the codes as they are, then
+    every channel's code in turn, as the nearest to its unconstrained optimum.  No step raises the
+    error: of a scale rounded for storage, only an improvement is taken.
+
+    Channels lie side by side (transposed): `value` is v, `pull` (w - v)·H / diagonal(H).
+    """
+
+    def __init__(
+        self,
+        weight_RI: Tensor,
+        codes_RI: Tensor,
+        scheme: Scheme,
+        scale_RG: Tensor,
+        zero_RG: Tensor | None,
+        matrix_II: Tensor,
+        diagonal_I: Tensor,
+    ) -> None:
+        self.scheme, self.grid = scheme, grid_of(scheme)
+        self.matrix, self.diagonal = matrix_II, diagonal_I
+        self.group_size = weight_RI.shape[1] // scale_RG.shape[1]
+        self.refit = self.group_size <= _LARGEST_BLOCK and not scheme.double_quant
+        self.block = self.group_size if self.refit else _BLOCK
+        self.scale = scale_RG.t().contiguous()
+        self.zero = None if zero_RG is None else zero_RG.t().contiguous()
+        self.round = column_rounder(scheme, scale_RG, zero_RG)
+        self.codes = codes_RI.t().contiguous()
+        self.value = torch.empty_like(self.codes, dtype=torch.float32)
+        for start in range(0, len(self.codes), self.group_size):
+            block = slice(start, start + self.group_size)
+            torch.mul(
+                self._units(block), self.scale[start // self.group_size], out=self.value[block]
+            )
+        self.pull = matrix_II.t() @ (weight_RI.t() - self.value)
+
+    def sweep(self) -> None:
+        """Takes every scale and every code anew, once."""
+        columns = len(self.codes)
+        for start in range(0, columns, self.block):
+            block = slice(start, min(start + self.block, columns))
+            change = self._solve_block(block)
+            for others in (slice(0, block.start), slice(block.stop, columns)):
+                if others.stop > others.start:
+                    self.pull[others].addmm_(self.matrix[block, others].t(), change)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [R, I] and scales [R, G]."""
+        return self.codes.t(), self.scale.t()
+
+    def _units(self, block: slice) -> Tensor:
+        """The block's values in units of the scale, [B, R]."""
+        group = block.start // self.group_size
+        zero = None if self.zero is None else self.zero[group]
+        return self.grid.decode(self.codes[block], torch.ones_like(self.scale[group]), zero)
+
+    def _solve_block(self, block: slice) -> Tensor:
+        """Takes a block's scale and codes anew; returns old - new values [B, R].
+
+        The block's own `pull` is brought up to date; that of other channels is not.
+        """
+        old = self.value[block].clone()
+        if self.refit:
+            self._take_scale(block)
+        change = torch.empty_like(old)
+        inside = self.matrix[block, block]
+        for start in range(0, len(old), _INNER):
+            inner = slice(start, min(start + _INNER, len(old)))
+            self._solve_inner(block.start, inner, change[inner], inside[inner, inner])
+            self.pull[block].addmm_(inside[inner].t(), change[inner])
+        self.value[block].sub_(change)
+        return old.sub_(self.value[block])
+
+    def _take_scale(self, block: slice) -> None:
+        """The scale of least error for the block's codes, as stored; updates value and pull."""
+        group = block.start // self.group_size
+        units, diagonal = self._units(block), self.diagonal[block, None]
+        inside = self.matrix[block, block]
+        slope = (units * self.pull[block] * diagonal).sum(0)
+        curvature = ((inside.t() @ units).mul_(units) * diagonal).sum(0)
+        scale = self.scale[group]
+        wanted = scale + slope / curvature.clamp(min=1e-30)
+        if not self.scheme.flat:
+            wanted = store_scale(wanted)
+        step = wanted - scale
+        better = (step * (2 * slope - step * curvature) > 0) & (wanted * scale > 0)
+        step = torch.where(better, step, 0.0)
+        scale = torch.where(better, wanted, scale)
+        self.scale[group] = scale
+        self.round.set_group_(group, scale, None if self.zero is None else self.zero[group])
+        self.value[block] = units * scale
+        self.pull[block].addmm_(inside.t(), units * step, alpha=-1)
+
+    def _solve_inner(self, offset: int, inner: slice, change_BR: Tensor, inside: Tensor) -> None:
+        """Takes the codes of a few channels anew; `change_BR` receives old - new values."""
+        first = offset + inner.start
+        count = len(change_BR)
+        factors = inside.t().contiguous()
+        changes, change_RB = change_BR.unbind(0), change_BR.t()
+        values = self.value[first : first + count].unbind(0)
+        targets = (self.value[first : first + count] + self.pull[first : first + count]).unbind(0)
+        codes = self.codes[first : first + count].unbind(0)
+        for i in range(count):
+            if i:
+                targets[i].addmv_(change_RB[:, :i], factors[i, :i])
+            group = (first + i) // self.group_size
+            self.round(group, targets[i], values[i], changes[i], codes[i])

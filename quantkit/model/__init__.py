@@ -1,0 +1,1 @@
+"""Models: a transformers model, one block at a time."""

@@ -1,0 +1,426 @@
+"""One causal language model, one block at a time: the only way in to transformers' model classes.
+
+Letters: O out features, I in features, B sequences, T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantkit.checkpoint.files import Source
+from quantkit.errors import ModelError, NumericsError
+from quantkit.model import skeleton
+from quantkit.model.fold import fold_
+from quantkit.model.names import NameMap, check_complete, load_into, map_names
+from quantkit.model.passes import Passes, as_float, call_block, lazy_paths
+from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
+from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
+from quantkit.model.trace import BlockTrace, Tap, TapCallback, discover, make_noise, sketch_
+
+__all__ = ["BlockCall", "CausalModel", "Folded", "ScaleGroup", "TapCallback", "WeightRef"]
+
+_TRACE_TOKENS = 8
+
+
+class CausalModel:
+    """A transformers causal LM whose blocks stay on disk until they are asked for.
+
+    Holds the meta skeleton, the small tensors outside the blocks (norms, positions, rotary tables)
+    and nothing else: token embedding rows are gathered per batch, the head is read in rows.
+    `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
+    those that belong to no block: embeddings, norms, head, other towers.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        source: Source,
+        names: NameMap,
+        blocks_path: str,
+        blocks: nn.ModuleList,
+        device: torch.device,
+    ) -> None:
+        self.source = source
+        self.dtype: torch.dtype = model.dtype
+        self.text_config: Any = model.config.get_text_config()
+        self.device = device
+        self.num_blocks = len(blocks)
+        self.unmapped = names.unmapped
+        self._model, self._names = model, names
+        self._blocks_path, self._blocks = blocks_path, blocks
+        self._signatures = [skeleton.signature(block) for block in blocks]
+        self._traces: dict[str, BlockTrace] = {}
+        self._groups: dict[str, tuple[Found, ...]] = {}
+        self._passes = Passes(
+            model=model,
+            blocks=blocks,
+            source=source,
+            names=names,
+            device=device,
+            outputs=lambda index: self._traces[self._signatures[index]].outputs,
+        )
+        inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
+        rest = set(source.names()) - inside - set(names.unmapped)
+        self.outside = tuple(sorted(rest))
+
+    @classmethod
+    def open(
+        cls,
+        source: Source,
+        *,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> CausalModel:
+        """The model of a checkpoint; `dtype` None means the config's, else the stored one.
+
+        Raises ModelError (unknown type, structure that cannot be streamed, experts that do not use
+        transformers' interface), CheckpointError (a tensor is missing or misshapen).
+        """
+        model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=dtype)
+        path, blocks = skeleton.find_blocks(model)
+        if model.get_output_embeddings() is None:
+            raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
+        names = map_names(model, source)
+        outside = skeleton.outside_paths(model, path)
+        inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
+        check_complete(names, outside + inside)
+        opened = cls(
+            model=model,
+            source=source,
+            names=names,
+            blocks_path=path,
+            blocks=blocks,
+            device=torch.device(device),
+        )
+        opened._load_outside(outside)
+        opened._trace_blocks()
+        return opened
+
+    def block_path(self, index: int) -> str:
+        """Path of a block in the model, such as "model.layers.3"."""
+        return f"{self._blocks_path}.{index}"
+
+    def block_tensors(self, index: int) -> tuple[str, ...]:
+        """Checkpoint names of everything in a block, sorted."""
+        found = self._names.under(self.block_path(index)).values()
+        return tuple(sorted(piece.name for pieces in found for piece in pieces))
+
+    def block_bytes(self, index: int) -> int:
+        """Bytes of a loaded block's parameters and stored buffers."""
+        state = self._blocks[index].state_dict().values()
+        return sum(value.numel() * value.element_size() for value in state)
+
+    def load_block(self, index: int) -> nn.Module:
+        """A fresh copy of a block with its weights, in eval mode on the model's device.
+
+        Costs block_bytes plus one tensor; drop the reference to free it.  Raises NumericsError that
+        names the tensor if a weight is NaN or infinite.
+        """
+        block = self._empty_block(index)
+        load_into(block, self.block_path(index), self._names, self.source, self.device)
+        return block.to(self.device)
+
+    def calls(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, tuple[BlockCall, ...]]:
+        """Hidden states [B, T, H] that enter block 0, and every block's own other arguments.
+
+        ids int64, mask 1 for tokens and 0 for padding (None: all tokens).  Runs the model once with
+        blocks that hand their input on.  Blocks share argument objects, so keeping them is cheap.
+        """
+        first: list[torch.Tensor] = []
+        calls: list[BlockCall] = []
+
+        def hand_on(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if index == 0:
+                first.append(hidden_BTH)
+            calls.append(call)
+            return hidden_BTH
+
+        self._passes.run(ids_BT, mask_BT, hand_on)
+        return first[0], tuple(calls)
+
+    def run(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+        """The block's hidden states [B, T, H]; no gradients."""
+        with torch.no_grad():
+            output = call_block(block, hidden_BTH, call)
+        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
+        """Raises ModelError unless running block by block equals the model's own forward.
+
+        Computes the first two blocks and the first of each kind; the others hand their input on.
+        """
+        if ids_BT is None:
+            vocabulary = self.source.info(self._passes.embedding_name).shape[0]
+            ids_BT = torch.arange(1, 17, dtype=torch.int64).reshape(1, 16) % vocabulary
+        seen: set[str] = set()
+        computed = set()
+        for index, signature in enumerate(self._signatures):
+            if index < 2 or signature not in seen:
+                computed.add(index)
+            seen.add(signature)
+        entered: list[torch.Tensor] = []
+
+        def compute(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if not bool(torch.isfinite(hidden_BTH).all()):
+                before = self.block_path(index - 1) if index else "the embedding"
+                raise NumericsError(
+                    f"{before}: an activation it hands on is NaN or infinite; the model overflows "
+                    f"in {hidden_BTH.dtype}, or a weight in or before it is damaged"
+                )
+            entered.append(hidden_BTH)
+            if index not in computed:
+                return hidden_BTH
+            return self.run(self.load_block(index), hidden_BTH, call)
+
+        self._passes.run(ids_BT, None, compute)
+        hidden, calls = self.calls(ids_BT)
+        for index, call in enumerate(calls):
+            if not torch.equal(hidden, entered[index]):
+                raise ModelError(
+                    f"{self.block_path(index)}: replaying block by block differs from the model's "
+                    "own forward here: blocks of this model share more than hidden states, so it "
+                    "cannot be quantized block by block"
+                )
+            if index in computed:
+                hidden = self.run(self.load_block(index), hidden, call)
+
+    def weights(self, index: int) -> tuple[WeightRef, ...]:
+        """Every 2-D weight that the block multiplies by, in the order of use; loads nothing."""
+        trace = self._traces[self._signatures[index]]
+        keys = trace.keys()
+        experts = {use.path for use in trace.uses if use.expert is not None}
+        counts = {self._names.shapes[f"{self.block_path(index)}.{path}"][0] for path in experts}
+        refs = []
+        for use in trace.uses:
+            role: Role = "expert" if use.expert is not None else "linear"
+            if use.expert is None and experts and use.shape[0] in counts | {1}:
+                role = "router"
+            for piece in self._pieces(index, use.path, use.expert):
+                rows = piece.rows or (0, use.shape[0])
+                refs.append(
+                    WeightRef(
+                        name=piece.name,
+                        block=index,
+                        shape=(rows[1] - rows[0], use.shape[1]),
+                        parameter=use.path,
+                        input=keys[use.key],
+                        role=role,
+                        expert=use.expert,
+                        rows=piece.rows,
+                        transposed=use.transposed,
+                    )
+                )
+        return tuple(refs)
+
+    def weight(self, block: nn.Module, ref: WeightRef) -> torch.Tensor:
+        """The weight as [O, I]: a view of the block's parameter (writes go through)."""
+        return weight_view(block, ref)
+
+    def set_weight_(self, block: nn.Module, ref: WeightRef, w_OI: torch.Tensor) -> None:
+        """Copies [O, I] into the block's parameter, rounded to its dtype."""
+        weight_view(block, ref).copy_(w_OI)
+
+    def tensor(self, block: nn.Module, index: int, name: str) -> torch.Tensor:
+        """A checkpoint tensor of block `index` as it is now, in its stored layout, model dtype.
+
+        A view of the block's parameter.  KeyError if the block holds no such tensor.
+        """
+        for path, pieces in self._names.under(self.block_path(index)).items():
+            for piece in pieces:
+                if piece.name == name:
+                    return piece.part_of(block.state_dict(keep_vars=False)[path])
+        raise KeyError(name)
+
+    @contextmanager
+    def tap(
+        self, index: int, block: nn.Module, mask_BT: torch.Tensor | None, callback: TapCallback
+    ) -> Iterator[None]:
+        """While active, run() calls callback(input_key, x [n, I]) once per distinct input.
+
+        x holds valid tokens only (padding removed, of an expert the tokens routed to it; an expert
+        that no token reaches is not called), in the model's dtype; it may alias the activation: do
+        not keep or change it.
+        """
+        trace = self._traces[self._signatures[index]]
+        mode = Tap(block, trace.keys(), mask_BT, callback)
+        handle = block.register_forward_pre_hook(lambda _module, _args: mode.start())
+        try:
+            with mode:
+                yield
+        finally:
+            handle.remove()
+
+    def scale_groups(self, index: int) -> tuple[ScaleGroup, ...]:
+        """All folds that leave the block's output unchanged, found by probing; loads nothing.
+
+        Probes once per kind of block.
+        """
+        signature = self._signatures[index]
+        if signature not in self._groups:
+            self._groups[signature] = self._probe(index)
+        trace = self._traces[signature]
+        keys = trace.keys()
+        refs: dict[tuple[str, int | None], list[WeightRef]] = {}
+        for ref in self.weights(index):
+            refs.setdefault((ref.parameter, ref.expert), []).append(ref)
+        groups = []
+        for found in self._groups[signature]:
+            readers = tuple(ref for reader in found.readers for ref in refs[reader])
+            groups.append(
+                ScaleGroup(
+                    kind=found.kind,
+                    block=index,
+                    producer=found.producer,
+                    bias=found.bias,
+                    expert=found.expert,
+                    transposed=found.transposed,
+                    offset=found.offset,
+                    rows=found.rows,
+                    channel_map=found.channel_map,
+                    inputs=tuple(dict.fromkeys(keys[reader] for reader in found.readers)),
+                    readers=readers,
+                    producer_names=self._producer_names(index, found),
+                )
+            )
+        return tuple(groups)
+
+    def fold_(self, block: nn.Module, group: ScaleGroup, scale_C: torch.Tensor) -> Folded:
+        """Divides the producer's channels by scale_C, multiplies the readers' columns: see fold."""
+        stored = self.source.info(group.producer_names[0]).dtype
+        return fold_(block, group, scale_C, stored=stored)
+
+    @property
+    def head(self) -> WeightRef:
+        """The output projection [V, H]; its name is the embedding's if the two are tied."""
+        return self._passes.head
+
+    @property
+    def head_tied(self) -> bool:
+        """Whether the checkpoint holds no head of its own: it is the token embedding."""
+        return self.head.name == self._passes.embedding_name
+
+    def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """What the head reads [B, T, H'], from the last block's output: after the final norm."""
+        return self._passes.head_hidden(hidden_BTH)
+
+    def logits(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] from the last block's output; the head is read in ranges of rows."""
+        return self._passes.finish(hidden_BTH)
+
+    def head_rows(self, start: int, stop: int) -> torch.Tensor:
+        """Vocabulary rows start..stop of the output projection, in the model's dtype."""
+        rows = self.source.read_rows(self.head.name, start, stop)
+        return rows.to(self.device, self.dtype)
+
+    def partial_logits(
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Logits of some of the vocabulary, from the last block's output and `head_rows`.
+
+        Final norm, caps and scales are the model's own: they work on each logit alone.
+        """
+        return self._passes.finish_rows(hidden_BTH, rows_VH, start)
+
+    def _empty_block(self, index: int) -> nn.Module:
+        block = skeleton.clone(self._blocks[index])
+        skeleton.fill_buffers(self._model, block, self.block_path(index))
+        return block
+
+    def _load_outside(self, paths: list[str]) -> None:
+        lazy = set(lazy_paths(self._model))
+        for path in paths:
+            if path not in lazy and self._names.tied.get(path) not in lazy:
+                load_into(
+                    self._model.get_submodule(path.rpartition(".")[0]),
+                    path.rpartition(".")[0],
+                    self._names,
+                    self.source,
+                    self.device,
+                    only=path.rpartition(".")[2],
+                )
+        skeleton.fill_buffers(self._model, self._model, "", skip=self._blocks)
+        for path in lazy:
+            # Empty but real: models move token ids to wherever the embedding is.
+            module = self._model.get_submodule(path.rpartition(".")[0])
+            empty = torch.empty(0, module.weight.shape[-1], dtype=self.dtype, device=self.device)
+            module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+
+    def _trace_blocks(self) -> None:
+        """Runs a sketch of each kind of block and checks that blocks follow one another."""
+        last: list[torch.Tensor] = []
+
+        def trace(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if last and hidden_BTH.data_ptr() != last[0].data_ptr():
+                raise ModelError(
+                    f"{self.block_path(index)}: this block does not read the output of the one "
+                    "before it, so the model cannot be quantized block by block"
+                )
+            last[:] = [hidden_BTH]
+            signature = self._signatures[index]
+            if signature not in self._traces:
+                drawn = sketch_(self._empty_block(index))
+                noise = make_noise(_TRACE_TOKENS, hidden_BTH.shape[-1], seed=0)[None]
+                self._traces[signature] = discover(
+                    drawn,
+                    lambda block: call_block(block, noise, as_float(call)),
+                    batch=1,
+                    tokens=_TRACE_TOKENS,
+                )
+            return hidden_BTH
+
+        self._passes.run(torch.zeros(1, _TRACE_TOKENS, dtype=torch.int64), None, trace)
+        for signature in self._traces:
+            self.weights(self._signatures.index(signature))  # raises what planning would
+
+    def _probe(self, index: int) -> tuple[Found, ...]:
+        @functools.cache
+        def inputs(batch: int) -> tuple[torch.Tensor, BlockCall]:
+            hidden_BTH, calls = self.calls(torch.zeros(batch, PROBE_TOKENS, dtype=torch.int64))
+            noise = make_noise(PROBE_TOKENS, hidden_BTH.shape[-1], seed=0)
+            return noise.expand(batch, -1, -1).contiguous(), as_float(calls[index])
+
+        def forward(batch: int) -> Callable[[nn.Module], torch.Tensor]:
+            noise_BTH, call = inputs(batch)
+            return lambda block: self.run(block, noise_BTH, call)
+
+        return find_groups(
+            sketch_(self._empty_block(index)),
+            self._traces[self._signatures[index]],
+            forward,
+            skeleton.head_sizes(self._model),
+        )
+
+    def _producer_names(self, index: int, found: Found) -> tuple[str, ...]:
+        """Checkpoint names of the tensors that hold a producer's rows and bias."""
+        names = []
+        for path in (found.producer, found.bias):
+            if path is None:
+                continue
+            for piece in self._pieces(index, path, found.expert):
+                rows = found.rows
+                if piece.rows is not None:
+                    rows = rows[(rows >= piece.rows[0]) & (rows < piece.rows[1])]
+                if len(rows):
+                    names.append(piece.name)
+        return tuple(names)
+
+    def _pieces(self, index: int, path: str, expert: int | None) -> list[Piece]:
+        pieces = self._names.of(f"{self.block_path(index)}.{path}")
+        found = [piece for piece in pieces if piece.expert == expert]
+        if not found:
+            raise ModelError(
+                f"{pieces[0].name}: the checkpoint stores all experts in one tensor; quantkit "
+                "quantizes checkpoints that store experts one by one"
+            )
+        return found

@@ -1,0 +1,114 @@
+"""A quantized checkpoint read as if it were not: its weights decoded when they are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.files import FileSource
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Reader, Source
+from quantkit.formats.format import FormatReader, StoredWeight, format_of
+from quantkit.model import skeleton
+from quantkit.numbers.tensor import QuantizedTensor
+
+
+class Unpacked(Reader):
+    """A checkpoint under the names, shapes and dtypes it had before it was quantized.
+
+    `transposed` names the weights whose unquantized storage is [I, O].  Holds the codes of the
+    weight read last in part, so that a head read in ranges of rows is unpacked once.
+    """
+
+    # What quantized weights are read in; None: their dtype before quantization.
+    decoded_dtype: ClassVar[torch.dtype | None] = None
+
+    def __init__(
+        self, source: Source, fmt: FormatReader | None, stored: Mapping[str, StoredWeight]
+    ) -> None:
+        self.packed = source
+        self.format = fmt
+        self.stored = stored
+        self.transposed: frozenset[str] = frozenset()
+        if isinstance(source, FileSource):
+            self.path = source.path
+        packed = {name for weight in stored.values() for name in weight.tensors}
+        self._names = tuple(sorted({*source.names(), *stored} - (packed - set(stored))))
+        self._last: tuple[str, QuantizedTensor] | None = None
+
+    @classmethod
+    def open(cls, source: Source, *, trust_remote_code: bool = False) -> Self:
+        """The view of a quantized checkpoint.  FormatError if its format is not known."""
+        fmt = format_of(source)
+        view = cls(source, fmt, fmt.weights(source))
+        model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=None)
+        view.transposed = skeleton.conv1d_names(model, view.names())
+        return view
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config without `quantization_config`."""
+        return {k: v for k, v in self.packed.config.items() if k != "quantization_config"}
+
+    @property
+    def home(self) -> Path | None:
+        """The quantized checkpoint's."""
+        return self.packed.home
+
+    def names(self) -> tuple[str, ...]:
+        """Names as before quantization, sorted."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape as before quantization."""
+        weight = self.stored.get(name)
+        if weight is None:
+            return self.packed.info(name)
+        shape = weight.shape[::-1] if name in self.transposed else weight.shape
+        return TensorInfo(name=name, dtype=weight.dtype, shape=shape)
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """The stored numbers of a quantized weight [O, I], fresh memory that is not kept."""
+        assert self.format is not None
+        return self.format.unpack(self.stored[name], self.packed)
+
+    def tensor(self, name: str) -> QuantizedTensor:
+        """The same, kept until another weight is asked for."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = name, self.quantized(name)
+        return self._last[1]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened tensor; of a quantized one, its rows decoded."""
+        if name not in self.stored:
+            return self.packed.read_flat(name, start, stop)
+        weight = self.stored[name]
+        numel, columns = math.prod(weight.shape), weight.shape[1]
+        if not 0 <= start <= stop <= numel:
+            raise IndexError(f"{name}: elements {start}..{stop} of {numel}")
+        dtype = self.decoded_dtype or weight.dtype
+        whole = start == 0 and stop == numel
+        # Only what is read in ranges, as the output head is, is worth keeping.
+        tensor = self.quantized(name) if whole else self.tensor(name)
+        if name in self.transposed:
+            values = tensor.dequantize(dtype).t().reshape(-1)
+            return values if whole else values[start:stop].clone()
+        if whole:
+            return tensor.dequantize(dtype).reshape(-1)
+        first, last = start // columns, -(-stop // columns)
+        values = tensor.decode(slice(first, last)).to(dtype).reshape(-1)
+        return values[start - first * columns : stop - first * columns]
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        """The source's."""
+        return self.packed.side_files()
+
+    def _config_bytes(self) -> bytes:
+        return json.dumps(self.packed.config, sort_keys=True).encode()

@@ -1,0 +1,275 @@
+"""Which checkpoint tensor fills which module parameter, by transformers' own conversion rules.
+
+transformers 5 renames tensors on loading and fuses experts into 3-D parameters; quantkit addresses
+weights by the checkpoint's names, so the same rules are followed backwards.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from quantkit.checkpoint.files import Source
+from quantkit.errors import CheckpointError, ModelError, NumericsError
+from quantkit.model.refs import Piece
+
+_MAX_LISTED = 3
+# What `expert_name` gives.
+_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameMap:
+    """Checkpoint names of every parameter, and what is left over.
+
+    `pieces`: parameter (or persistent buffer) path -> the checkpoint tensors that fill it.
+    `unmapped`: checkpoint tensors that no parameter takes.  `tied`: path -> the path it shares.
+    """
+
+    pieces: dict[str, tuple[Piece, ...]]
+    unmapped: tuple[str, ...]
+    tied: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def of(self, path: str) -> tuple[Piece, ...]:
+        """The pieces of a parameter, through tying.  Raises CheckpointError if it is missing."""
+        pieces = self.pieces.get(path) or self.pieces.get(self.tied.get(path, ""))
+        if not pieces:
+            raise CheckpointError(
+                f"{path}: the checkpoint has no tensor for it; the model needs all its weights"
+            )
+        return pieces
+
+    def under(self, prefix: str) -> dict[str, tuple[Piece, ...]]:
+        """Parameters below a module path, by their paths within it."""
+        start = f"{prefix}."
+        return {
+            path.removeprefix(start): pieces
+            for path, pieces in self.pieces.items()
+            if path.startswith(start)
+        }
+
+
+def map_names(model: nn.Module, source: Source) -> NameMap:
+    """The map between a skeleton's parameters and a checkpoint's tensors; reads headers only.
+
+    Raises ModelError for conversions other than renaming and fusing experts, CheckpointError for a
+    tensor whose shape does not fit.
+    """
+    state = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    prefix = getattr(model, "base_model_prefix", "")
+    plain: dict[str, str] = {}
+    fused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    stacked: dict[str, list[Piece]] = defaultdict(list)
+    unmapped = []
+    for name in sorted(source.names(), key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(
+                name, [], [], base_model_prefix=prefix, meta_state_dict=state
+            )
+        if target not in state and (piece := _stacked_piece(model, name, state)) is not None:
+            stacked[piece.parameter].append(piece)
+        elif target not in state:
+            unmapped.append(name)
+        elif pattern is None:
+            plain[target] = name
+        else:
+            fused[target][pattern].append(name)
+    pieces: dict[str, tuple[Piece, ...]] = {
+        path: (Piece(name=name, parameter=path),) for path, name in plain.items()
+    }
+    for path, by_source in fused.items():
+        rule = by_pattern[next(iter(by_source))]
+        pieces[path] = _fused_pieces(path, rule, by_source, source)
+    pieces.update({path: tuple(found) for path, found in stacked.items()})
+    shapes = {path: tuple(tensor.shape) for path, tensor in state.items()}
+    for path, found in pieces.items():
+        _check_shapes(path, found, shapes[path], source)
+    return NameMap(
+        pieces=pieces, unmapped=tuple(unmapped), tied=_tied(model, pieces), shapes=shapes
+    )
+
+
+def _fused_pieces(
+    path: str, rule: WeightConverter, by_source: dict[str, list[str]], source: Source
+) -> tuple[Piece, ...]:
+    """Pieces of a parameter that stacks experts and, of each, concatenates several tensors."""
+    merge, *rest = rule.operations
+    known = (
+        isinstance(merge, MergeModulelist)
+        and merge.dim == 0
+        and len(rest) <= 1
+        and all(isinstance(op, Concatenate) and op.dim == 1 for op in rest)
+    )
+    if not known:
+        name = next(iter(by_source.values()))[0]
+        kinds = " + ".join(type(op).__name__ for op in rule.operations)
+        raise ModelError(
+            f"{name}: transformers converts this tensor by {kinds} on loading; quantkit follows "
+            "renaming and the stacking of experts only"
+        )
+    pieces = []
+    start = 0
+    for pattern in rule.source_patterns:
+        names = by_source.get(pattern, [])
+        if not names:
+            raise CheckpointError(f"{path}: the checkpoint has no tensors like {pattern}")
+        stop = start + source.info(names[0]).shape[0]
+        rows = (start, stop) if rest else None
+        pieces += [
+            Piece(name=name, parameter=path, expert=expert, rows=rows)
+            for expert, name in enumerate(names)
+        ]
+        start = stop
+    return tuple(sorted(pieces, key=lambda piece: piece.expert or 0))
+
+
+def _stacked_piece(model: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -> Piece | None:
+    """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    prefix = getattr(model, "base_model_prefix", "")
+    for path in (f"{match[1]}.{match[3]}", f"{prefix}.{match[1]}.{match[3]}"):
+        if path in state and state[path].dim() == 3:
+            owner = model.get_submodule(path.rpartition(".")[0])
+            return Piece(
+                name=name,
+                parameter=path,
+                expert=int(match[2]),
+                transposed=bool(getattr(owner, "is_transposed", False)),
+            )
+    return None
+
+
+def _check_shapes(
+    path: str, pieces: tuple[Piece, ...], shape: tuple[int, ...], source: Source
+) -> None:
+    for piece in pieces:
+        stored = source.info(piece.name).shape
+        expected = shape
+        if piece.expert is not None:
+            if piece.expert >= shape[0]:
+                raise CheckpointError(
+                    f"{piece.name}: config.json asks for {shape[0]} experts; weights and config "
+                    "belong to different models"
+                )
+            slice_ = shape[:0:-1] if piece.transposed else shape[1:]
+            rows = piece.rows or (0, slice_[0])
+            expected = (rows[1] - rows[0], *slice_[1:])
+        if stored != expected:
+            raise CheckpointError(
+                f"{piece.name}: the checkpoint holds {list(stored)}, config.json asks for "
+                f"{list(expected)}; weights and config belong to different models"
+            )
+    filled = sum(math.prod(source.info(piece.name).shape) for piece in pieces)
+    if filled != math.prod(shape):
+        raise CheckpointError(
+            f"{path}: {filled} of {math.prod(shape)} elements are in the checkpoint; "
+            f"the first tensor is {pieces[0].name}; an expert is missing"
+        )
+
+
+def _tied(model: nn.Module, pieces: dict[str, tuple[Piece, ...]]) -> dict[str, str]:
+    """Missing parameters that share another's tensor, whichever of the two the file holds."""
+    tied = {}
+    for target, origin in getattr(model, "all_tied_weights_keys", {}).items():
+        if target not in pieces and origin in pieces:
+            tied[target] = origin
+        elif origin not in pieces and target in pieces:
+            tied[origin] = target
+    return tied
+
+
+def check_complete(names: NameMap, paths: list[str]) -> None:
+    """Raises CheckpointError that lists the parameters for which the checkpoint has no tensor."""
+    missing = [path for path in paths if path not in names.pieces and names.tied.get(path) is None]
+    if missing:
+        listed = ", ".join(missing[:_MAX_LISTED])
+        more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
+        raise CheckpointError(
+            f"the checkpoint has no tensor for {listed}{more}; "
+            "all of the model's weights are needed"
+        )
+
+
+def load_into(
+    part: nn.Module,
+    path: str,
+    names: NameMap,
+    source: Source,
+    device: torch.device,
+    *,
+    only: str | None = None,
+) -> None:
+    """Reads all parameters and persistent buffers of `part`, which is at `path` in the model.
+
+    With `only` just the one of that name that `part` holds itself.  Each gets the dtype that it has
+    in the skeleton (integers keep theirs).  Holds one checkpoint tensor beside the part.
+    """
+    for inner, module in part.named_modules() if only is None else [("", part)]:
+        prefix = f"{path}.{inner}." if inner else f"{path}."
+        for key, old in module._parameters.items():
+            if old is not None and old.is_meta and only in (None, key):
+                value = read_parameter(names, f"{prefix}{key}", source, old.dtype).to(device)
+                module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        for key, buffer in module._buffers.items():
+            if key in module._non_persistent_buffers_set or only not in (None, key):
+                continue
+            if buffer is not None and buffer.is_meta:
+                value = read_parameter(names, f"{prefix}{key}", source, buffer.dtype)
+                module._buffers[key] = value.to(device)
+
+
+def read_parameter(
+    names: NameMap, path: str, source: Source, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """The parameter's value, put together from its pieces; `dtype` None keeps the stored one.
+
+    Fresh memory; holds one checkpoint tensor beside it.  Raises NumericsError for NaN or infinity.
+    """
+    pieces = names.of(path)
+    if pieces[0].expert is None:
+        return read_finite(source, pieces[0].name, dtype)
+    first = source.info(pieces[0].name).dtype
+    whole = torch.empty(names.shapes[path], dtype=dtype or first)
+    for piece in pieces:
+        piece.part_of(whole).copy_(read_finite(source, piece.name, dtype))
+    return whole
+
+
+def read_finite(source: Source, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+    """A checkpoint tensor in `dtype` (of floating point); NumericsError if it is not finite."""
+    tensor = source.read(name)
+    if not tensor.is_floating_point():
+        return tensor
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    # aminmax lets NaN through and needs no memory, unlike isfinite.
+    if tensor.numel() and not all(bool(edge.isfinite()) for edge in torch.aminmax(tensor)):
+        where = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
+        raise NumericsError(
+            f"{name}: the weight holds NaN or infinity{where}; the checkpoint is damaged or was "
+            "saved in a type too small for it; get it anew"
+        )
+    return tensor

@@ -1,0 +1,220 @@
+"""The model's own forward with stand-ins for its blocks: the way to masks, positions and logits.
+
+The skeleton has no block weights; in a pass every block's place is taken by a function.  The token
+embedding looks up rows gathered from the checkpoint, the head is read in ranges of rows.
+
+Letters: O out features, I in features, B sequences, T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from quantkit.checkpoint.files import Source
+from quantkit.errors import ModelError, NumericsError
+from quantkit.model.names import NameMap
+from quantkit.model.refs import BlockCall, WeightRef
+
+_HEAD_BYTES = 64 * 2**20
+OnBlock = Callable[[int, torch.Tensor, BlockCall], torch.Tensor]
+OnHead = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Passes:
+    """Runs a skeleton with functions in place of its blocks.
+
+    `outputs(index)` tells the length of the tuple that a block's forward returns, None if it
+    returns the hidden states themselves.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        blocks: nn.ModuleList,
+        source: Source,
+        names: NameMap,
+        device: torch.device,
+        outputs: Callable[[int], int | None],
+    ) -> None:
+        self.device = device
+        self._model, self._blocks, self._source = model, blocks, source
+        self._outputs = outputs
+        self._embedding: Any = model.get_input_embeddings()
+        self._head: Any = model.get_output_embeddings()
+        self.embedding_path, self.head_path = lazy_paths(model)
+        self.embedding_name = names.of(self.embedding_path)[0].name
+        self._head_name = names.of(self.head_path)[0].name
+
+    @property
+    def head(self) -> WeightRef:
+        """The output projection [V, H]; its name is the embedding's if the two are tied."""
+        shape = self._source.info(self._head_name).shape
+        return WeightRef(
+            name=self._head_name,
+            block=None,
+            shape=(shape[0], shape[1]),
+            parameter=self.head_path,
+            input=self.head_path.rpartition(".")[0],
+            role="head",
+        )
+
+    def run(
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        on_block: OnBlock,
+        on_head: OnHead | None = None,
+    ) -> torch.Tensor:
+        """What the model returns as logits when `on_block` stands in for every block.
+
+        `on_head` stands in for the head; without it the logits mean nothing.  Raises ModelError
+        unless every block is called once, in order.
+        """
+        order: list[int] = []
+
+        def enter(index: int, *args: Any, **kwargs: Any) -> Any:
+            if index != len(order):
+                raise ModelError(
+                    f"block {index} is called as number {len(order)}; only models that call their "
+                    "blocks once each, one after the other, can be quantized"
+                )
+            order.append(index)
+            hidden_BTH, call = _record(args, kwargs)
+            output = on_block(index, hidden_BTH, call)
+            outputs = self._outputs(index)
+            return output if outputs is None else (output,) + (None,) * (outputs - 1)
+
+        stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
+            (block, functools.partial(enter, index)) for index, block in enumerate(self._blocks)
+        ]
+        stand_ins += [(self._embedding, self._embed), (self._head, on_head or _first_column)]
+        # An attribute of our own skeleton's modules shadows the forward of their class.
+        for module, forward in stand_ins:
+            module.__dict__["forward"] = forward
+        try:
+            with torch.no_grad():
+                mask = None if mask_BT is None else mask_BT.to(self.device)
+                output = self._model(
+                    input_ids=ids_BT.to(self.device), attention_mask=mask, use_cache=False
+                )
+        finally:
+            for module, _ in stand_ins:
+                module.__dict__.pop("forward", None)
+        if len(order) != len(self._blocks):
+            raise ModelError(f"{len(order)} of {len(self._blocks)} blocks are called in a forward")
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def finish(self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None) -> torch.Tensor:
+        """Logits [B, T, V] from the last block's output: final norm, head, caps and scales."""
+        last = len(self._blocks) - 1
+
+        def replace(index: int, entered: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            return hidden_BTH.to(self.device) if index == last else entered
+
+        ids_BT = torch.zeros(hidden_BTH.shape[:2], dtype=torch.int64)
+        return self.run(ids_BT, None, replace, on_head or self._project)
+
+    def finish_rows(
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+    ) -> torch.Tensor:
+        """Logits of the vocabulary rows `start`... that `rows` are, as `finish` gives them."""
+        bias = getattr(self._head, "bias", None)
+        part = None if bias is None else bias[start : start + len(rows_VH)].to(rows_VH.dtype)
+        return self.finish(hidden_BTH, lambda x: nn.functional.linear(x, rows_VH, part))
+
+    def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
+        """What the head reads [B, T, H'] when the last block puts out `hidden`."""
+        read: list[torch.Tensor] = []
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            read.append(x)
+            return _first_column(x)
+
+        self.finish(hidden_BTH, keep)
+        return read[0]
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embedding module's own forward on a table of the used rows only."""
+        rows, compact = torch.unique(ids, return_inverse=True)
+        dtype = self._embedding.weight.dtype
+        try:
+            table = self._source.gather(self.embedding_name, rows.cpu()).to(self.device, dtype)
+        except IndexError as error:
+            raise ModelError(
+                f"{self.embedding_name}: a token id up to {int(rows.max())} is outside the "
+                "vocabulary; the tokenizer belongs to another model"
+            ) from error
+        if not bool(table.isfinite().all()):
+            raise NumericsError(f"{self.embedding_name}: an embedding is NaN or infinite")
+        whole = self._embedding._parameters["weight"]
+        padding = getattr(self._embedding, "padding_idx", None)
+        self._embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
+        self._embedding.padding_idx = None  # concerns gradients only, and may be out of range now
+        try:
+            embedded: torch.Tensor = type(self._embedding).forward(self._embedding, compact)
+        finally:
+            self._embedding._parameters["weight"] = whole
+            self._embedding.padding_idx = padding
+        return embedded
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """The head's product with its rows read in ranges."""
+        head = self.head
+        step = max(_HEAD_BYTES // (head.shape[1] * x.element_size()), 1)
+        parts = []
+        for start in range(0, head.shape[0], step):
+            stop = min(start + step, head.shape[0])
+            rows = self._source.read_rows(head.name, start, stop).to(x.device, x.dtype)
+            parts.append(nn.functional.linear(x, rows))
+        logits = torch.cat(parts, dim=-1)
+        bias = getattr(self._head, "bias", None)
+        return logits if bias is None else logits + bias
+
+
+def lazy_paths(model: Any) -> tuple[str, str]:
+    """Parameter paths of the token embedding and the head, which are never loaded whole."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {module: path for path, module in model.named_modules()}
+    return f"{paths[embedding]}.weight", f"{paths[head]}.weight"
+
+
+def call_block(block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> Any:
+    """What the block's forward returns."""
+    if call.hidden_name is None:
+        return block(hidden_BTH, *call.args, **call.kwargs)
+    return block(*call.args, **{call.hidden_name: hidden_BTH}, **call.kwargs)
+
+
+def as_float(call: BlockCall) -> BlockCall:
+    """The call with its floating tensors in float32 on the CPU, as sketches compute."""
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.cpu().float() if value.is_floating_point() else value.cpu()
+
+    return BlockCall(
+        args=tree_map(cast, call.args),
+        kwargs=tree_map(cast, call.kwargs),
+        hidden_name=call.hidden_name,
+    )
+
+
+def _record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:
+    """Splits a block's arguments into the hidden states and the rest."""
+    if args:
+        return args[0], BlockCall(args=args[1:], kwargs=dict(kwargs))
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), BlockCall(args=(), kwargs=rest, hidden_name="hidden_states")
+
+
+def _first_column(x: torch.Tensor) -> torch.Tensor:
+    return x[..., :1]

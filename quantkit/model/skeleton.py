@@ -1,0 +1,255 @@
+"""A transformers causal LM without weights: built on the meta device, its blocks found.
+
+Everything that must know transformers' ways of building models is here and in `names`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from quantkit.checkpoint.files import Source
+from quantkit.errors import ModelError
+from quantkit.model import experts
+
+
+def build(source: Source, *, trust_remote_code: bool, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model on the meta device, in eval mode, with our experts loop.
+
+    Raises ModelError if the model type is unknown, is no causal LM or needs code not trusted.
+    """
+    experts.register()
+    config = load_config(source, trust_remote_code)
+    dtype = dtype or model_dtype(source, config)
+    try:
+        with torch.device("meta"):
+            model = _auto_class(config).from_config(
+                config,
+                dtype=dtype,
+                experts_implementation=experts.IMPLEMENTATION,
+                trust_remote_code=trust_remote_code,
+            )
+    # Model code, some of it remote, fails in any way it likes on a config it does not expect.
+    except Exception as error:
+        raise ModelError(
+            f"model type {config.model_type!r} cannot be built as a causal language model: "
+            f"{_first_line(error)}"
+        ) from error
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """AutoModelForCausalLM, or the class of multimodal models, whose text part is quantized."""
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration object of a checkpoint."""
+    data = source.config
+    model_type = data.get("model_type")
+    remote = "auto_map" in data and "AutoModelForCausalLM" in data["auto_map"]
+    if remote and trust_remote_code:
+        path = getattr(source, "path", None)
+        if path is None:
+            raise ModelError("remote code needs a checkpoint on disk; save the model and give that")
+        return AutoConfig.from_pretrained(path, trust_remote_code=True)
+    if model_type is None:
+        raise ModelError("config.json has no model_type; this is no Transformers checkpoint")
+    if model_type not in CONFIG_MAPPING:
+        hint = (
+            "the checkpoint brings its own code: pass --trust-remote-code if you trust it"
+            if remote
+            else "a newer transformers may know it"
+        )
+        raise ModelError(f"model type {model_type!r} is unknown to transformers; {hint}")
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(data)
+    # Validation of configurations raises errors of several libraries.
+    except Exception as error:
+        raise ModelError(
+            f"config.json is no valid configuration of {model_type!r}: {_first_line(error)}"
+        ) from error
+
+
+def model_dtype(source: Source, config: PreTrainedConfig) -> torch.dtype:
+    """The config's dtype, else that of most of the stored bytes.
+
+    Raises ModelError if that is no type to compute in.
+    """
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is None:
+        sizes: dict[torch.dtype, int] = {}
+        for name in source.names():
+            info = source.info(name)
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+        dtype = max(sizes, key=lambda key: sizes[key])
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ModelError(f"weights in {dtype} cannot be quantized; give float32, float16, bfloat16")
+    return dtype
+
+
+def conv1d_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
+    """The checkpoint names of Conv1D weights, whose own storage is [I, O]."""
+    paths = [f"{path}.weight" for path, module in model.named_modules() if type(module) is Conv1D]
+    prefix = getattr(model, "base_model_prefix", "")
+    held = {*paths, *(path.removeprefix(f"{prefix}.") for path in paths)}
+    return frozenset(held.intersection(names))
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Path of the list of blocks, and the list: the outermost of the decoder's ModuleLists."""
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and _has_matrices(module):
+            lists[path] = module
+    decoder = model.get_decoder()
+    inner = {id(module) for module in decoder.modules()} if decoder is not None else set()
+    chosen = [path for path, module in lists.items() if len(lists) == 1 or id(module) in inner]
+    if len(chosen) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: {len(chosen)} lists of blocks ({', '.join(chosen)}); "
+            "quantkit needs one stack of decoder blocks"
+        )
+    return chosen[0], lists[chosen[0]]
+
+
+def outside_paths(model: PreTrainedModel, blocks: str) -> list[str]:
+    """Parameters and persistent buffers that the text path may need besides the blocks.
+
+    Leaves out what hangs together with another stack of blocks: vision and audio towers.
+    """
+    others = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not f"{path}.".startswith(f"{blocks}."):
+            parent = path.rpartition(".")[0]
+            while parent and f"{blocks}.".startswith(f"{parent}."):
+                parent = ""
+            if parent:
+                others.append(_tower(parent, blocks))
+    skipped = [f"{blocks}.", *(f"{path}." for path in others)]
+    return [
+        path
+        for path in model.state_dict()
+        if not any(path.startswith(prefix) for prefix in skipped)
+    ]
+
+
+def fill_buffers(
+    model: PreTrainedModel, part: nn.Module, path: str, *, skip: nn.Module | None = None
+) -> None:
+    """Computes the non-persistent buffers (rotary tables and the like) below `part`, on the CPU.
+
+    `path` is where `part`, or the original of it, is in the model: its owner initialises it.
+    Nothing below `skip` is touched.
+    """
+    skipped = set() if skip is None else set(skip.modules())
+    for name, module in part.named_modules():
+        if module in skipped:
+            continue
+        wanted = [
+            key
+            for key in module._non_persistent_buffers_set
+            if (value := module._buffers.get(key)) is not None and value.is_meta
+        ]
+        if not wanted:
+            continue
+        for key in wanted:
+            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
+        with torch.no_grad():
+            _owner(model, ".".join(filter(None, (path, name))))._init_weights(module)
+
+
+def clone(block: nn.Module) -> nn.Module:
+    """A copy of a meta block that shares its configuration objects."""
+    configs = {
+        id(value): value
+        for module in block.modules()
+        for value in vars(module).values()
+        if isinstance(value, PreTrainedConfig)
+    }
+    memo: dict[int, Any] = dict(configs)
+    shadow = block.__dict__.pop("forward", None)
+    try:
+        return copy.deepcopy(block, memo)
+    finally:
+        if shadow is not None:
+            block.__dict__["forward"] = shadow
+
+
+def signature(block: nn.Module) -> str:
+    """Equal for blocks that differ in weights and position only."""
+    digest = hashlib.sha256()
+    for path, module in block.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str)) and key not in ("layer_idx", "layer_id")
+        }
+        shapes = {
+            key: None if p is None else tuple(p.shape) for key, p in module._parameters.items()
+        }
+        digest.update(repr((path, type(module), sorted(plain.items()), shapes)).encode())
+    return digest.hexdigest()
+
+
+def head_sizes(model: PreTrainedModel) -> tuple[int, ...]:
+    """Sizes an attention head may have, by the configuration."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
+    sizes = [getattr(config, "head_dim", None), hidden // heads if heads and hidden else None]
+    return tuple(sorted({size for size in sizes if size}))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _has_matrices(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _tower(parent: str, blocks: str) -> str:
+    """The outermost ancestor of `parent` that does not hold the blocks."""
+    parts = parent.split(".")
+    for end in range(1, len(parts) + 1):
+        ancestor = ".".join(parts[:end])
+        if not f"{blocks}.".startswith(f"{ancestor}."):
+            return ancestor
+    return parent
+
+
+def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """The innermost PreTrainedModel around a module path."""
+    owner, module = model, model
+    for part in path.split("."):
+        module = getattr(module, part, None)
+        if module is None:
+            break
+        if isinstance(module, PreTrainedModel):
+            owner = module
+    return owner

@@ -1,0 +1,112 @@
+"""A checkpoint that stores all experts of a projection in one tensor, read one expert at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.checkpoint.files import FileSource
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Reader, Source
+from quantkit.formats.format import expert_name
+from quantkit.model import skeleton
+from quantkit.model.experts import uses_interface
+from quantkit.model.names import map_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slice:
+    """Where one expert is: slice `expert` of `name`, [I, O] there if `transposed`."""
+
+    name: str
+    expert: int
+    transposed: bool
+
+
+def split_experts(source: Source, *, trust_remote_code: bool = False) -> Source:
+    """The source, with each expert of a fused tensor as a weight [O, I] named by `expert_name`.
+
+    The source itself if it holds no such tensor.
+    """
+    fused = [name for name in source.names() if len(source.info(name).shape) == 3]
+    if not fused:
+        return source
+    model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
+    slices: dict[str, _Slice] = {}
+    for path, pieces in map_names(model, source).pieces.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        name = pieces[0].name
+        if name not in fused or pieces[0].expert is not None or not uses_interface(owner):
+            continue
+        for expert in range(source.info(name).shape[0]):
+            slices[expert_name(name, expert)] = _Slice(
+                name=name, expert=expert, transposed=bool(getattr(owner, "is_transposed", False))
+            )
+    return OneByOne(source, slices) if slices else source
+
+
+class OneByOne(Reader):
+    """The view that `split_experts` gives.  Holds the expert read last."""
+
+    def __init__(self, source: Source, slices: Mapping[str, _Slice]) -> None:
+        self.fused = source
+        if isinstance(source, FileSource):
+            self.path = source.path
+        self._slices = slices
+        whole = {part.name for part in slices.values()}
+        self._names = tuple(sorted({*source.names(), *slices} - whole))
+        self._last: tuple[str, Tensor] | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's."""
+        return self.fused.config
+
+    @property
+    def home(self) -> Path | None:
+        """The source's."""
+        return self.fused.home
+
+    def names(self) -> tuple[str, ...]:
+        """Names with one per expert, sorted."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape; of an expert [O, I]."""
+        part = self._slices.get(name)
+        if part is None:
+            return self.fused.info(name)
+        info = self.fused.info(part.name)
+        shape = info.shape[:0:-1] if part.transposed else info.shape[1:]
+        return TensorInfo(name=name, dtype=info.dtype, shape=shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened tensor, fresh memory."""
+        part = self._slices.get(name)
+        if part is None:
+            return self.fused.read_flat(name, start, stop)
+        numel = math.prod(self.info(name).shape)
+        if not 0 <= start <= stop <= numel:
+            raise IndexError(f"{name}: elements {start}..{stop} of {numel}")
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            value = self.fused.read_rows(part.name, part.expert, part.expert + 1)[0]
+            self._last = name, (value.t() if part.transposed else value).reshape(-1)
+        return self._last[1][start:stop].clone()
+
+    def fingerprint(self) -> str:
+        """The source's: it is the same model."""
+        return self.fused.fingerprint()
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        """The source's."""
+        return self.fused.side_files()
+
+    def _config_bytes(self) -> bytes:
+        return json.dumps(self.fused.config, sort_keys=True).encode()

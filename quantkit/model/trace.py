@@ -1,0 +1,389 @@
+"""What a block multiplies by and what each product reads, seen through torch's own hook.
+
+A `TorchFunctionMode` sees every torch call, so nothing depends on module classes: linears, Conv1D,
+fused experts and bare parameters look alike.  Weights are recognised by their storage, so slices,
+views and casts of a parameter count as the parameter.
+
+Letters: O out features, I in features, B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from quantkit.errors import ModelError
+from quantkit.model.experts import Routing, mark_tokens, route, uses_interface
+
+_CASTS = frozenset(
+    {
+        torch.Tensor.to,
+        torch.Tensor.type,
+        torch.Tensor.type_as,
+        torch.Tensor.float,
+        torch.Tensor.bfloat16,
+        torch.Tensor.half,
+        torch.Tensor.contiguous,
+        torch.Tensor.clone,
+    }
+)
+_PRODUCTS = frozenset(
+    {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm}
+)
+_BATCHED = frozenset({torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.einsum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """One multiplication by a weight: `path` in the block, slice `expert` of a fused parameter."""
+
+    path: str
+    expert: int | None
+    shape: tuple[int, int]
+    transposed: bool
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What identifies the weight within the block."""
+        return self.path, self.expert
+
+
+class MatmulMode(TorchFunctionMode, ABC):
+    """Sees every product with a parameter of a block, of two or more dimensions.
+
+    Subclasses get `product`; returning a tensor there replaces the product.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._parameters: dict[int, tuple[str, torch.Tensor]] = {
+            _storage(parameter): (path, parameter)
+            for path, parameter in block.named_parameters()
+            if parameter.dim() > 1
+        }
+        self._casts: list[torch.Tensor] = []
+        self._marked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @abstractmethod
+    def product(
+        self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Called before a product; x [..., I]; token_n: the tokens of its rows, for experts."""
+
+    def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
+        """Which tokens go to which expert."""
+        return route(index_TK, weight_TK, num_experts)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Any call that is not a product with a weight."""
+        return func(*args, **kwargs)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is route:
+            return self.routing(*args, **kwargs)
+        if func is mark_tokens:
+            # Held, or its memory could become another tensor's.
+            self._marked = (args[0], args[1])
+            return args[0]
+        x, weight, linear = _operands(func, args, kwargs)
+        if x is not None and weight is not None:
+            use = self._use(weight, linear)
+            if use is not None:
+                result = self.product(use, x, self._tokens(x))
+                return func(*args, **kwargs) if result is None else result
+        if func in _BATCHED and any(self._is_weight(arg) for arg in args):
+            path = next(self._parameters[_storage(a)][0] for a in args if self._is_weight(a))
+            raise ModelError(
+                f"{path}: the model multiplies a batch of matrices at once; only experts that use "
+                "transformers' ExpertsInterface can be quantized, keep this model in full precision"
+            )
+        result = self.other(func, args, kwargs)
+        if func in _CASTS and self._is_weight(args[0]) and not self._is_weight(result):
+            self._parameters[_storage(result)] = (self._parameters[_storage(args[0])][0], result)
+            self._casts.append(result)
+        return result
+
+    def _tokens(self, x: torch.Tensor) -> torch.Tensor | None:
+        if self._marked is None or _storage(self._marked[0]) != _storage(x):
+            return None
+        return self._marked[1]
+
+    def _is_weight(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and _storage(value) in self._parameters
+
+    def _use(self, weight: torch.Tensor, linear: bool) -> Use | None:
+        if weight.dim() != 2 or not self._is_weight(weight):
+            return None
+        path, parameter = self._parameters[_storage(weight)]
+        as_OI = weight if linear else weight.t()
+        matrix, expert = parameter, None
+        if parameter.dim() == 3:
+            expert = (weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            matrix = parameter[expert]
+        if matrix.dim() != 2 or matrix.numel() != weight.numel():
+            raise ModelError(
+                f"{path}: the model multiplies by a part {tuple(weight.shape)} of the parameter "
+                f"{tuple(parameter.shape)}; only whole matrices can be quantized"
+            )
+        straight = as_OI.shape == matrix.shape and as_OI.stride() == matrix.stride()
+        return Use(
+            path=path,
+            expert=expert,
+            shape=(as_OI.shape[0], as_OI.shape[1]),
+            transposed=not straight,
+        )
+
+
+def _operands(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+    """(input, weight, whether the weight is [O, I]) of a product; Nones for anything else."""
+    if func is nn.functional.linear:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        return args[0] if args else kwargs["input"], weight, True
+    if func in _PRODUCTS and len(args) == 2:
+        return args[0], args[1], False
+    if func is torch.addmm and len(args) == 3:
+        return args[1], args[2], False
+    return None, None, False
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of the memory behind a tensor, the same for all its views; works on meta too."""
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrace:
+    """What one kind of block does: its products in order, grouped by what they read.
+
+    `inputs[k]` is the number of the input that `uses[k]` reads.  `outputs` is the length of the
+    tuple that forward returns, None if it returns the hidden states themselves.
+    """
+
+    uses: tuple[Use, ...]
+    inputs: tuple[int, ...]
+    outputs: int | None
+
+    def keys(self) -> dict[tuple[str, int | None], str]:
+        """The name of the input that each weight reads, by `Use.key`.
+
+        Named after its first reader's module; of expert e "MODULE.e:in" and "MODULE.e:mid".
+        """
+        names: dict[int, str] = {}
+        seen: set[str] = set()
+        for use, number in zip(self.uses, self.inputs, strict=True):
+            module = use.path.rpartition(".")[0] or use.path
+            if use.expert is not None:
+                name = f"{module}.{use.expert}"
+                module = f"{name}:mid" if f"{name}:in" in seen else f"{name}:in"
+            if number not in names:
+                names[number] = module
+                seen.add(module)
+        return {use.key: names[number] for use, number in zip(self.uses, self.inputs, strict=True)}
+
+
+class NoiseMode(MatmulMode):
+    """Runs a sketch: every product is replaced by noise, the same in each of `batch` sequences.
+
+    So no weights are needed, and what a product reads is a function of the other products' outputs.
+    """
+
+    def __init__(self, block: nn.Module, *, batch: int, tokens: int) -> None:
+        super().__init__(block)
+        self.batch, self.tokens = batch, tokens
+        self._substitutes: dict[int, torch.Tensor] = {}
+        self._kept: list[torch.Tensor] = []
+        self._count = 0
+
+    def noise(self, like: torch.Tensor, features: int) -> torch.Tensor:
+        """Noise [..., features] for a product with input `like`, new at each call."""
+        self._count += 1
+        rows = like.numel() // like.shape[-1]
+        base = make_noise(self.tokens, features, seed=self._count)
+        if rows != self.batch * self.tokens:
+            raise ModelError(f"a product reads {rows} rows of {self.batch * self.tokens} tokens")
+        return base.repeat(self.batch, 1).reshape(*like.shape[:-1], features)
+
+    def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
+        rows = len(index_TK)
+        weight = torch.full((rows,), 1.0 / num_experts)
+        return [(expert, torch.arange(rows), weight) for expert in range(num_experts)]
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Matrices that are no weights (convolutions, tables) meet real values: give them some.
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            args, kwargs = tree_unflatten([self._real(leaf) for leaf in leaves], structure)
+        return func(*args, **kwargs)
+
+    def _real(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_meta:
+            return value
+        key = _storage(value)
+        if key not in self._substitutes:
+            generator = torch.Generator().manual_seed(len(self._substitutes))
+            size = value.untyped_storage().nbytes() // value.element_size()
+            self._substitutes[key] = torch.rand(size, generator=generator)
+            self._kept.append(value)
+        whole = self._substitutes[key]
+        return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+class _Discover(NoiseMode):
+    """Records all products and which of them read the same tensor."""
+
+    def __init__(self, block: nn.Module, *, batch: int, tokens: int) -> None:
+        super().__init__(block, batch=batch, tokens=tokens)
+        self.uses: list[Use] = []
+        self.inputs: list[int] = []
+        self._seen: dict[tuple[Any, ...], int] = {}
+
+    def product(
+        self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        self._kept.append(x)  # else its memory, and with it its identity, is used again
+        number = self._seen.setdefault(_identity(x), len(self._seen))
+        if use.key not in {seen.key for seen in self.uses}:
+            self.uses.append(use)
+            self.inputs.append(number)
+        return self.noise(x, use.shape[0])
+
+
+def _identity(x: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors with the same memory, layout of rows and version."""
+    try:
+        flat = x.view(-1, x.shape[-1])
+    except RuntimeError:
+        return (id(x),)
+    return (_storage(x), flat.storage_offset(), flat.shape, flat.stride(), x._version)
+
+
+def make_noise(tokens: int, features: int, *, seed: int) -> torch.Tensor:
+    """Noise [tokens, features], magnitudes 0.5..1.5; of the first two tokens one sign each.
+
+    So that behind a ReLU no channel is dead for all tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(tokens, features, generator=generator) + 0.5
+    sign = torch.randint(0, 2, (tokens, features), generator=generator) * 2 - 1
+    sign[0], sign[1] = 1, -1
+    return noise * sign
+
+
+def sketch_(block: nn.Module) -> nn.Module:
+    """The meta block itself, in float32: vectors get random values, matrices stay without any."""
+    generator = torch.Generator().manual_seed(0)
+    for module in block.modules():
+        own = dict(module.named_parameters(recurse=False))
+        for name, parameter in own.items():
+            value = (
+                torch.empty_like(parameter, dtype=torch.float32)
+                if parameter.dim() > 1
+                else torch.rand(parameter.shape, generator=generator) + 0.5
+            )
+            # Noise stands for a product with its bias; some models add the bias themselves.
+            if name == "bias" and "weight" in own and own["weight"].dim() > 1:
+                value.zero_()
+            module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return block
+
+
+def discover(
+    drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: int, tokens: int
+) -> BlockTrace:
+    """The trace of a block from its sketch; `forward` calls it with recorded arguments.
+
+    Raises ModelError if a linear layer is never used, so that none is skipped in silence.
+    """
+    for path, module in drawn.named_modules():
+        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
+        fused = any(len(shape) == 3 and min(shape) > 1 for shape in shapes)
+        if fused and not uses_interface(module) and not hasattr(module, "kernel_size"):
+            raise ModelError(
+                f"{path}: {type(module).__name__} holds fused matrices but does not use "
+                "transformers' ExpertsInterface, so quantkit cannot see what its experts read; "
+                "use a version of transformers whose class does"
+            )
+    mode = _Discover(drawn, batch=batch, tokens=tokens)
+    try:
+        with torch.no_grad(), mode:
+            output = forward(drawn)
+    except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
+        raise ModelError(
+            f"{type(drawn).__name__}: a trial run of the block on noise fails, so its weights "
+            f"cannot be listed: {str(error).splitlines()[0]}"
+        ) from error
+    used = {use.path for use in mode.uses}
+    for path, module in drawn.named_modules():
+        weight = getattr(module, "weight", None)
+        linear = isinstance(module, nn.Linear) or hasattr(module, "nf")
+        if linear and isinstance(weight, torch.Tensor) and f"{path}.weight" not in used:
+            raise ModelError(
+                f"{path}: the block {type(drawn).__name__} does not multiply by this weight in a "
+                "trial run; blocks that choose among layers cannot be quantized"
+            )
+    return BlockTrace(
+        uses=tuple(mode.uses),
+        inputs=tuple(mode.inputs),
+        outputs=len(output) if isinstance(output, tuple) else None,
+    )
+
+
+TapCallback = Callable[[str, torch.Tensor], None]
+
+
+class Tap(MatmulMode):
+    """Calls back once per distinct input with the valid tokens' rows [n, I]."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        keys: dict[tuple[str, int | None], str],
+        mask_BT: torch.Tensor | None,
+        callback: TapCallback,
+    ) -> None:
+        super().__init__(block)
+        self._keys, self._callback = keys, callback
+        valid = None if mask_BT is None else mask_BT.reshape(-1).bool()
+        self._valid = None if valid is None or bool(valid.all()) else valid
+        self._done: set[str] = set()
+
+    def start(self) -> None:
+        """Forgets which inputs were seen: a new forward begins."""
+        self._done.clear()
+        self._marked = None
+
+    def product(
+        self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        key = self._keys.get(use.key)
+        if key is None or key in self._done:
+            return None
+        self._done.add(key)
+        rows_nI = x.reshape(-1, x.shape[-1])
+        if self._valid is not None:
+            valid = self._valid.to(rows_nI.device)
+            if token_n is None and len(rows_nI) != len(valid):
+                raise ModelError(
+                    f"{use.path}: reads {len(rows_nI)} rows of {len(valid)} tokens, so padding "
+                    "cannot be told apart; use batches without padding"
+                )
+            rows_nI = rows_nI[valid if token_n is None else valid[token_n]]
+        self._callback(key, rows_nI)
+        return None

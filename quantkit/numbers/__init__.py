@@ -1,0 +1,1 @@
+"""Numbers: what a quantized number is, in torch alone."""

@@ -1,0 +1,167 @@
+"""Number grids: real weights to codes and back, for one scheme.
+
+Shapes: O out features, I in features, N groups of B weights each (N·B = O·I).
+Every method sees weights as `blocks` [N, B]: groups along rows and bitsandbytes' flat blocks are
+the same thing there, since a group never straddles a row and a flat block is padded at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from quantkit_kernels.ops.codebook import NF4
+from torch import Tensor
+
+from quantkit.numbers.scheme import Scheme
+
+# Sign, two exponent bits, one mantissa bit, as bitsandbytes orders them (code 8 is a second zero).
+FP4_VALUES = tuple(
+    sign * value / 12.0
+    for sign in (1.0, -1.0)
+    for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+)
+# Sign, two exponent bits, one mantissa bit, as OCP's Microscaling Formats 1.0 orders them.
+E2M1_VALUES = tuple(
+    sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+)
+
+# Exact in bfloat16, float16 and float32 alike, so every runtime's cast leaves a scale as stored.
+# 65280 is the largest bfloat16 value that float16 holds.
+SCALE_MIN, SCALE_MAX = 2.0**-14, 65280.0
+
+
+def blocks(weight_OI: Tensor, scheme: Scheme) -> Tensor:
+    """The weight as [N, B], one row per group; a flat scheme's last block is padded with zeros."""
+    size = scheme.group_size or weight_OI.shape[1]
+    flat = weight_OI.reshape(-1)
+    if padding := -flat.numel() % size:
+        assert scheme.flat, "check_shape comes first"
+        flat = torch.cat([flat, flat.new_zeros(padding)])
+    return flat.view(-1, size)
+
+
+def unblocks(blocks_NB: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The inverse of `blocks`: [O, I] without padding."""
+    return blocks_NB.reshape(-1)[: shape[0] * shape[1]].view(shape)
+
+
+def store_scale(scale: Tensor) -> Tensor:
+    """Integer scales as every format and runtime will hold them: bfloat16 values in float32.
+
+    Magnitudes are kept in SCALE_MIN..SCALE_MAX; zero becomes SCALE_MIN.
+    """
+    stored = scale.abs().clamp_(SCALE_MIN, SCALE_MAX).to(torch.bfloat16).float()
+    return torch.where(scale < 0, -stored, stored)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntegerGrid:
+    """Codes `low..high`; value = (code - zero) · scale; `center` is the zero if symmetric."""
+
+    low: int
+    high: int
+    center: int
+
+    @property
+    def steps(self) -> int:
+        """Distance between the lowest and the highest code."""
+        return self.high - self.low
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Nearest codes, as float32 integers; ties go to the even multiple of the scale."""
+        shift = self.center if zero is None else zero
+        return torch.round(x / scale).add_(shift).clamp_(self.low, self.high)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Float32 values of codes (any dtype)."""
+        shift = self.center if zero is None else zero
+        return (codes.to(torch.float32) - shift) * scale
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x)), in fewer passes."""
+        steps = torch.div(x, scale).round_()
+        if zero is None:
+            steps.clamp_(self.low - self.center, self.high - self.center)
+        else:
+            # clamp with tensor bounds is several times slower.
+            torch.maximum(steps, self.low - zero, out=steps)
+            torch.minimum(steps, self.high - zero, out=steps)
+        return steps.mul_(scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookGrid:
+    """Sixteen values; value = values[code] · scale.  NF4's and FP4's lie in [-1, 1], their scale
+    is an absmax; those of e2m1 reach 6."""
+
+    values: tuple[float, ...]
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the nearest values, as float32 integers; a block of zeros codes to zero."""
+        assert zero is None, "codebooks are symmetric"
+        # bitsandbytes multiplies by the reciprocal; dividing would differ in the last bit.
+        return self.encode_unit(x * (1.0 / scale.clamp(min=1e-38)))
+
+    def encode_unit(self, unit: Tensor) -> Tensor:
+        """Codes, as float32 integers, of the values nearest to x / scale; ties go down."""
+        table = torch.tensor(self.values, dtype=torch.float32, device=unit.device)
+        ordered, order = torch.sort(table, stable=True)
+        midpoints = (ordered[1:] + ordered[:-1]) / 2
+        return order[torch.bucketize(unit.contiguous(), midpoints)].to(torch.float32)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Float32 values of codes (any dtype)."""
+        assert zero is None, "codebooks are symmetric"
+        table = torch.tensor(self.values, dtype=torch.float32, device=codes.device)
+        return table[codes.to(torch.int64)] * scale
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x))."""
+        return self.decode(self.encode(x, scale, zero), scale, zero)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Float8Grid:
+    """e4m3 numbers times the scale, saturating at `largest`; a code is the number's byte."""
+
+    largest: float = 448.0
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the nearest values, as float32 integers; ties go to the even mantissa."""
+        return self._bytes(x / scale).to(torch.float32)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Float32 values of codes (any dtype)."""
+        assert zero is None, "float grids are symmetric"
+        return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32) * scale
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x)), in fewer passes."""
+        unit = (x / scale).clamp_(-self.largest, self.largest)
+        return unit.to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
+
+    def _bytes(self, unit: Tensor) -> Tensor:
+        # A cast alone turns what is too large into NaN.
+        clamped = unit.clamp(-self.largest, self.largest)
+        return clamped.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+Grid = IntegerGrid | CodebookGrid | Float8Grid
+
+
+def grid_of(scheme: Scheme) -> Grid:
+    """The grid a scheme's codes live on.
+
+    8-bit weights that meet 8-bit activations use -127..127 around 128, all others the full range.
+    """
+    if scheme.kind == "nf4":
+        return CodebookGrid(values=NF4)
+    if scheme.kind == "fp4":
+        return CodebookGrid(values=FP4_VALUES)
+    if scheme.kind == "mxfp4":
+        return CodebookGrid(values=E2M1_VALUES)
+    if scheme.kind == "fp8":
+        return Float8Grid()
+    low = 1 if scheme.activation_bits == 8 else 0
+    return IntegerGrid(low=low, high=2**scheme.bits - 1, center=2 ** (scheme.bits - 1))

@@ -1,0 +1,132 @@
+"""A quantized weight as the numbers it stores, independent of any file format.
+
+Shapes: O out features, I in features, G groups per row, N groups in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import NumericsError
+from quantkit.numbers.grid import blocks, grid_of, unblocks
+from quantkit.numbers.scheme import Scheme
+
+# Rows decoded at a time, so that float32 temporaries stay small whatever the weight's size.
+_DECODE_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainScale:
+    """Group scales as stored: [O, G], or [N] where flat blocks straddle rows."""
+
+    tensor: Tensor
+
+    def values(self) -> Tensor:
+        """The scales in float32, shaped as stored."""
+        return self.tensor.to(torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestedScale:
+    """Block scales that are quantized themselves, as bitsandbytes stores them (QLoRA, section 3).
+
+    codes uint8 [N] index `table` float32 [256]; each 256 codes share one `absmax` float32 [N/256];
+    value = table[code] · absmax + offset.
+    """
+
+    codes: Tensor
+    table: Tensor
+    absmax: Tensor
+    offset: Tensor
+    shape: tuple[int, ...]
+    block: int = 256
+
+    def values(self) -> Tensor:
+        """The scales in float32, [O, G] or [N]."""
+        count = self.codes.numel()
+        outer = self.absmax.repeat_interleave(self.block)[:count]
+        return (self.table[self.codes.to(torch.int64)] * outer + self.offset).view(self.shape)
+
+
+Scale = PlainScale | NestedScale
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedTensor:
+    """Codes uint8 [O, I] with their scales; `zero` uint8 [O, G] for asymmetric integer schemes.
+
+    dtype    the weight's before quantization, which runtimes restore
+    columns  int64 [I]: codes[:, j] belong to column columns[j] of the weight (checkpoints of others
+             with activation order, whose groups are not neighbours); None: to column j
+    """
+
+    codes: Tensor
+    scale: Scale
+    zero: Tensor | None
+    scheme: Scheme
+    dtype: torch.dtype
+    columns: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.uint8 and self.codes.ndim == 2
+        assert (self.zero is None) == self.scheme.symmetric
+        assert self.columns is None or not self.scheme.flat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [O, I]: decoded in float32, rounded once to `dtype` (default: its own)."""
+        dtype = dtype or self.dtype
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        scale = self.scale.values()
+        if scale.ndim == 1 or (self.scheme.flat and self.shape[1] % scale.shape[1]):
+            grid = grid_of(self.scheme)
+            decoded = grid.decode(blocks(self.codes, self.scheme), scale.reshape(-1, 1), None)
+            return out.copy_(unblocks(decoded, self.shape))
+        step = max(1, _DECODE_ELEMENTS // self.shape[1])
+        for start in range(0, self.shape[0], step):
+            rows = slice(start, start + step)
+            out[rows] = self._decode(rows, scale)
+        return out
+
+    def decode(self, rows: Tensor | slice) -> Tensor:
+        """Float32 values [R, I] of some rows; `rows` is a slice or int64 [R]."""
+        scale = self.scale.values()
+        if scale.ndim == 1:
+            # Blocks that straddle rows cannot be decoded one by one.
+            return self.dequantize(torch.float32)[rows]
+        return self._decode(rows, scale)
+
+    def check(self, name: str) -> None:
+        """Nothing if scales are finite and codes in range; else NumericsError naming `name`."""
+        scale = self.scale.values()
+        if not bool(torch.isfinite(scale).all()):
+            raise NumericsError(f"{name}: a scale is NaN or infinite")
+        if self.scheme.kind == "fp8" and bool(((self.codes & 0x7F) == 0x7F).any()):
+            raise NumericsError(f"{name}: a code is the NaN of e4m3")
+        highest = int(self.codes.max()) if self.codes.numel() else 0
+        if highest >= 2**self.scheme.bits:
+            raise NumericsError(f"{name}: code {highest} does not fit {self.scheme.bits} bits")
+
+    def _decode(self, rows: Tensor | slice, scale: Tensor) -> Tensor:
+        zero = None if self.zero is None else self.zero[rows]
+        decoded = decode_rows(self.codes[rows], scale[rows], zero, self.scheme)
+        if self.columns is None:
+            return decoded
+        return torch.empty_like(decoded).index_copy_(1, self.columns, decoded)
+
+
+def decode_rows(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor | None, scheme: Scheme
+) -> Tensor:
+    """Float32 values [O, I] of codes whose groups lie within rows."""
+    rows, columns = codes_OI.shape
+    grouped = codes_OI.view(rows, scale_OG.shape[1], -1)
+    zero = None if zero_OG is None else zero_OG.to(torch.float32)[..., None]
+    return grid_of(scheme).decode(grouped, scale_OG[..., None], zero).view(rows, columns)

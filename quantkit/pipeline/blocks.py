@@ -1,0 +1,298 @@
+"""The work of one step: statistics, folds, quantized weights, packed tensors, hidden states.
+
+Letters: N sequences, T tokens, H hidden size, O out features, I in features, C producer channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.calibration.gather import StatsBook
+from quantkit.calibration.shared import BlockNeeds, MethodStats, SharedStats
+from quantkit.calibration.stream import CalibrationStream
+from quantkit.calibration.tokens import Calibration
+from quantkit.checkpoint.disk import disk_errors
+from quantkit.checkpoint.shards import ShardWriter
+from quantkit.formats.format import PlannedWeight
+from quantkit.methods.stats import Needs, Stats, Stream
+from quantkit.model.causal import CausalModel
+from quantkit.model.refs import WeightRef
+from quantkit.numbers.scheme import Kind
+from quantkit.pipeline.fold_vectors import FOLDS_FILE, FoldVectors
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.records import Record, WeightRecord
+from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedMethod:
+    """A method's part in statistics that several methods share."""
+
+    stats: SharedStats
+    number: int
+
+
+Book = StatsBook | MethodStats
+
+
+class BlockWork:
+    """Runs steps: "outside", "embed", "block 0"... and "head".  Holds one block at a time.
+
+    `tell` hears of every weight that is done, with its error.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: CausalModel,
+        plan: Plan,
+        calibration: Calibration | None,
+        gram_budget: int | None,
+        device: str,
+        partial: Path,
+        scratch: Path,
+        done: set[str],
+        stack: contextlib.ExitStack,
+        tell: Callable[[str], object],
+        shared: SharedMethod | None = None,
+    ) -> None:
+        self.tell = tell
+        self.model, self.plan, self.calibration = model, plan, calibration
+        recipe = plan.recipe
+        self.transforms = recipe.make_transforms()
+        self.range, self.rounding = recipe.make_range(), recipe.make_rounding()
+        self.steps = ["outside"]
+        if calibration is not None:
+            self.steps.append("embed")
+        self.steps += [f"block {index}" for index in range(model.num_blocks)]
+        if plan.head is not None:
+            self.steps.append("head")
+        committed = [name for step in done for name in self._outputs(step)]
+        self.writer = stack.enter_context(ShardWriter(partial, plan.layout, committed=committed))
+        self.folds: ShardWriter | None = None
+        if plan.folds_layout is not None:
+            folds_directory = partial / Path(FOLDS_FILE).parent
+            with disk_errors(folds_directory):
+                folds_directory.mkdir(exist_ok=True)
+            kept = [
+                name
+                for step in done
+                if step.startswith("block ")
+                for name in plan.folds[int(step.removeprefix("block "))]
+            ]
+            self.folds = stack.enter_context(
+                ShardWriter(folds_directory, plan.folds_layout, committed=kept)
+            )
+        self.shared = shared
+        self.stream: CalibrationStream | None = None
+        if shared is not None:
+            self.stream = shared.stats.stream
+        elif calibration is not None:
+            self.stream = CalibrationStream(
+                model,
+                calibration,
+                device=device,
+                scratch=scratch,
+                gram_budget=gram_budget,
+                stack=stack,
+            )
+
+    def run(self, step: str) -> Record:
+        """Does a step; on return its tensors and hidden states are on the disk."""
+        with torch.no_grad():
+            if step == "outside":
+                record = self._outside()
+            elif step == "embed":
+                record = self._embed()
+            elif step == "head":
+                record = self._head()
+            else:
+                record = self._block(int(step.removeprefix("block ")))
+        self.writer.sync()
+        if self.folds is not None:
+            self.folds.sync()
+        return record
+
+    def close(self) -> None:
+        """Completes the shards; raises if a planned tensor was never written."""
+        self.writer.close()
+        if self.folds is not None:
+            self.folds.close()
+
+    def _outside(self) -> Record:
+        for name in self._outputs("outside"):
+            self.writer.copy(name, self.model.source)
+        return Record(step="outside")
+
+    def _embed(self) -> Record:
+        assert self.stream is not None
+        if self.shared is not None:
+            self.shared.stats.embed()
+        else:
+            self.stream.embed()
+        return Record(step="embed")
+
+    def _block(self, index: int) -> Record:
+        block = self.model.load_block(index)
+        propagate = self.plan.recipe.propagate
+        book = self._statistics(index, block)
+        folded = self._fold(index, block, book)
+        weights = list(self._quantize(index, block, book))
+        for fate in self.plan.fates_of_block.get(index, ()):
+            if fate.fate == "rescaled":
+                now = self.model.tensor(block, index, fate.name)
+                self.writer.put(fate.name, now.to(fate.dtype))
+            elif fate.fate != "quantized":
+                self.writer.copy(fate.name, self.model.source)
+        last = index == self.model.num_blocks - 1 and self.plan.head is None
+        if self.stream is not None and self.shared is None and not last:
+            if propagate:
+                eight_bit = self._eight_bit(index)
+                self.stream.forward(index, block, None, write=True, eight_bit=eight_bit)
+            self.stream.hidden.sync(index + 1)
+        return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
+
+    def _statistics(self, index: int, block: nn.Module) -> Book | None:
+        """Statistics of the block's inputs: shared with other methods, or the run's own."""
+        if self.stream is None:
+            return None
+        if self.shared is not None:
+            return self.shared.stats.book(self.shared.number, index)
+        wanted = block_needs(self.plan, index)
+        propagate = self.plan.recipe.propagate
+        return self.stream.gather(
+            index,
+            block,
+            wanted.needs,
+            wanted.features,
+            stream="quantized" if propagate else "original",
+            write=not propagate,
+        )
+
+    def _eight_bit(self, index: int) -> dict[str, Kind]:
+        """Parameters of the block whose inputs are 8-bit at run time, and of which kind."""
+        return {
+            ref.parameter: self.plan.scheme_of(ref).kind
+            for _, refs in self.plan.input_groups(index)
+            for ref in refs
+            if self.plan.scheme_of(ref).activation_bits == 8
+        }
+
+    def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
+        """Applies the transforms; returns the producers that were changed."""
+        schemes = {ref.name: self.plan.scheme(ref) for ref in self.plan.refs[index]}
+        vectors = FoldVectors(self.plan.folds[index])
+        changed: list[str] = []
+        for group in self.plan.groups[index]:
+            assert book is not None, "transforms are calibrated"
+            for transform in self.transforms:
+                # All inputs carry the same channels; the one with most tokens knows them best.
+                key = max(group.inputs, key=book.count)
+                weights = {ref.name: self.model.weight(block, ref) for ref in group.readers}
+                scale_C = choose_scale(transform, group, weights, schemes, book.get(key))
+                if scale_C is None:
+                    continue
+                folded = self.model.fold_(block, group, scale_C)
+                vectors.multiply_(group, folded.scale_I, self.plan.refs[index])
+                for other in group.inputs:
+                    book.put(other, book.get(other).rescaled(folded.scale_I))
+                changed.append(group.producer_names[0])
+        if self.folds is not None:
+            for name, vector in vectors.tensors.items():
+                self.folds.put(name, vector)
+        return tuple(dict.fromkeys(changed))
+
+    def _quantize(self, index: int, block: nn.Module, book: Book | None) -> Iterator[WeightRecord]:
+        for key, refs in self.plan.input_groups(index):
+            stats = book.get(key) if book is not None and key in book else None
+            weights = [self.model.weight(block, ref) for ref in refs]
+            for solved in self._solve(refs, weights, stats):
+                self._put(self.plan.weight_of[solved.ref.name], solved)
+                self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
+                self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.error:.1e}")
+                yield WeightRecord.of(
+                    solved, solved.ref.name, None if stats is None else stats.count
+                )
+
+    def _solve(
+        self, refs: Sequence[WeightRef], weights: Sequence[Tensor], stats: Stats | None
+    ) -> list[Solved]:
+        return quantize_weights(
+            refs,
+            weights,
+            self.plan.scheme_of(refs[0]),
+            stats,
+            range_part=self.range,
+            rounding=self.rounding,
+            dtype=self.model.source.info(refs[0].name).dtype,
+        )
+
+    def _put(self, weight: PlannedWeight, solved: Solved) -> None:
+        for name, tensor in self.plan.format.pack(weight, solved.tensor).items():
+            self.writer.put(name, tensor)
+
+    def _head(self) -> Record:
+        """Quantizes the output head on the hidden states that reach it."""
+        head = self.plan.head
+        assert head is not None
+        scheme = self.plan.scheme_of(head)
+        needs = self.range.needs(scheme) | self.rounding.needs(scheme)
+        needs = _fitting(needs, head.shape[1])
+        stats: Stats | None = None
+        if self.stream is not None and needs:
+            stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
+            stats = self.stream.head_stats(head.shape[1], needs, stream=stream)
+        weight = self.model.source.read(head.name).to(self.model.dtype)
+        (solved,) = self._solve([head], [weight], stats)
+        planned = self.plan.planned_head
+        self._put(planned, solved)
+        tokens = None if stats is None else stats.count
+        return Record(step="head", weights=(WeightRecord.of(solved, planned.name, tokens),))
+
+    def _outputs(self, step: str) -> list[str]:
+        """Names of the output tensors that a step writes."""
+        if step == "embed":
+            return []
+        if step == "head":
+            return [info.name for info in self.plan.head_layout]
+        block = None if step == "outside" else int(step.removeprefix("block "))
+        fates = self.plan.fates_of_block.get(block, ())
+        if step == "outside":
+            fates = tuple(fate for fate in fates if fate.fate != "quantized")
+        return [info.name for fate in fates for info in fate.output]
+
+
+def block_needs(plan: Plan, index: int) -> BlockNeeds:
+    """The statistics that a plan's method reads at the inputs of a block."""
+    recipe = plan.recipe
+    range_part, rounding = recipe.make_range(), recipe.make_rounding()
+    needs: dict[str, Needs] = {}
+    features: dict[str, int] = {}
+    for key, refs in plan.input_groups(index):
+        scheme = plan.scheme_of(refs[0])
+        needs[key] = range_part.needs(scheme) | rounding.needs(scheme)
+        features[key] = refs[0].shape[1]
+    for group in plan.groups[index]:
+        for transform in recipe.make_transforms():
+            for key in group.inputs:
+                needs[key] = needs.get(key, Needs()) | transform.needs(recipe.scheme)
+                features[key] = len(group.channel_map)
+    needs = {key: _fitting(need, features[key]) for key, need in needs.items() if need}
+    return BlockNeeds(needs=needs, features=features)
+
+
+def _fitting(needs: Needs, features: int) -> Needs:
+    """The needs without a block diagonal that does not divide the features.
+
+    Only flat blocks (nf4, fp4) get there: they straddle rows, and parts use moments instead.
+    """
+    if needs.gram > 0 and features % needs.gram:
+        return dataclasses.replace(needs, gram=0, moments=True)
+    return needs

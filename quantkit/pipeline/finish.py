@@ -1,0 +1,74 @@
+"""The files around the weights: configuration, tokenizer, recipe, report and model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.checkpoint.manifest import RUN
+from quantkit.model.causal import CausalModel
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.report import render_html, render_markdown, render_model_card
+
+REPORT = "quantkit/report.json"
+RECIPE = "quantkit/recipe.yaml"
+
+
+def write_finished_files(
+    directory: Path,
+    *,
+    model: CausalModel,
+    plan: Plan,
+    report: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None,
+    run: Mapping[str, object],
+) -> None:
+    """Writes everything but the shards; all of it except `run.json` depends on the job only.
+
+    `recipe` is None where another tool quantized the weights and nobody knows it.
+    """
+    contents: dict[str, bytes] = {
+        "config.json": _json(_config(model, plan)),
+        REPORT: _json(report),
+        RUN: _json(run),
+        "quantkit/report.md": render_markdown(report).encode(),
+        "quantkit/report.html": render_html(report).encode(),
+        "README.md": render_model_card(report).encode(),
+    }
+    if recipe is not None:
+        contents[RECIPE] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
+    if (index := plan.layout.index()) is not None:
+        contents["model.safetensors.index.json"] = index
+    with disk_errors(directory):
+        for name, content in model.source.side_files().items():
+            target = directory / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, target)
+            else:
+                write_file(target, content)
+        for name, data in contents.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(directory / name, data)
+
+
+def _config(model: CausalModel, plan: Plan) -> dict[str, Any]:
+    """config.json of the result: the source's, with how it is quantized."""
+    config = dict(model.source.config)
+    others = [info for fate in plan.fates if fate.scheme is None for info in fate.output]
+    config["quantization_config"] = plan.format.config(
+        plan.weights, model_type=plan.model_type, dtype=model.dtype, others=others
+    )
+    if plan.unties_head:
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _json(data: object) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()

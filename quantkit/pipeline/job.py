@@ -1,0 +1,194 @@
+"""From what a user asks for to a job that is planned, checked and ready to run."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantkit.calibration.tokens import Calibration, CalibrationSource, load_calibration
+from quantkit.checkpoint.files import open_source, refuse_quantized
+from quantkit.checkpoint.live import LiveSource
+from quantkit.checkpoint.source import Source
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.checkpoint.version import __version__
+from quantkit.errors import ModelError
+from quantkit.formats.format import Format, code_of
+from quantkit.methods.recipe import Recipe
+from quantkit.methods.stats import has_bf16_units
+from quantkit.model.causal import CausalModel
+from quantkit.model.decoded import Unpacked
+from quantkit.model.split_experts import split_experts
+from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.predict import predict
+from quantkit.pipeline.session import Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_VERSIONED = ("torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the command line or the Python API asks for; sizes in bytes."""
+
+    recipe: Recipe
+    calibration: CalibrationSource = "demo"
+    seed: int = 0
+    format_name: str | None = None
+    max_ram: int | None = None
+    max_vram: int | None = None
+    device: str = "auto"
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_unreadable: bool = False
+    requantize: bool = False
+
+
+def prepare(
+    model_or_path: str | PreTrainedModel, request: Request, *, tokenizer: Any = None
+) -> Job:
+    """The job for a request; reads configuration and calibration text, no weights.
+
+    Raises the QuantkitError of whatever does not work out, before anything is written.
+    """
+    (job,) = prepare_all(model_or_path, [request], tokenizer=tokenizer)
+    return job
+
+
+def prepare_all(
+    model_or_path: str | PreTrainedModel, requests: Sequence[Request], *, tokenizer: Any = None
+) -> list[Job]:
+    """The jobs of several requests that differ in recipe and format only.
+
+    They share the opened model and, if any recipe is calibrated, one calibration.
+    """
+    first = requests[0]
+    source: Source
+    if isinstance(model_or_path, str):
+        source = open_source(
+            model_or_path, revision=first.revision, trust_remote_code=first.trust_remote_code
+        )
+    else:
+        source = LiveSource(model_or_path, tokenizer=tokenizer)
+    if first.requantize and isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
+    refuse_quantized(source)
+    source = split_experts(source, trust_remote_code=first.trust_remote_code)
+    device = choose_device(first.device)
+    model = CausalModel.open(
+        source,
+        trust_remote_code=first.trust_remote_code,
+        dtype=_compute_dtype(device),
+        device=device,
+    )
+    plans = [
+        make_plan(
+            model,
+            request.recipe,
+            format_name=request.format_name,
+            max_shard_bytes=request.max_shard_bytes,
+            allow_unreadable=request.allow_unreadable,
+        )
+        for request in requests
+    ]
+    calibrated = next((request for request in requests if request.recipe.calibrated), None)
+    shared: Calibration | None = None
+    if calibrated is not None:
+        shared = _calibration(model, source, calibrated, tokenizer)
+        model.check_replay(shared.ids[:1, :64])
+    jobs = []
+    for request, plan in zip(requests, plans, strict=True):
+        calibration = shared if request.recipe.calibrated else None
+        prediction = predict(model, plan, calibration, device=device)
+        prediction.check(request.max_ram)
+        max_vram = request.max_vram if device.startswith("cuda") else None
+        prediction.check_vram(max_vram)
+        jobs.append(
+            Job(
+                model=model,
+                plan=plan,
+                calibration=calibration,
+                prediction=prediction,
+                fingerprint=_fingerprint(source, request, calibration, plan.format, device),
+                max_ram=request.max_ram,
+                max_vram=max_vram,
+                device=device,
+            )
+        )
+    return jobs
+
+
+def _calibration(
+    model: CausalModel, source: Source, request: Request, tokenizer: Any
+) -> Calibration:
+    text_config = model.text_config
+    return load_calibration(
+        request.calibration,
+        tokenizer=tokenizer or load_tokenizer(source, trust_remote_code=request.trust_remote_code),
+        samples=request.recipe.samples,
+        seq_len=request.recipe.seq_len,
+        seed=request.seed,
+        max_length=getattr(text_config, "max_position_embeddings", None),
+        vocab_size=text_config.vocab_size,
+    )
+
+
+def _compute_dtype(device: str) -> torch.dtype | None:
+    """The dtype blocks run in: None for the model's own, float32 on a CPU without bfloat16 units.
+
+    There bfloat16 products take four times as long as float32 ones, and the result is rounded to
+    the stored dtype all the same.
+    """
+    return torch.float32 if device == "cpu" and not has_bf16_units() else None
+
+
+def choose_device(name: str) -> str:
+    """ "cpu" or "cuda" as asked for; "auto" takes a GPU if torch sees one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise ModelError(f"--device {name!r}: auto, cpu or cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(
+            f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu"
+        )
+    return name
+
+
+def _fingerprint(
+    source: Source,
+    request: Request,
+    calibration: Calibration | None,
+    fmt: Format,
+    device: str,
+) -> dict[str, str]:
+    """Everything the result's bytes depend on; a run is resumed only if all of it is the same."""
+    if device == "cpu":
+        hardware = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    else:
+        hardware = torch.cuda.get_device_name(device)
+    return {
+        "model": source.fingerprint(),
+        "recipe": json.dumps(request.recipe.to_dict(), sort_keys=True),
+        "third-party parts": request.recipe.code() or "none",
+        "calibration": "none" if calibration is None else calibration.fingerprint,
+        "format": f"{fmt.name} {code_of(fmt)}".rstrip(),
+        "max shard bytes": str(request.max_shard_bytes),
+        "trust_remote_code": str(request.trust_remote_code),
+        "requantize": str(request.requantize),
+        "device": device.split(":")[0],
+        "hardware": hardware,
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "quantkit version": __version__,
+        **{f"{name} version": version(name) for name in _VERSIONED},
+    }

@@ -1,0 +1,374 @@
+"""The plan: one fate per tensor, decided before work starts, and the exact layout of the output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.shards import ShardLayout, plan_shards
+from quantkit.errors import FormatError, RecipeError
+from quantkit.formats.format import (
+    Format,
+    PlannedWeight,
+    check_supported,
+    default_format,
+    make_format,
+)
+from quantkit.methods.recipe import Recipe
+from quantkit.model.causal import CausalModel
+from quantkit.model.refs import ScaleGroup, WeightRef
+from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.fold_vectors import fold_shapes
+
+Fate = Literal["quantized", "rescaled", "kept", "copied"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFate:
+    """What becomes of one tensor of the source, and why.
+
+    `output` are the tensors it turns into; bytes count the output.  `block` is None outside blocks.
+    """
+
+    name: str
+    fate: Fate
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: int | None
+    scheme: Scheme | None
+    output: tuple[TensorInfo, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the output."""
+        return sum(info.nbytes for info in self.output)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes in the source."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every decision of a run.
+
+    weights     all weights the blocks multiply by (and the head), with their scheme or None
+    refs        the same weights as the model side addresses them, per block
+    groups      the scale groups that transforms work on, per block
+    folds       length of each vector that records what transforms did, per block
+    """
+
+    recipe: Recipe
+    format: Format
+    model_type: str
+    fates: tuple[TensorFate, ...]
+    weights: tuple[PlannedWeight, ...]
+    refs: tuple[tuple[WeightRef, ...], ...]
+    groups: tuple[tuple[ScaleGroup, ...], ...]
+    head: WeightRef | None
+    head_layout: tuple[TensorInfo, ...]
+    unties_head: bool
+    layout: ShardLayout
+    folds: tuple[Mapping[str, int], ...]
+    folds_layout: ShardLayout | None
+    readers: Mapping[str, str | None]
+
+    @cached_property
+    def weight_of(self) -> Mapping[str, PlannedWeight]:
+        """Checkpoint name -> planned weight."""
+        return {weight.name: weight for weight in self.weights}
+
+    @cached_property
+    def fates_of_block(self) -> Mapping[int | None, tuple[TensorFate, ...]]:
+        """Block index (None: outside) -> its tensors' fates."""
+        found: dict[int | None, list[TensorFate]] = {}
+        for fate in self.fates:
+            found.setdefault(fate.block, []).append(fate)
+        return {block: tuple(fates) for block, fates in found.items()}
+
+    @property
+    def planned_head(self) -> PlannedWeight:
+        """The output head, under the name it has in the output."""
+        return self.weights[-1]
+
+    def scheme(self, ref: WeightRef) -> Scheme | None:
+        """The scheme of a weight; None if it is kept."""
+        weight = self.planned_head if ref.role == "head" else self.weight_of[ref.name]
+        return weight.scheme
+
+    def scheme_of(self, ref: WeightRef) -> Scheme:
+        """The scheme of a weight that is quantized."""
+        scheme = self.scheme(ref)
+        assert scheme is not None
+        return scheme
+
+    def input_groups(self, index: int) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
+        """(input key, quantized weights of the block that read it), in the order of use."""
+        found: dict[str, list[WeightRef]] = {}
+        for ref in self.refs[index]:
+            if self.scheme(ref) is not None:
+                found.setdefault(ref.input, []).append(ref)
+        return ((key, tuple(refs)) for key, refs in found.items())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per parameter of the source: scales, zeros, unquantized tensors and all."""
+        parameters = sum(torch.Size(fate.shape).numel() for fate in self.fates)
+        return 8 * sum(fate.num_bytes for fate in self.fates) / max(parameters, 1)
+
+    @property
+    def bits_per_quantized_weight(self) -> float:
+        """Stored bits per parameter among quantized weights only."""
+        quantized = [fate for fate in self.fates if fate.fate == "quantized"]
+        parameters = sum(torch.Size(fate.shape).numel() for fate in quantized)
+        return 8 * sum(fate.num_bytes for fate in quantized) / max(parameters, 1)
+
+
+def make_plan(
+    model: CausalModel,
+    recipe: Recipe,
+    *,
+    format_name: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    allow_unreadable: bool = False,
+) -> Plan:
+    """The plan for a model; reads no weights.
+
+    Raises RecipeError (a rule that splits weights sharing an input, or matches nothing),
+    ShapeError, FormatError (a scheme or shape the format cannot hold, or no runtime reads it).
+    """
+    refs = _block_weights(model)
+    _check_rules(recipe, model)
+    decisions = {ref.name: _decide(recipe, ref) for block in refs for ref in block}
+    for block in refs:
+        _check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
+    if recipe.head is not None:
+        decisions[_head_name(model)] = recipe.head, "--lm-head"
+    return lay_out(
+        model,
+        recipe,
+        decisions,
+        format_name=format_name,
+        max_shard_bytes=max_shard_bytes,
+        allow_unreadable=allow_unreadable,
+    )
+
+
+def lay_out(
+    model: CausalModel,
+    recipe: Recipe,
+    decisions: Mapping[str, tuple[Scheme | None, str]],
+    *,
+    format_name: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    allow_unreadable: bool = False,
+) -> Plan:
+    """The plan when each weight's scheme (None: kept), with the reason, is decided.
+
+    A weight without a decision is kept.  Raises as `make_plan` does.
+    """
+    refs = _block_weights(model)
+    schemes = {name: scheme for name, (scheme, _) in decisions.items()}
+    weights = [_planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
+    head_scheme = schemes.get(_head_name(model))
+    head = model.head if head_scheme is not None else None
+    unties = head is not None and model.head_tied
+    weights.append(_planned_head(model, head_scheme))
+    for weight in weights:
+        if weight.scheme is not None:
+            weight.scheme.check_shape(weight.name, weight.shape)
+    quantized = [weight for weight in weights if weight.scheme is not None]
+    if not quantized:
+        raise RecipeError("no weight is quantized: every one is skipped by a rule or is a router")
+    fmt = make_format(format_name or default_format(quantized[0].scheme or recipe.scheme))
+    check_supported(fmt, weights)
+    model_type = str(model.source.config.get("model_type", ""))
+    readers = fmt.readers(weights, model_type)
+    if not allow_unreadable and all(reason is not None for reason in readers.values()):
+        listed = "; ".join(f"{runtime}: {reason}" for runtime, reason in readers.items())
+        raise FormatError(
+            f"no runtime reads {model_type} in {fmt.name} with {recipe.scheme.name}: {listed}. "
+            "Choose another --format or --scheme, or pass --allow-unreadable"
+        )
+    groups = _transformed_groups(model, recipe, schemes)
+    rescaled = {
+        name
+        for block in groups
+        for group in block
+        for name in (*group.producer_names, *(ref.name for ref in group.readers))
+    }
+    reasons = {name: reason for name, (_, reason) in decisions.items()}
+    reasons["transforms"] = ", ".join(part.name for part in recipe.transforms)
+    fates = _fates(model, fmt, weights, reasons, rescaled)
+    infos = [info for fate in fates for info in fate.output]
+    head_layout: tuple[TensorInfo, ...] = ()
+    if head is not None:
+        head_layout = fmt.layout(weights[-1], model.source.info(head.name).dtype)
+    if unties:
+        infos += head_layout
+    shapes = {name: model.source.info(name).shape for name in model.source.names()}
+    folds = tuple(dict(fold_shapes(block, shapes)) for block in groups)
+    vectors = [
+        TensorInfo(name=name, dtype=torch.float32, shape=(length,))
+        for block in folds
+        for name, length in block.items()
+    ]
+    return Plan(
+        recipe=recipe,
+        format=fmt,
+        model_type=model_type,
+        fates=fates,
+        weights=tuple(weights),
+        refs=refs,
+        groups=groups,
+        head=head,
+        head_layout=head_layout,
+        unties_head=unties,
+        layout=plan_shards(infos, max_shard_bytes),
+        folds=folds,
+        folds_layout=plan_shards(vectors, 1 << 62, stem="folds") if vectors else None,
+        readers=readers,
+    )
+
+
+def _block_weights(model: CausalModel) -> tuple[tuple[WeightRef, ...], ...]:
+    return tuple(model.weights(index) for index in range(model.num_blocks))
+
+
+def _head_name(model: CausalModel) -> str:
+    """The head's name in the output: its own, even where it shares the embedding's tensor."""
+    return model.head.parameter if model.head_tied else model.head.name
+
+
+def _check_rules(recipe: Recipe, model: CausalModel) -> None:
+    names = model.source.names()
+    for rule in recipe.rules:
+        if not any(rule.matches(name) for name in names):
+            raise RecipeError(
+                f"rule or --skip {rule.match!r} matches no tensor; names look like "
+                f"{', '.join(ref.name for ref in model.weights(0)[:2])}"
+            )
+
+
+def _decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
+    """The weight's scheme (None: kept) and the reason."""
+    if ref.role == "router":
+        return None, "router"
+    for rule in recipe.rules:
+        if rule.matches(ref.name):
+            return rule.scheme, f"rule {rule.match!r}"
+    return recipe.scheme, f"method {recipe.method}"
+
+
+def _check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None]) -> None:
+    """Weights that share an input, and the experts of one layer, are fused by serving runtimes."""
+    first: dict[str, WeightRef] = {}
+    for ref in refs:
+        if ref.role == "router":
+            continue
+        key = "experts" if ref.role == "expert" else ref.input
+        other = first.setdefault(key, ref)
+        if schemes[ref.name] != schemes[other.name]:
+            mine, its = (_spelled(schemes[r.name]) for r in (ref, other))
+            shared = "are experts of one layer" if key == "experts" else "read the same input"
+            raise RecipeError(
+                f"{ref.name} ({mine}) and {other.name} ({its}) {shared}, which vLLM fuses: give "
+                "both the same scheme or keep both"
+            )
+
+
+def _spelled(scheme: Scheme | None) -> str:
+    return "kept" if scheme is None else scheme.name
+
+
+def _planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> PlannedWeight:
+    path = (
+        f"{model.block_path(ref.block)}.{ref.parameter}" if ref.block is not None else ref.parameter
+    )
+    return PlannedWeight(
+        name=ref.name,
+        module=path.removesuffix(".weight"),
+        shape=ref.shape,
+        scheme=scheme,
+        transposed=ref.transposed and ref.expert is None,
+        expert=ref.role == "expert",
+    )
+
+
+def _planned_head(model: CausalModel, scheme: Scheme | None) -> PlannedWeight:
+    """The head under its own name: quantizing one that is tied to the embedding unties it."""
+    return dataclasses.replace(_planned(model, model.head, scheme), name=_head_name(model))
+
+
+def _transformed_groups(
+    model: CausalModel, recipe: Recipe, schemes: Mapping[str, Scheme | None]
+) -> tuple[tuple[ScaleGroup, ...], ...]:
+    """The scale groups with a quantized reader; none if the recipe has no transform."""
+    if not recipe.transforms:
+        return tuple(() for _ in range(model.num_blocks))
+    return tuple(
+        tuple(
+            group
+            for group in model.scale_groups(index)
+            if any(schemes[ref.name] is not None for ref in group.readers)
+        )
+        for index in range(model.num_blocks)
+    )
+
+
+def _fates(
+    model: CausalModel,
+    fmt: Format,
+    weights: Sequence[PlannedWeight],
+    reasons: Mapping[str, str],
+    rescaled: Set[str],
+) -> tuple[TensorFate, ...]:
+    """One fate for every tensor of the source in the output's order: outside first, then blocks."""
+    planned = {weight.name: weight for weight in weights}
+    block_of = {n: i for i in range(model.num_blocks) for n in model.block_tensors(i)}
+    head_name = model.head.name
+    found: list[TensorFate] = []
+    for name in sorted(model.source.names(), key=lambda n: (block_of.get(n, -1), n)):
+        info = model.source.info(name)
+        weight = planned.get(name)
+        scheme = None if weight is None else weight.scheme
+        fate: Fate = "kept"
+        output: tuple[TensorInfo, ...] = (info,)
+        if weight is not None and scheme is not None:
+            fate, reason = "quantized", reasons.get(name, "--lm-head")
+            output = fmt.layout(weight, info.dtype)
+        elif name in rescaled:
+            fate, reason = "rescaled", "folded by " + reasons["transforms"]
+        elif name in model.unmapped:
+            fate, reason = "copied", "no parameter of the model class takes it"
+        elif weight is not None and name != head_name:
+            reason = reasons.get(name, "as stored")
+        else:
+            reason = "output head" if name == head_name else _kept_reason(info, name in block_of)
+        found.append(
+            TensorFate(
+                name=name,
+                fate=fate,
+                reason=reason,
+                shape=info.shape,
+                dtype=info.dtype,
+                block=block_of.get(name),
+                scheme=scheme,
+                output=output,
+            )
+        )
+    return tuple(found)
+
+
+def _kept_reason(info: TensorInfo, in_block: bool) -> str:
+    if len(info.shape) < 2:
+        return "norm or bias"
+    return "not a matrix product's weight" if in_block else "embedding"

@@ -1,0 +1,153 @@
+"""What a run will need: resident memory, disk and time, before any work is done.
+
+Letters: I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.calibration.gather import gram_bytes
+from quantkit.calibration.stream import BATCH_TOKENS
+from quantkit.calibration.tokens import Calibration
+from quantkit.checkpoint.memory import current_rss, format_size, with_spare
+from quantkit.errors import BudgetError
+from quantkit.model.causal import CausalModel
+from quantkit.pipeline.plan import Plan
+
+# Allocator slack, lazily imported modules, thread stacks and copy buffers.
+_OVERHEAD_BYTES = 96 * 2**20
+# Float32 copies of a group of weights while it is solved: the weights, corrected columns, pending
+# errors, range candidates and their errors.
+_SOLVE_COPIES = 5
+# Square matrices beside the Gram matrix while it is factorised.
+_FACTOR_COPIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a run needs at most, in bytes, phase by phase.
+
+    base        the process before work starts: imports, configuration, small tensors
+    block       one block in the model's dtype
+    forward     activations of one batch inside a block
+    gram        statistics of the input group that needs most; they are gathered in passes that fit
+    grams       statistics of a whole block, if they are to be gathered in one pass
+    solve       float32 working copies of the group of weights that needs most
+    """
+
+    base: int
+    block: int
+    forward: int
+    gram: int
+    grams: int
+    solve: int
+    disk: int
+    seconds: float
+
+    @property
+    def smallest(self) -> int:
+        """Peak resident bytes with statistics gathered in as many passes as there are inputs."""
+        return self.base + self.block + max(self.forward + self.gram, self.gram + self.solve)
+
+    @property
+    def largest(self) -> int:
+        """Peak resident bytes with a block's statistics gathered in one pass."""
+        return self.base + self.block + max(self.forward, self.solve) + self.grams
+
+    def peak(self, max_ram: int | None) -> int:
+        """The predicted peak under a budget."""
+        return self.largest if max_ram is None else min(self.largest, max(max_ram, self.smallest))
+
+    def gram_budget(self, max_ram: int | None, max_vram: int | None = None) -> int | None:
+        """Bytes of statistics that may be resident at once; None for no limit.
+
+        With a GPU, blocks and statistics live there and `max_vram` limits them instead.
+        """
+        limit, base = (max_ram, self.base) if max_vram is None else (max_vram, 0)
+        if limit is None or base + self.largest - self.base <= limit:
+            return None
+        return limit - base - self.block - max(self.forward, self.solve)
+
+    def check_vram(self, max_vram: int | None) -> None:
+        """Raises BudgetError with the smallest --max-vram that works if the plan cannot fit."""
+        needed = self.smallest - self.base
+        if max_vram is not None and needed > max_vram:
+            raise BudgetError(
+                f"--max-vram {format_size(max_vram)} is too small: one block, its activations and "
+                f"statistics need {format_size(needed)}; the smallest that works is --max-vram "
+                f"{-(-needed // 2**20)}MiB"
+            )
+
+    def check(self, max_ram: int | None) -> None:
+        """Raises BudgetError with the smallest --max-ram that works if the plan cannot fit."""
+        if max_ram is not None and self.smallest > max_ram:
+            raise BudgetError(
+                f"--max-ram {format_size(max_ram)} is too small: this needs "
+                f"{format_size(self.smallest)} (process {format_size(self.base)}, one block "
+                f"{format_size(self.block)}, activations {format_size(self.forward)}, statistics "
+                f"{format_size(self.gram)}, solving {format_size(self.solve)}); the smallest "
+                f"that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
+            )
+
+
+def predict(
+    model: CausalModel, plan: Plan, calibration: Calibration | None, *, device: str = "cpu"
+) -> Prediction:
+    """The prediction for a plan.  Times a matrix product for a fraction of a second."""
+    recipe = plan.recipe
+    needs = recipe.needs(recipe.scheme)
+    block = max(model.block_bytes(index) for index in range(model.num_blocks))
+    largest_tensor = max(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
+    grams, gram, solve, products = 0, 0, 0, 0.0
+    for index in range(model.num_blocks):
+        block_grams = 0
+        for _, refs in plan.input_groups(index):
+            columns = refs[0].shape[1]
+            rows = sum(ref.shape[0] for ref in refs)
+            size = gram_bytes(columns, needs) if calibration is not None else 0
+            block_grams += size
+            gram = max(gram, size)
+            factor = _FACTOR_COPIES * size if needs.gram == -1 else 0
+            solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
+            products += 2.0 * rows * columns * (columns if needs.gram == -1 else 64)
+        grams = max(grams, block_grams)
+    forward, tokens = 0, 0
+    if calibration is not None:
+        samples, length = calibration.ids.shape
+        tokens = samples * length
+        batch = max(BATCH_TOKENS[device.split(":")[0]], length)
+        width = max(max(ref.shape) for refs in plan.refs for ref in refs)
+        # A gated MLP holds three activations of its width, statistics two float32 copies of one.
+        forward = batch * width * (3 * model.dtype.itemsize + 2 * 4)
+        weights = sum(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
+        products += 2.0 * tokens * weights * (2 if recipe.propagate else 1)
+        if needs.gram == -1:
+            inputs = {(ref.block, ref.input): ref.shape[1] for refs in plan.refs for ref in refs}
+            products += tokens * sum(float(size) ** 2 for size in inputs.values())
+    hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
+    spill = grams if calibration is not None else 0
+    return Prediction(
+        base=current_rss() + _OVERHEAD_BYTES,
+        block=block + 4 * largest_tensor,
+        forward=forward,
+        gram=gram,
+        grams=grams,
+        solve=solve,
+        disk=plan.layout.num_bytes + hidden + spill,
+        seconds=products / products_per_second() + plan.layout.num_bytes / 2e8,
+    )
+
+
+def products_per_second() -> float:
+    """Floating point operations per second of a float32 matrix product on this machine."""
+    size, repeats = 512, 3
+    a = torch.ones(size, size)
+    torch.mm(a, a)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        torch.mm(a, a)
+    return repeats * 2 * size**3 / max(time.perf_counter() - began, 1e-9)

@@ -1,0 +1,165 @@
+"""From weights and statistics to quantized tensors: the arithmetic of one block, without any I/O.
+
+Letters: O out features, I in features, G groups per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Transform
+from quantkit.methods.stats import Stats
+from quantkit.model.refs import ScaleGroup, WeightRef
+from quantkit.numbers.grid import blocks
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+# Rows on which a weight's output error is measured; a share of the rows tells enough.
+_ERROR_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solved:
+    """A quantized weight and what it cost.
+
+    error      ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² over the calibration tokens (over the weights alone without
+               statistics), on at most 256 rows
+    clipped    share of weights beyond the grid's range by more than half a step
+    degraded   what had to be done instead of what the recipe says, or None
+    """
+
+    ref: WeightRef
+    tensor: QuantizedTensor
+    error: float
+    clipped: float
+    degraded: str | None
+
+
+def quantize_weights(
+    refs: Sequence[WeightRef],
+    weights: Sequence[Tensor],
+    scheme: Scheme,
+    stats: Stats | None,
+    *,
+    range_part: Range,
+    rounding: Rounding,
+    dtype: torch.dtype,
+) -> list[Solved]:
+    """Quantized weights [O, I] of one input and scheme; one rounding call serves them all."""
+    floats = [weight.to(torch.float32) for weight in weights]
+    found = [
+        range_part(ref.name, weight, scheme, stats)
+        for ref, weight in zip(refs, floats, strict=True)
+    ]
+    stackable = all(group_range.coding.ndim == 2 for group_range in found)
+    batches = [list(range(len(refs)))] if stackable else [[k] for k in range(len(refs))]
+    solved: list[Solved] = []
+    for batch in batches:
+        rounded = rounding(
+            _stack([floats[k] for k in batch]),
+            scheme,
+            _stack([found[k].coding for k in batch]),
+            _stack_zeros([found[k] for k in batch]),
+            stats,
+        )
+        stop = 0
+        for k in batch:
+            rows = slice(stop, stop := stop + len(floats[k]))
+            scale, zero = found[k].scale, found[k].zero
+            if rounded.scale is not None:
+                scale = PlainScale(tensor=rounded.scale[rows].contiguous())
+                zero = None if rounded.zero is None else rounded.zero[rows].contiguous()
+            tensor = QuantizedTensor(
+                codes=rounded.codes[rows].contiguous(),
+                scale=scale,
+                zero=None if zero is None else zero.to(torch.uint8),
+                scheme=scheme,
+                dtype=dtype,
+            )
+            tensor.check(refs[k].name)
+            error, clipped = _cost(floats[k], tensor, stats)
+            solved.append(
+                Solved(
+                    ref=refs[k],
+                    tensor=tensor,
+                    error=error,
+                    clipped=clipped,
+                    degraded=_notes(
+                        floats[k], scheme, stats, (found[k].degraded, rounded.degraded)
+                    ),
+                )
+            )
+    return solved
+
+
+def choose_scale(
+    transform: Transform,
+    group: ScaleGroup,
+    weights: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme | None],
+    stats: Stats,
+) -> Tensor | None:
+    """The vector [C] a scale group is folded by, one entry per producer channel, or None."""
+    readers = [
+        Reader(name=ref.name, weight=weights[ref.name].to(torch.float32), scheme=schemes[ref.name])
+        for ref in group.readers
+    ]
+    identity = torch.arange(len(group.channel_map))
+    shared = None if torch.equal(group.channel_map, identity) else group.channel_map
+    scale_I = transform(readers, stats, shared)
+    return None if scale_I is None else group.pool(scale_I)
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _stack_zeros(found: Sequence[GroupRange]) -> Tensor | None:
+    zeros = [group_range.zero for group_range in found if group_range.zero is not None]
+    return _stack(zeros) if zeros else None
+
+
+def _cost(weight_OI: Tensor, tensor: QuantizedTensor, stats: Stats | None) -> tuple[float, float]:
+    """(relative output error, clipped share) on evenly spaced rows."""
+    rows = torch.arange(0, len(weight_OI), max(1, -(-len(weight_OI) // _ERROR_ROWS)))
+    kept = weight_OI[rows]
+    quantized = tensor.decode(rows)
+    delta = kept - quantized
+    if stats is None or stats.count == 0:
+        error, size = delta.square().sum(), kept.square().sum()
+    elif stats.gram is not None and stats.gram.ndim == 2:
+        error, size = ((d @ stats.gram).mul_(d).sum() for d in (delta, kept))
+    else:
+        importance = stats.mean_sq
+        error, size = ((d.square() @ importance).sum() for d in (delta, kept))
+    low, high = quantized.amin(1, keepdim=True), quantized.amax(1, keepdim=True)
+    slack = (high - low) / 2**tensor.scheme.bits
+    clipped = ((kept > high + slack) | (kept < low - slack)).float().mean()
+    return float(error / size) if float(size) > 0 else 0.0, float(clipped)
+
+
+def _notes(
+    weight_OI: Tensor, scheme: Scheme, stats: Stats | None, fallbacks: Sequence[str | None]
+) -> str | None:
+    notes = [note for note in fallbacks if note is not None]
+    zero_rows = int((weight_OI.abs().amax(1) == 0).sum())
+    if zero_rows:
+        notes.append(f"{zero_rows} rows are all zero")
+    lowest, highest = torch.aminmax(blocks(weight_OI, scheme), dim=1)
+    if constant := int(((lowest == highest) & (highest != 0)).sum()):
+        notes.append(f"{constant} groups are constant")
+    if stats is not None and stats.count == 0 and not any(fallbacks):
+        notes.append("no calibration token reached this expert")
+    elif stats is not None and stats.count:
+        dead = int((stats.sum_sq == 0).sum())
+        if dead:
+            notes.append(f"{dead} input channels are dead in calibration")
+        if stats.gram is not None and stats.gram.ndim == 2 and stats.count < stats.features:
+            notes.append(
+                f"rank-deficient Hessian: {stats.count} tokens for {stats.features} channels"
+            )
+    return "; ".join(notes) or None

@@ -1,0 +1,137 @@
+"""Several methods on one model from one calibration pass: ten cost little more than one.
+
+Blocks are done in lockstep: the original's statistics of a block serve all methods, then go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from quantkit.calibration.shared import SharedStats
+from quantkit.calibration.stream import CalibrationStream
+from quantkit.errors import RecipeError
+from quantkit.methods.recipe import Recipe, load_recipe
+from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.blocks import SharedMethod, block_needs
+from quantkit.pipeline.session import Job, Outcome, Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method at one scheme; `name` is its directory, `label` what people call it."""
+
+    name: str
+    label: str
+    recipe: Recipe
+
+
+def candidates(
+    methods: Sequence[str],
+    bits: Sequence[int],
+    *,
+    samples: int | None = None,
+    seq_len: int | None = None,
+) -> list[Candidate]:
+    """The methods at the given bits (none: each at its own), with recipes that do not propagate.
+
+    Methods whose grid has one width (nf4, 8-bit activations) come once, at that width.  Raises
+    RecipeError for unknown methods and for bits that no method has.
+    """
+    found: list[tuple[str, Recipe]] = []
+    for method in dict.fromkeys(methods):
+        own = load_recipe(method, samples=samples, seq_len=seq_len)
+        widths = _widths(own.scheme, bits)
+        for scheme in widths:
+            recipe = load_recipe(method, scheme=scheme, samples=samples, seq_len=seq_len)
+            found.append((method, dataclasses.replace(recipe, propagate=False)))
+    if not found:
+        raise RecipeError("name at least one method with --methods, as in rtn,awq,gptq")
+    once = {m for m, _ in found if sum(m == other for other, _ in found) == 1}
+    return [
+        Candidate(
+            name=f"{method}-{recipe.scheme.name}",
+            label=method if method in once else f"{method} {recipe.scheme.bits} bit",
+            recipe=recipe,
+        )
+        for method, recipe in found
+    ]
+
+
+def _widths(scheme: Scheme, bits: Sequence[int]) -> list[str]:
+    """The scheme's name at each number of bits it can have."""
+    variable = scheme.kind == "int" and scheme.activation_bits != 8 and scheme.bits != 8
+    if not bits or not variable:
+        return [scheme.name]
+    names = []
+    for width in dict.fromkeys(bits):
+        if not 2 <= width <= 8:
+            raise RecipeError(f"--bits {width}: give numbers from 2 to 8")
+        names.append(scheme.name.replace(f"w{scheme.bits}a", f"w{width}a", 1))
+    return names
+
+
+def run_together(
+    jobs: Sequence[Job], outs: Sequence[Path], scratch: Path, *, progress: bool = True
+) -> list[Outcome]:
+    """Writes every job's checkpoint; goes on where an earlier run of the same jobs ended.
+
+    jobs: of one model and calibration, with recipes that do not propagate.  Hidden states go below
+    `scratch`, which is removed in the end.
+    """
+    assert all(not job.plan.recipe.propagate for job in jobs), "statistics are the original's"
+    with contextlib.ExitStack() as stack:
+        sessions = [
+            Session(job, out, fresh=False, stack=stack) for job, out in zip(jobs, outs, strict=True)
+        ]
+        open_ones = [k for k, session in enumerate(sessions) if not session.complete]
+        calibrated = [k for k in open_ones if jobs[k].calibration is not None]
+        shared = _share([jobs[k] for k in calibrated], scratch, stack)
+        bar = stack.enter_context(tqdm(unit="step", disable=None if progress else True))
+        for k in open_ones:
+            part = None
+            if shared is not None and k in calibrated:
+                part = SharedMethod(stats=shared, number=calibrated.index(k))
+            sessions[k].begin(tell=bar.set_postfix_str, shared=part)
+        pending = {k: sessions[k].pending for k in open_ones}
+        bar.reset(total=sum(len(steps) for steps in pending.values()))
+        order = max((sessions[k].steps for k in open_ones), key=len, default=[])
+        extra = [s for k in open_ones for s in sessions[k].steps if s not in order]
+        for step in [*order, *dict.fromkeys(extra)]:
+            for k in open_ones:
+                if step in pending[k]:
+                    bar.set_description(f"{outs[k].name}: {step}")
+                    sessions[k].run(step)
+                    bar.update()
+        outcomes = [
+            session.outcome if session.complete else session.finish() for session in sessions
+        ]
+    shutil.rmtree(scratch, ignore_errors=True)
+    return outcomes
+
+
+def _share(jobs: Sequence[Job], scratch: Path, stack: contextlib.ExitStack) -> SharedStats | None:
+    """The statistics that calibrated jobs share; None if there are no such jobs."""
+    if not jobs:
+        return None
+    first = jobs[0]
+    assert first.calibration is not None
+    budgets = [job.prediction.gram_budget(job.max_ram, job.max_vram) for job in jobs]
+    limits = [budget for budget in budgets if budget is not None]
+    stream = CalibrationStream(
+        first.model,
+        first.calibration,
+        device=first.device,
+        scratch=scratch,
+        # A method that folds keeps rescaled matrices beside the shared ones.
+        gram_budget=min(limits) // 2 if limits else None,
+        stack=stack,
+    )
+    blocks = range(first.model.num_blocks)
+    return SharedStats(stream, [[block_needs(job.plan, index) for index in blocks] for job in jobs])

@@ -1,0 +1,111 @@
+"""FP8 checkpoints in blocks, as others ship them, are read: decoded, run, and quantized anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_jobs as jobs
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantkit
+from quantkit.checkpoint.files import open_source
+from quantkit.checks.inspection import inspect
+from quantkit.checks.verify import verify
+from quantkit.errors import CheckpointError, FormatError
+from quantkit.model.decoded import Unpacked
+from quantkit.pipeline.export import export
+
+BLOCK = (16, 32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with jobs.one_thread():
+        yield
+
+
+def write_fp8(model: Path, out: Path, block: tuple[int, int] | None) -> dict[str, torch.Tensor]:
+    """A checkpoint with the layers' matrices in FP8; returns their values by the definition."""
+    out.mkdir()
+    tensors, values = {}, {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        tensors[name] = tensor
+        if tensor.ndim != 2 or ".layers." not in name:
+            continue
+        rows, columns = tensor.shape
+        height, width = block or tensor.shape
+        numbers = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(-(-rows // height), -(-columns // width))
+        values[name] = torch.empty_like(tensor)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                part = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
+                scales[i, j] = tensor[part].abs().max() / 448
+                numbers[part] = (tensor[part] / scales[i, j]).to(torch.float8_e4m3fn)
+                values[name][part] = numbers[part].float() * scales[i, j]
+        tensors[name] = numbers
+        tensors[f"{name}_scale_inv"] = scales if block else scales.reshape(())
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for file in model.glob("*.json"):
+        (out / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": None if block is None else list(block),
+    }
+    (out / "config.json").write_text(json.dumps(config))
+    return values
+
+
+@pytest.mark.parametrize("block", [BLOCK, None], ids=str)
+def test_weights_are_decoded_run_and_quantized_anew(
+    block: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    model = jobs.build("llama", tmp_path / "model")
+    values = write_fp8(model, tmp_path / "fp8", block)
+    view = Unpacked.open(open_source(tmp_path / "fp8"))
+    assert set(view.stored) == set(values)
+    for name, expected in values.items():
+        assert torch.equal(view.read(name), expected)
+    original, read = (jobs.logits(quantkit.load(p)) for p in (model, tmp_path / "fp8"))
+    assert 0 < jobs.distance(read, original) < 0.1
+    found = inspect(tmp_path / "fp8")
+    assert found.format == "fp8"
+    text = model / "calibration.txt"
+    job = jobs.make_job(tmp_path / "fp8", text=text, requantize=True)
+    out = jobs.finish(job, tmp_path / "out").out
+    assert verify(out).ok
+
+
+def test_nothing_is_written_so(tmp_path: Path) -> None:
+    model = jobs.build("llama", tmp_path / "model")
+    write_fp8(model, tmp_path / "fp8", BLOCK)
+    with pytest.raises(FormatError, match="fp8 with a scale per row"):
+        export(tmp_path / "fp8", tmp_path / "x", format_name="compressed-tensors", progress=False)
+    loaded = quantkit.load(tmp_path / "fp8")
+    with pytest.raises(FormatError, match="read, not written"):
+        loaded.save_pretrained(tmp_path / "y")
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [([16, 48], "need scales of"), (None, "weight_block_size is None"), ([16], "is \\[16\\]")],
+    ids=str,
+)
+def test_scales_that_do_not_fit_the_blocks_are_refused(
+    block: list[int] | None, message: str, tmp_path: Path
+) -> None:
+    model = jobs.build("llama", tmp_path / "model")
+    write_fp8(model, tmp_path / "fp8", BLOCK)
+    path = tmp_path / "fp8" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["weight_block_size"] = block
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        quantkit.load(tmp_path / "fp8")

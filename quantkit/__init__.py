@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import QuantkitError
+from quantkit.extend import MovedModules
 
 if TYPE_CHECKING:
     from quantkit.inference.hf import hf_config
@@ -30,3 +32,8 @@ def __getattr__(name: str) -> object:
 
         return hf_config
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
+
+
+if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+    # Before the finder of files, which would load a part below a moved folder a second time.
+    sys.meta_path.insert(0, MovedModules())

@@ -9,9 +9,9 @@ import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from quantkit.checkpoint.files import open_source
 from quantkit.formats.onnx.file import DOMAIN, DataWriter
 from quantkit.formats.onnx.nbits import blocks_of, pack
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 
 

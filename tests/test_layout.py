@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -18,7 +19,14 @@ SOURCES = sorted(
     for folder in ("quantkit", "kernels/quantkit_kernels", "eval/quantkit_eval")
     for path in (ROOT / folder).rglob("*.py")
 )
-PARTS = ("methods.ranges", "methods.rounding", "methods.transforms", "formats")
+
+
+def _house() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("house", ROOT / "tools" / "house.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _module(path: Path) -> str:
@@ -26,46 +34,59 @@ def _module(path: Path) -> str:
 
 
 def _imports(path: Path) -> set[str]:
-    """Modules that are imported anywhere in a file, type checking blocks included."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-    return found
+    return set(_house().imports(path))
 
 
-def _graph() -> dict[str, set[str]]:
-    """Module of quantkit -> modules of quantkit that it imports."""
-    known = {_module(path) for path in SOURCES}
-    graph: dict[str, set[str]] = {}
-    for path in SOURCES:
-        if _module(path).startswith("quantkit.") and path.name != "__init__.py":
-            graph[_module(path)] = _imports(path) & known
-    return graph
+def test_the_house_keeps_its_rules() -> None:
+    assert _house().faults() == []
 
 
-def _reachable(graph: dict[str, set[str]], name: str) -> set[str]:
-    seen: set[str] = set()
-    waiting = [name]
-    while waiting:
-        for imported in graph.get(waiting.pop(), set()) - seen:
-            seen.add(imported)
-            waiting.append(imported)
-    return seen
+def _tiny_house(tmp_path: Path, files: dict[str, str]) -> ModuleType:
+    house = _house()
+    for name, text in {"quantkit/__init__.py": "", **files}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    house.ROOT = tmp_path
+    house.PACKAGES = {"quantkit": tmp_path / "quantkit"}
+    return house
 
 
-def test_imports_form_no_cycle() -> None:
-    graph = _graph()
-    assert not [name for name in graph if name in _reachable(graph, name)]
-
-
-@pytest.mark.parametrize("package", PARTS)
-def test_parts_of_one_kind_never_import_another_kind(package: str) -> None:
-    for path in (ROOT / "quantkit" / package.replace(".", "/")).glob("*.py"):
-        others = [f"quantkit.{other}" for other in PARTS if other != package]
-        assert not [name for name in _imports(path) if name.startswith(tuple(others))], path
+@pytest.mark.parametrize(
+    "files, told",
+    [
+        (
+            {
+                "quantkit/numbers/grid.py": "from quantkit.cli.app import main",
+                "quantkit/cli/app.py": "",
+            },
+            "higher room",
+        ),
+        (
+            {
+                "quantkit/cli/a.py": "def f():\n    from quantkit.cli import b",
+                "quantkit/cli/b.py": "import quantkit.cli.a",
+            },
+            "a cycle: quantkit.cli.a -> quantkit.cli.b -> quantkit.cli.a",
+        ),
+        ({"quantkit/cli/app.py": "from quantkit import load"}, "face for users"),
+        ({"quantkit/attic/old.py": ""}, "attic is no room"),
+        ({"quantkit/cli/long.py": "\n" * 501}, "501 lines"),
+        ({f"quantkit/cli/c{n}.py": "" for n in range(21)}, "22 files"),
+        (
+            {
+                "quantkit/methods/ranges/a.py": "from quantkit.methods.rounding import b",
+                "quantkit/methods/rounding/b.py": "",
+            },
+            "parts of one kind",
+        ),
+    ],
+    ids=["order", "cycle", "face", "room", "lines", "folder", "parts"],
+)
+def test_a_broken_rule_is_told(tmp_path: Path, files: dict[str, str], told: str) -> None:
+    rooms = {f"quantkit/{room}/__init__.py": "" for room in ("numbers", "cli")}
+    house = _tiny_house(tmp_path, {**rooms, **files})
+    assert any(told in fault for fault in house.faults()), house.faults()
 
 
 def test_only_commands_reach_up_to_quantkit_eval() -> None:
@@ -78,11 +99,6 @@ def test_kernels_is_a_leaf() -> None:
     for path in (ROOT / "kernels" / "quantkit_kernels").rglob("*.py"):
         outside = {name.split(".")[0] for name in _imports(path)} - set(sys.stdlib_module_names)
         assert outside <= {"torch", "triton", "quantkit_kernels"}, path
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=_module)
-def test_files_have_at_most_500_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 500
 
 
 @pytest.mark.parametrize("folder", ["kernels", "eval", "recipes"])

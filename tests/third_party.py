@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.methods.extent import aligned, chunks, extent_of, group_range, scale_and_zero
-from quantkit.methods.nearest import nearest_codes
-from quantkit.methods.parts import GroupRange, Reader, Rounded
-from quantkit.methods.search import both_ends
-from quantkit.methods.stats import Needs, Stats
-from quantkit.numbers.scheme import Scheme
+from quantkit.extent import aligned, chunks, extent_of, group_range, scale_and_zero
+from quantkit.nearest import nearest_codes
+from quantkit.parts import GroupRange, Reader, Rounded
+from quantkit.scheme import Scheme
+from quantkit.search import both_ends
+from quantkit.stats import Needs, Stats
 
 
 @dataclass(frozen=True, kw_only=True)

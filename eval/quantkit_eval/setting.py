@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.formats.open import open_source
 from quantkit.inference.backend import check_backend
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.figures.perplexity import window_sequences

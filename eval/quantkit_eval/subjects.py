@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint.files import FileSource, open_source
+from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checks.against import Vectors
 from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
+from quantkit.formats.open import open_source
 from quantkit.model.requantized import Decoded, open_decoded
 from quantkit.pipeline.finish import REPORT
 from quantkit.pipeline.fold_vectors import FOLDS_FILE

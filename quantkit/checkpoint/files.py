@@ -8,15 +8,13 @@ Nothing is memory-mapped.
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
-from quantkit.checkpoint.hub import SIDE_FILES, download
+from quantkit.checkpoint.hub import SIDE_FILES
 from quantkit.checkpoint.safetensors import (
     INDEX,
     WEIGHTS,
@@ -28,11 +26,8 @@ from quantkit.checkpoint.safetensors import (
 )
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.errors import CheckpointError
-from quantkit.formats.containers import container_of, is_onnx
-from quantkit.formats.gguf.source import GgufSource
-from quantkit.formats.onnx.source import OnnxSource
 
-__all__ = ["FileSource", "Source", "TensorInfo", "open_source", "refuse_quantized"]
+__all__ = ["FileSource", "Source", "TensorInfo", "refuse_quantized"]
 
 
 class FileSource(Reader):
@@ -138,36 +133,6 @@ class FileSource(Reader):
                     f"{path}: {name}: the index says that this shard holds the tensor, but it "
                     "does not; download the shards and the index together again"
                 )
-
-
-def open_source(
-    model_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Source:
-    """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
-
-    Raises CheckpointError if it is none of these or cannot be fetched.
-    """
-    if not isinstance(model_or_path, (str, os.PathLike)):
-        from quantkit.checkpoint.live import LiveSource
-
-        return LiveSource(model_or_path)
-    path = Path(model_or_path).expanduser()
-    if (file := container_of(path)) is not None:
-        return OnnxSource(file) if is_onnx(file) else GgufSource(file)
-    if path.is_dir():
-        return FileSource(path, trust_remote_code=trust_remote_code)
-    if path.exists():
-        raise CheckpointError(
-            f"{path}: this is a file, and no GGUF or ONNX; give the directory of the model"
-        )
-    name = os.fspath(model_or_path)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
-        raise CheckpointError(
-            f"{name}: there is no such directory, and it cannot be a repository on the Hub; "
-            "give a model's directory or a name such as organisation/model"
-        )
-    folder = download(name, revision, trust_remote_code)
-    return FileSource(folder, trust_remote_code=trust_remote_code)
 
 
 def refuse_quantized(source: Source) -> None:

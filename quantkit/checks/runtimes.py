@@ -21,7 +21,7 @@ import torch
 
 from quantkit.checks import runtime_script as runtime_readers
 from quantkit.errors import CheckpointError
-from quantkit.formats.containers import container_of, is_onnx
+from quantkit.formats.open import container_of, is_onnx
 from quantkit.inference.load import load
 
 # Prompts are token ids: whatever the tokenizer, they are the same for everyone.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.files import FileSource, open_source
+from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import verify_manifest
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
@@ -20,8 +20,8 @@ from quantkit.checks.result import Check, VerifyResult, finite_problems, value_p
 from quantkit.checks.runtimes import compare_runtime
 from quantkit.checks.verify_container import container_checks
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.formats.containers import container_of
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
+from quantkit.formats.open import container_of, open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
@@ -26,6 +25,7 @@ from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.formats.format import format_of
 from quantkit.formats.gguf.blocks import BLOCK_TYPES
 from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.open import open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.names import check_complete, map_names

@@ -9,9 +9,9 @@ import torch
 from quantkit_kernels.gpu import measure, tuning
 from quantkit_kernels.gpu.tuning import Entry, Problem
 
-from quantkit.checkpoint.files import open_source
 from quantkit.errors import BackendError, CheckpointError
 from quantkit.formats.format import StoredWeight, format_of
+from quantkit.formats.open import open_source
 
 
 def tune(path: Path, dtype: str, echo: Callable[[str], object]) -> None:

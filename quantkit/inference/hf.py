@@ -24,10 +24,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.errors import ModelError
 from quantkit.formats.format import format_of
+from quantkit.formats.open import open_source
 from quantkit.inference.backend import check_backend, moved
 from quantkit.inference.fused import fuse_
 from quantkit.inference.load import (

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.formats.format import Format, StoredWeight, format_of
+from quantkit.formats.open import open_source
 from quantkit.inference.backend import Backend, check_backend, moved
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import fuse_

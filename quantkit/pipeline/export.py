@@ -14,14 +14,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantkit import __version__
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.shards import ShardWriter
+from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError
 from quantkit.formats.format import code_of
+from quantkit.formats.open import open_source
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.disk import disk_errors, write_file
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.output import OutputDirectory, OutputState
@@ -28,6 +27,7 @@ from quantkit.formats.gguf.metadata import Entry, describe
 from quantkit.formats.gguf.names import Place, place_of
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import PlannedTensor, import_gguf, write_gguf
+from quantkit.formats.open import open_source
 from quantkit.model.skeleton import load_config
 from quantkit.pipeline.provenance import EXPORT_OF, copy_provenance
 

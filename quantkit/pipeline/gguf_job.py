@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from quantkit.calibration.tokens import Calibration, CalibrationSource, load_calibration
-from quantkit.checkpoint.files import open_source, refuse_quantized
+from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
@@ -24,6 +24,7 @@ from quantkit.formats.gguf.mixes import RECIPES, Choice, Weight, check_recipe, c
 from quantkit.formats.gguf.names import Place
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import PlannedTensor, import_gguf
+from quantkit.formats.open import open_source
 from quantkit.methods.recipe import Rule
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked

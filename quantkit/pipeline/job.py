@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.calibration.tokens import Calibration, CalibrationSource, load_calibration
-from quantkit.checkpoint.files import open_source, refuse_quantized
+from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import ModelError
 from quantkit.formats.format import Format, code_of
+from quantkit.formats.open import open_source
 from quantkit.methods.recipe import Recipe
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel

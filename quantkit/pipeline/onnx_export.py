@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from quantkit import __version__
 from quantkit.checkpoint.disk import disk_errors, write_file
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
+from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, OutputError
 from quantkit.formats.format import make_format
 from quantkit.formats.onnx import nbits as onnx_nbits
@@ -36,6 +35,7 @@ from quantkit.formats.onnx.names import NAMES, Names, QuantizedPlace, find_kept
 from quantkit.formats.onnx.rewrite import rewrite
 from quantkit.formats.onnx.rows import RowIndex
 from quantkit.formats.onnx.triton import model_config
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale

@@ -16,9 +16,10 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from quantkit.checkpoint.files import FileSource, open_source
+from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.live import LiveSource
 from quantkit.errors import CheckpointError
+from quantkit.formats.open import open_source
 
 SMALL = {
     "vocab_size": 96,

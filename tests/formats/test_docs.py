@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from test_docs import DOCS, ROOT, fences
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect as inspect_checkpoint
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.format import code_of, format_of, installed_formats, make_format
+from quantkit.formats.open import open_source
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.export import export
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.pipeline.export import export
 

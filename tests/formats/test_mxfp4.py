@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
 from quantkit.formats.format import expert_name, format_of
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.model.requantized import open_decoded
 from quantkit.numbers.scheme import Scheme

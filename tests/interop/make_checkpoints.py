@@ -33,8 +33,8 @@ from transformers import (
 )
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.demo import demo_path
+from quantkit.formats.open import open_source
 from quantkit.model.requantized import Decoded
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 from tritonclient.grpc import model_config_pb2
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.demo import demo_path
@@ -36,6 +35,7 @@ from quantkit.formats.onnx.builder import build_graph
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import matrices
 from quantkit.formats.onnx.triton import model_config
+from quantkit.formats.open import open_source
 from quantkit.pipeline.onnx_export import export_onnx
 
 # Checkpoint -> how the builder was given it.

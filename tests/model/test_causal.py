@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from quantkit.checkpoint.files import FileSource, open_source
+from quantkit.checkpoint.files import FileSource
 from quantkit.errors import CheckpointError, ModelError, NumericsError
+from quantkit.formats.open import open_source
 from quantkit.model.causal import CausalModel
 
 TYPES = [*tiny.CONFIGS, *tiny.VARIANTS]

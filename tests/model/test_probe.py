@@ -9,8 +9,8 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from quantkit.checkpoint.files import open_source
 from quantkit.errors import NumericsError, ShapeError
+from quantkit.formats.open import open_source
 from quantkit.model.causal import CausalModel, ScaleGroup
 
 # Producer -> its readers' inputs, in block 0; names are module paths.

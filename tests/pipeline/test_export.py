@@ -14,9 +14,9 @@ from format_samples import same
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.verify import verify
 from quantkit.errors import FormatError, ResumeError
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline import export as export_module

@@ -12,10 +12,10 @@ import tiny_jobs as jobs
 import torch
 from safetensors.torch import save_file
 
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.pipeline.export import export
 from quantkit.pipeline.fold_vectors import FOLDS_FILE

@@ -92,8 +92,8 @@ def test_same_command_goes_on_where_it_was_killed(model: Path, tmp_path: Path) -
     broken = [tmp_path / f"{out.name}-broken" for out in outs]
     script = (
         "import os, signal, sys; sys.path.insert(0, 'tests')\n"
-        "from pathlib import Path; import test_together as t\n"
-        "from quantkit import pipeline; run = pipeline.Session.run; done = []\n"
+        "from pathlib import Path; from pipeline import test_together as t\n"
+        "from quantkit.pipeline import session as pipeline; run = pipeline.Session.run; done = []\n"
         "def counted(self, step):\n"
         "    run(self, step); done.append(step)\n"
         "    if len(done) == 6: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError, FormatError
@@ -23,6 +22,7 @@ from quantkit.formats.gguf.file import read_gguf
 from quantkit.formats.gguf.names import checkpoint_names, place_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
+from quantkit.formats.open import open_source
 from quantkit.numbers.grid import store_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor

@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 import quantkit
 import quantkit.calibration.gather
 import quantkit.pipeline.gguf_quantize
-from quantkit.checkpoint.files import open_source
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError, QuantkitError, RecipeError, SchemeError
 from quantkit.formats.gguf.file import read_gguf
+from quantkit.formats.open import open_source
 from quantkit.pipeline.gguf_export import MODEL_FILE
 from quantkit.pipeline.gguf_job import GgufRequest, prepare_gguf
 from quantkit.pipeline.gguf_quantize import quantize_gguf, run_gguf

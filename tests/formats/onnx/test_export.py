@@ -55,8 +55,8 @@ class Builder:
     def __call__(self, checkpoint: Path, out: Path, *, precision: str, **options: object) -> None:
         from onnx_graphs import float_graph, nbits_graph
 
-        from quantkit.checkpoint.files import open_source
         from quantkit.formats.onnx.file import DATA, OnnxFile
+        from quantkit.formats.open import open_source
 
         self.precisions.append(precision)
         source = open_source(checkpoint)
@@ -230,7 +230,7 @@ def test_what_the_builder_says_is_passed_on(
 def test_dtype_of_every_tensor_for_the_builder_is_float32(
     quantized: dict[str, Path], tmp_path: Path
 ) -> None:
-    from quantkit.checkpoint.files import open_source
+    from quantkit.formats.open import open_source
     from quantkit.model.decoded import Unpacked
 
     view = Unpacked.open(open_source(quantized["asym"]))

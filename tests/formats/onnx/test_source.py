@@ -22,7 +22,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import quantkit
-from quantkit.checkpoint.files import open_source
 from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
@@ -33,6 +32,7 @@ from quantkit.formats.onnx.matrices import matrices, tensor_of
 from quantkit.formats.onnx.names import NAMES
 from quantkit.formats.onnx.nbits import blocks_of, pack, unpack
 from quantkit.formats.onnx.source import OnnxSource
+from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
 from quantkit.pipeline import onnx_export
 from quantkit.pipeline.export import export

@@ -1,0 +1,74 @@
+"""From a path to the source of its tensors: a directory, a GGUF, an ONNX graph, a live model."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.files import FileSource
+from quantkit.checkpoint.hub import download
+from quantkit.checkpoint.live import LiveSource
+from quantkit.checkpoint.source import Source
+from quantkit.errors import CheckpointError
+from quantkit.formats.gguf.file import is_gguf
+from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.onnx.source import OnnxSource
+
+# Where a directory's graph lies; the second is a version of a Triton Inference Server model.
+_GRAPHS = ("model.onnx", "1/model.onnx")
+
+
+def open_source(
+    model_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
+
+    Raises CheckpointError if it is none of these or cannot be fetched.
+    """
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        return LiveSource(model_or_path)
+    path = Path(model_or_path).expanduser()
+    if (file := container_of(path)) is not None:
+        return OnnxSource(file) if is_onnx(file) else GgufSource(file)
+    if path.is_dir():
+        return FileSource(path, trust_remote_code=trust_remote_code)
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: this is a file, and no GGUF or ONNX; give the directory of the model"
+        )
+    name = os.fspath(model_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+        raise CheckpointError(
+            f"{name}: there is no such directory, and it cannot be a repository on the Hub; "
+            "give a model's directory or a name such as organisation/model"
+        )
+    folder = download(name, revision, trust_remote_code)
+    return FileSource(folder, trust_remote_code=trust_remote_code)
+
+
+def container_of(path: Path) -> Path | None:
+    """The GGUF or ONNX file that `path` is or, as a directory without config.json, holds.
+
+    None for anything else.  Raises CheckpointError if a directory holds several.
+    """
+    if path.is_file():
+        return path if is_gguf(path) or path.suffix == ".onnx" else None
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    for name in _GRAPHS:
+        if (path / name).is_file():
+            return path / name
+    found = sorted((*path.glob("*.gguf"), *path.glob("*.onnx")))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: {len(found)} GGUF or ONNX files ({found[0].name}, {found[1].name}...); give "
+            "one of them"
+        )
+    return found[0] if found else None
+
+
+def is_onnx(file: Path) -> bool:
+    """True if a container's file is an ONNX graph."""
+    return file.suffix == ".onnx"

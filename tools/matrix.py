@@ -40,6 +40,7 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "COLUMNS": "100",
 }
@@ -53,6 +54,7 @@ _READ = ("quantkit/names.json",)
 _MANIFEST = "quantkit/manifest.json"
 _JOURNAL = ".scratch/journal.jsonl"
 _PRINTED = "(printed)"
+_KILLED = "(journal)"
 _VARIES = re.compile(r".* version|versions|python|hardware|(.*_)?seconds|.*peak.*|.*_ram_bytes|run")
 _VERSION_ROW = re.compile(
     r"<tr><td>[^<]* version</td>.*?</tr>|<tr><td>(python|hardware)</td>.*?</tr>"
@@ -148,7 +150,7 @@ def _run(case: Case) -> dict[str, Any]:
     out = Path(out_of(case.name))
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.parent / "log"
-    killed = [_killed(case.arguments, out, lines) for lines in case.kill_at]
+    journals = [_killed(case.arguments, out, lines) for lines in case.kill_at]
     code = _resumed(case.arguments, log) if case.kill_at else _forked(case.arguments, log)
     printed = log.with_suffix(".out").read_text()
     found: dict[str, Any] = {
@@ -170,7 +172,8 @@ def _run(case: Case) -> dict[str, Any]:
         else:
             found["files"][name] = _digest(path)
     if case.kill_at:
-        found["killed"] = killed
+        found["killed"] = [bool(journal) for journal in journals]
+        found["told"][_KILLED] = [_content(_KILLED, line) for line in journals[-1]]
         if (file := out / _RUN).is_file():
             found["resumed_steps"] = json.loads(file.read_bytes()).get("steps_before_resume")
     return found
@@ -225,27 +228,33 @@ def _resumed(arguments: Sequence[str], log: Path) -> int:
     return done.returncode
 
 
-def _killed(arguments: Sequence[str], out: Path, lines: int) -> bool:
-    """True once a process with this command was killed when its journal had so many lines."""
+def _killed(arguments: Sequence[str], out: Path, lines: int) -> list[str]:
+    """The first lines of the journal of a process that was killed when it had so many.
+
+    Nothing if it was always too fast.
+    """
     for _ in range(_KILL_TRIES):
         process = subprocess.Popen(
             _command(arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        while process.poll() is None and _lines_of_journal(out) < lines:
+        while process.poll() is None and len(_journal(out)) < lines:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if not out.exists():
-            return True
-        shutil.rmtree(out)
-    return False
+        journal = _journal(out)
+        if not out.exists() and len(journal) >= lines:
+            return journal[:lines]
+        shutil.rmtree(out, ignore_errors=True)
+    return []
 
 
-def _lines_of_journal(out: Path) -> int:
+def _journal(out: Path) -> list[str]:
+    """The whole lines of an unfinished output's journal; none if there is no such file."""
     try:
-        return (out.with_name(f"{out.name}.partial") / _JOURNAL).read_bytes().count(b"\n")
+        text = (out.with_name(f"{out.name}.partial") / _JOURNAL).read_text()
     except FileNotFoundError:
-        return 0
+        return []
+    return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
 
 
 def _files(place: Path) -> list[Path]:
@@ -341,6 +350,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any], *, everything: 
         counted += [f"{name}: {line}" for line in lines]
         equal += not lines
         num_files += len(old[name]["files"])
+        if old[name]["exit"] != new[name]["exit"]:
+            continue
         for file, path, was, now in _told_apart(old[name]["told"], new[name]["told"]):
             key = (file, re.sub(r"\[\d+\]|(?<=\.)\d+(?=\.)", "*", path))
             listed.setdefault(key, []).append(f"{name}{path and ' at '}{path}: {was} -> {now}")
@@ -362,6 +373,7 @@ def _differences(
     """What differs between two cases of those things that count."""
     if old["exit"] != new["exit"]:
         yield f"exit code {old['exit']} -> {new['exit']} ({_last(old)} -> {_last(new)})"
+        return
     was, now = old["files"], new["files"]
     for name in sorted({*was, *now}):
         if name not in was or name not in now:

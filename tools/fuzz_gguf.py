@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.formats.gguf.blocks import BLOCK_TYPES
 from quantkit.formats.gguf.metadata import Entry
 from quantkit.formats.gguf.source import GgufSource
-from quantkit.formats.gguf.writer import PlannedTensor, write_gguf
+from quantkit.formats.gguf.writer import DENSE, GgufLayout, PlannedTensor
+from quantkit.numbers.superblock import BLOCK_TYPES
 
 _SIZES = {
     "context_length": 64,
@@ -51,15 +51,15 @@ def write_sample(path: Path) -> bytes:
         "blk.0.ffn_down.weight": (8, 256),
     }
     kinds = iter(BLOCK_TYPES)
-    generator = torch.Generator().manual_seed(0)
-    tensors = []
-    for name, shape in shapes.items():
-        kind = "F32" if len(shape) == 1 else next(kinds, "F16")
-        planned = PlannedTensor(name=name, type=kind, shape=shape, pieces=lambda: iter(()))
-        data = torch.randint(0, 60, (planned.num_bytes,), dtype=torch.uint8, generator=generator)
-        tensors.append(
-            PlannedTensor(name=name, type=kind, shape=shape, pieces=_once(data)),
+    tensors = tuple(
+        PlannedTensor(
+            name=name,
+            type="F32" if len(shape) == 1 else next(kinds, "F16"),
+            shape=shape,
+            members=(name,),
         )
+        for name, shape in shapes.items()
+    )
     entries = [Entry(key=f"llama.{key}", kind="u32", value=n) for key, n in _SIZES.items()]
     entries.append(
         Entry(key="llama.attention.layer_norm_rms_epsilon", kind="f32", value=1e-5),
@@ -67,12 +67,24 @@ def write_sample(path: Path) -> bytes:
     words = tuple(f"t{i}" for i in range(8))
     entries.append(Entry(key="tokenizer.ggml.tokens", kind="strings", value=words))
     entries.append(Entry(key="tokenizer.ggml.token_type", kind="i32s", value=(1,) * 8))
-    write_gguf(path, "llama", entries, tensors)
+    layout = GgufLayout(
+        file=path.name,
+        architecture="llama",
+        entries=tuple(entries),
+        tensors=tensors,
+        constants={},
+        side_files={},
+    )
+    generator = torch.Generator().manual_seed(0)
+    with layout.writer(path.parent) as writer:
+        for tensor in tensors:
+            data = torch.randint(0, 60, (tensor.num_bytes,), dtype=torch.uint8, generator=generator)
+            if tensor.type in DENSE:
+                writer.put(tensor.name, data.view(DENSE[tensor.type]).view(tensor.shape))
+            else:
+                writer.put(tensor.name, data)
+        writer.close()
     return path.read_bytes()
-
-
-def _once(data: torch.Tensor):  # type: ignore[no-untyped-def]
-    return lambda: iter((data,))
 
 
 def header_end(data: bytes) -> int:

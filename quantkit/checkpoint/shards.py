@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, Self
 
 import torch
 
@@ -28,6 +29,53 @@ from quantkit.checkpoint.safetensors import (
 )
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, OutputError, ResumeError
+
+
+class TensorWriter(Protocol):
+    """Fills an output by tensor names, in any order, each once; a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Writes a whole tensor."""
+        ...
+
+    def copy(self, name: str, source: Source, source_name: str | None = None) -> None:
+        """Copies a tensor (`source_name`, by default the same name) in pieces."""
+        ...
+
+    def sync(self) -> None:
+        """Returns when everything put so far is on the disk; then the journal may say so."""
+        ...
+
+    def close(self) -> None:
+        """Ends the work; FormatError if a planned tensor was never written."""
+        ...
+
+
+class Layout(Protocol):
+    """Every file of an output and where each tensor lies in it, before anything is written."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the files."""
+        ...
+
+    @property
+    def side_files(self) -> Mapping[str, bytes] | None:
+        """Files beside it by name, where the file describes the model itself; None where that is
+        for config.json and the files of the source."""
+        ...
+
+    def index(self) -> bytes | None:
+        """Content of the index of shards; None if there is none."""
+        ...
+
+    def writer(self, directory: Path, *, committed: Collection[str] = ()) -> TensorWriter:
+        """What fills the files; `committed` names tensors that an interrupted run has written."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +109,14 @@ class ShardLayout:
         return {
             tensor.info.name: (shard, tensor) for shard in self.shards for tensor in shard.tensors
         }
+
+    @property
+    def side_files(self) -> None:
+        """None: config.json and the source's own files go with shards."""
+
+    def writer(self, directory: Path, *, committed: Collection[str] = ()) -> ShardWriter:
+        """What fills the shards in `directory`."""
+        return ShardWriter(directory, self, committed=committed)
 
     @property
     def index_file(self) -> str:

@@ -18,10 +18,10 @@ from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.source import Source
 from quantkit.errors import QuantkitError
 from quantkit.formats.format import StoredWeight, format_of
-from quantkit.formats.gguf.blocks import BLOCK_TYPES
 from quantkit.formats.gguf.file import read_gguf
 from quantkit.formats.onnx.describe import describe_onnx
 from quantkit.formats.open import container_of, is_onnx, open_source
+from quantkit.numbers.superblock import BLOCK_TYPES
 
 _REPORT = "quantkit/report.json"
 # Codes that other tools pack into the 32-bit words of this tensor.

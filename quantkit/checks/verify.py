@@ -26,9 +26,9 @@ from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.fold_vectors import folds_since
+from quantkit.pipeline.plan import FATES
 
 REPORT = "quantkit/report.json"
-FATES = ("quantized", "rescaled", "kept", "copied")
 
 
 def verify(

@@ -23,12 +23,12 @@ from quantkit.checks.against import Vectors, compare_copied, compare_quantized, 
 from quantkit.checks.result import Check, finite_problems, value_problems
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.formats.format import format_of
-from quantkit.formats.gguf.blocks import BLOCK_TYPES
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.open import open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.names import check_complete, map_names
+from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.fold_vectors import folds_since
 from quantkit.pipeline.provenance import holds_numbers_of
@@ -128,8 +128,14 @@ def _report_problems(file: Path, view: Unpacked) -> Iterator[str]:
         return
     try:
         report = json.loads((file.parent / _REPORT).read_bytes())
+        # Reports of earlier releases had types by the file's own names.
         types: dict[str, Any] = dict(report.get("types", {}))
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
+        schemes = {
+            str(tensor["output"][0]): str(tensor["scheme"])
+            for tensor in report.get("tensors", ())
+            if tensor["scheme"] is not None
+        }
+    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
         yield f"{_REPORT}: cannot be read ({error})"
         return
     for name, label in types.items():
@@ -137,6 +143,14 @@ def _report_problems(file: Path, view: Unpacked) -> Iterator[str]:
         found = "not in the file" if tensor is None else f"stored as {tensor.type}"
         if tensor is None or tensor.type != label:
             yield f"{name}: {found}, the report says {label}"
+    names = set(source.names())
+    # A checkpoint of GPT-2 may lack `transformer.`.
+    longer = {name.partition(".")[2]: name for name in names}
+    for name, scheme in schemes.items():
+        stored = name if name in names else longer.get(name)
+        found = "not in the file" if stored is None else source.type_of(stored).lower()
+        if found != scheme:
+            yield f"{name}: {found}, the report says {scheme}"
 
 
 @dataclass(kw_only=True)

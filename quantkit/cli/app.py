@@ -17,7 +17,6 @@ import typer
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.export import export
-from quantkit.cli.gguf import plan_gguf, quantize_to_gguf
 from quantkit.errors import QuantkitError, RecipeError
 
 if TYPE_CHECKING:
@@ -121,9 +120,6 @@ def quantize(
     from quantkit.pipeline.session import run
 
     try:
-        if format_name == "gguf":
-            quantize_to_gguf(model, out, context.params)
-            return
         job = _job(model, context.params)
         if evaluate or fail_if:
             cli_eval.check_wishes(job, text=text, limits=fail_if or (), requantize=requantize)
@@ -179,9 +175,6 @@ def plan(
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
     from quantkit.cli.summary import plan_json, plan_text
 
-    if format_name == "gguf":
-        plan_gguf(model, context.params)
-        return
     job = _job(model, context.params)
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
 
@@ -313,6 +306,7 @@ app.command()(cli_eval.bench)
 def _request(options: Mapping[str, Any]) -> Request:
     """The request that the options of `quantize` and `plan` spell out."""
     from quantkit.checkpoint.memory import parse_size
+    from quantkit.formats.format import default_scheme
     from quantkit.methods.recipe import load_recipe
     from quantkit.pipeline.job import Request
 
@@ -332,6 +326,7 @@ def _request(options: Mapping[str, Any]) -> Request:
             head=options["lm_head"],
             samples=options["samples"],
             seq_len=options["seq_len"],
+            default_scheme=default_scheme(options["format_name"]),
         ),
         calibration=options["calib"],
         seed=options["seed"],

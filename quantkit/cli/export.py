@@ -12,8 +12,6 @@ from quantkit.errors import OutputError
 
 if TYPE_CHECKING:
     from quantkit.pipeline.export import Exported
-    from quantkit.pipeline.gguf_export import GgufExport
-
 
 # Options that only some formats have a use for; "" stands for all formats of safetensors.
 _TAKEN = {
@@ -22,7 +20,7 @@ _TAKEN = {
     "max_shard_size": ("",),
     "accuracy_level": ("onnx",),
     "triton_repository": ("onnx",),
-    "trust_remote_code": ("onnx", ""),
+    "trust_remote_code": ("onnx", "gguf", ""),
 }
 
 
@@ -66,17 +64,13 @@ def export(
     if format_name == "onnx":
         from quantkit.pipeline.onnx_export import export_onnx
 
-        done: Exported | GgufExport = export_onnx(
+        done: Exported = export_onnx(
             path,
             target,
             accuracy_level=accuracy_level,
             triton=triton_repository is not None,
             trust_remote_code=trust_remote_code,
         )
-    elif format_name == "gguf":
-        from quantkit.pipeline.gguf_export import export_gguf
-
-        done = export_gguf(path, target, allow_rounding=allow_rounding)
     else:
         from quantkit.checkpoint.memory import parse_size
         from quantkit.pipeline.export import export as export_checkpoint

@@ -20,6 +20,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "scheme": plan.recipe.scheme.name,
         "format": plan.format.name,
         "readers": dict(plan.readers),
+        "notes": list(plan.notes),
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "bits_per_quantized_weight": round(plan.bits_per_quantized_weight, 4),
         "output_bytes": plan.layout.num_bytes,
@@ -115,6 +116,7 @@ def _totals(job: Job) -> list[str]:
         record = job.calibration.record
         lines.append(f"calibrated on {record.source}: {record.samples} x {record.seq_len} tokens")
         lines.extend(f"note: {note}" for note in record.notes)
+    lines += [f"note: {note}" for note in plan.notes]
     if plan.unties_head:
         lines.append("note: the output head was tied to the embedding and is stored apart now")
     return lines

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.shards import Layout
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.numbers.scheme import Scheme
@@ -178,6 +179,55 @@ class Format(FormatReader, Protocol):
         ...
 
 
+class Container(Protocol):
+    """How one model lies in a file of its own format, which knows the model and not only weights.
+
+    compute_dtype   what the blocks run in while they are quantized
+    left_out        why a tensor of the source has no place in the file
+    notes           what its reader will do otherwise, or what could not be as asked
+    """
+
+    compute_dtype: ClassVar[torch.dtype]
+    left_out: ClassVar[str]
+    notes: list[str]
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The table of embeddings and the head, by the names the file holds them under: [O, I]."""
+        ...
+
+    def spread(
+        self, mix: Scheme, shapes: Mapping[str, tuple[int, int]]
+    ) -> dict[str, tuple[Scheme | None, str]]:
+        """Scheme (None: kept) and reason of each matrix, where one name stands for a mix."""
+        ...
+
+    def place(self, name: str) -> tuple[TensorInfo, ...]:
+        """What a tensor that is not quantized becomes; empty if it is left out."""
+        ...
+
+    def lay_out(self, mix: Scheme, schemes: Mapping[str, Scheme | None]) -> Layout:
+        """The file, when each matrix's scheme (None: kept) is decided."""
+        ...
+
+
+@runtime_checkable
+class WholeFormat(Format, Protocol):
+    """A format that is a container of a whole model (GGUF), not tensors in safetensors.
+
+    default_scheme   what built-in methods write in it unless another scheme is named
+    """
+
+    default_scheme: ClassVar[str]
+
+    def container(self, source: Source, config: Any, *, head_tied: bool) -> Container:
+        """How this model lies in it; `config` is the language model's.  Raises FormatError."""
+        ...
+
+    def stored_as(self, scheme: Scheme) -> Scheme | str:
+        """The scheme that holds another format's codes as they are, or why none does."""
+        ...
+
+
 def available_formats() -> list[str]:
     """Names of the built-in formats, sorted."""
     package = importlib.import_module(_PACKAGE)
@@ -220,13 +270,19 @@ def code_of(fmt: FormatReader) -> str:
 def default_format(scheme: Scheme) -> str:
     """The format a scheme is written in unless another is asked for.
 
-    compressed-tensors for 4 and 8 bit integers, gptq_v2 for 2 and 3, bitsandbytes for NF4 and FP4.
-    Raises FormatError if no built-in format holds the scheme.
+    compressed-tensors for 4 and 8 bit integers, gptq_v2 for 2 and 3, bitsandbytes for NF4 and FP4,
+    gguf for ggml's blocks.  Raises FormatError if no built-in format holds the scheme.
     """
-    for name in ("compressed-tensors", "bitsandbytes", "gptq_v2"):
+    for name in ("compressed-tensors", "bitsandbytes", "gptq_v2", "gguf"):
         if make_format(name).supports(scheme) is None:
             return name
     raise FormatError(f"scheme {scheme.name}: no format holds it; " + _holders(scheme))
+
+
+def default_scheme(format_name: str | None) -> str | None:
+    """The scheme that goes with a format; None where that is for the method to say."""
+    fmt = None if format_name is None else make_format(format_name)
+    return fmt.default_scheme if isinstance(fmt, WholeFormat) else None
 
 
 def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:
@@ -375,10 +431,16 @@ def _installed(name: str) -> FormatReader | None:
 
 
 def _class_of(name: str) -> type[Any] | None:
-    """The class that a file of the formats' folder is named after; None if it holds no such one."""
+    """The class that a file of the formats' folder is named after; None if it holds no such one.
+
+    A folder has it in its format.py.
+    """
     stem = name.replace("-", "_")
     class_name = "".join(word.capitalize() for word in stem.split("_"))
-    found = getattr(importlib.import_module(f"{_PACKAGE}.{stem}"), class_name, None)
+    module = importlib.import_module(f"{_PACKAGE}.{stem}")
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{_PACKAGE}.{stem}.format")
+    found = getattr(module, class_name, None)
     # Helpers of the formats lie there too; a class that writes has a name of its own.
     writes = isinstance(found, type) and hasattr(found, "pack")
     return found if writes and isinstance(getattr(found, "name", None), str) else None

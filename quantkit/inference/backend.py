@@ -107,6 +107,7 @@ def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> Quantize
             offset=move(tensor.scale.offset),
         )
     else:
+        assert isinstance(tensor.scale, PlainScale), tensor.scheme.name
         scale = PlainScale(tensor=move(tensor.scale.tensor))
     return dataclasses.replace(
         tensor,

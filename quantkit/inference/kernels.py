@@ -317,7 +317,7 @@ class Nf4Kernel(PackedKernel):
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
         scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
-        stored = scale.codes if isinstance(scale, NestedScale) else scale.tensor.float()
+        stored = scale.codes if isinstance(scale, NestedScale) else scale.values()
         weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)

@@ -48,6 +48,7 @@ class StoredScale(StoredModule):
             self.register_buffer("absmax", scale.absmax)
             self.register_buffer("offset", scale.offset)
         else:
+            assert isinstance(scale, PlainScale), "files of blocks are decoded as they are loaded"
             self.register_buffer("plain", scale.tensor)
 
     def get(self) -> Scale:

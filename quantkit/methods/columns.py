@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.numbers.grid import CodebookGrid, Float8Grid, IntegerGrid, grid_of
+from quantkit.numbers.grid import BlockGrid, CodebookGrid, Float8Grid, IntegerGrid, grid_of
 from quantkit.numbers.scheme import Scheme
 
 
@@ -35,6 +35,8 @@ def column_rounder(scheme: Scheme, scale_RG: Tensor, zero_RG: Tensor | None) -> 
         return _CodebookColumns(grid, scale_RG)
     if isinstance(grid, Float8Grid):
         return _Float8Columns(grid, scale_RG)
+    if isinstance(grid, BlockGrid):
+        return _BlockColumns(grid, scale_RG, zero_RG)
     return _IntegerColumns(grid, scale_RG, zero_RG)
 
 
@@ -112,3 +114,33 @@ class _Float8Columns:
 
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
         self.scales[group] = scale_R.contiguous()
+
+
+class _BlockColumns:
+    def __init__(self, grid: BlockGrid, scale_RG: Tensor, zero_RG: Tensor | None) -> None:
+        self.grid = grid
+        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        self.inverses = [_inverse(scale) for scale in self.scales]
+        lows = torch.zeros_like(scale_RG) if zero_RG is None else zero_RG
+        self.lows = list(lows.t().contiguous().unbind(0))
+
+    def __call__(
+        self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
+    ) -> None:
+        low, center = self.lows[group], self.grid.center
+        codes = (target_R - low).mul_(self.inverses[group]).round_()
+        codes.add_(center).clamp_(0, self.grid.high)
+        codes_R.copy_(codes)
+        torch.sub(weight_R, codes.sub_(center).mul_(self.scales[group]).add_(low), out=error_R)
+
+    def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
+        self.scales[group] = scale_R.contiguous()
+        self.inverses[group] = _inverse(self.scales[group])
+        if zero_R is not None:
+            self.lows[group] = zero_R.contiguous()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale; 0 where the scale is 0, so that such groups take the center."""
+    none = scale == 0
+    return torch.where(none, torch.zeros_like(scale), 1 / torch.where(none, 1.0, scale))

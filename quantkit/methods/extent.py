@@ -58,6 +58,11 @@ def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | Non
         return extent.magnitude, None
     if scheme.kind == "mxfp4":
         raise SchemeError("mxfp4_g32 is read, not written: quantize to another scheme")
+    if scheme.kind == "ggml":
+        raise SchemeError(
+            f"{scheme.name}: this range knows no block types of ggml; minmax, mse, clip and "
+            "weighted_mse fit their scales"
+        )
     if scheme.kind == "fp8":
         return store_scale(extent.magnitude / Float8Grid().largest), None
     top = 2**scheme.bits - 1
@@ -120,8 +125,10 @@ def group_range(
 def snap_rows(weight_OI: Tensor, scheme: Scheme) -> Tensor:
     """The weight on the grid of its full ranges, [O, I]: what minmax and nearest would decode to.
 
-    Blocks that straddle rows are taken as whole rows, and absmax is not nested.
+    Blocks that straddle rows are taken as whole rows, absmax is not nested, and block types of ggml
+    stand for integers of their width.
     """
+    scheme = scheme.integer
     columns = weight_OI.shape[1]
     size = scheme.group_size or columns
     groups = weight_OI.reshape(weight_OI.shape[0], -1, columns if columns % size else size)

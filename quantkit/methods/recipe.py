@@ -206,8 +206,11 @@ def load_recipe(
     head: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
+    default_scheme: str | None = None,
 ) -> Recipe:
     """The recipe of a built-in method or a file, with the command line's changes applied.
+
+    `default_scheme` stands for a built-in method's own where `scheme` is None.
 
     `overrides` are `part.field=value` with YAML values; `skip` globs keep weights and come before
     the recipe's own rules.  Raises RecipeError or SchemeError.
@@ -224,6 +227,8 @@ def load_recipe(
         raise RecipeError(f"{path}: its method is {data.get('method')!r}, not {method!r} as asked")
     for override in overrides:
         _override_(data, override)
+    if scheme is None and method is not None:
+        scheme = default_scheme
     if scheme is not None:
         data["scheme"] = scheme
     if head is not None:

@@ -14,6 +14,7 @@ from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
 
 from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.superblock import BLOCK_TYPES
 
 # Sign, two exponent bits, one mantissa bit, as bitsandbytes orders them (code 8 is a second zero).
 FP4_VALUES = tuple(
@@ -147,7 +148,35 @@ class Float8Grid:
         return clamped.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-Grid = IntegerGrid | CodebookGrid | Float8Grid
+@dataclass(frozen=True, kw_only=True)
+class BlockGrid:
+    """The grid of a block type of ggml: value = (code - center) · scale + minimum.
+
+    The minimum is a real number and stands where other grids have their zero; a scale of 0 has one
+    value only.
+    """
+
+    high: int
+    center: int
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Nearest codes, as float32 integers."""
+        one = scale == 0
+        codes = (x if zero is None else x - zero) / torch.where(one, torch.ones_like(scale), scale)
+        codes = codes.round_().add_(self.center)
+        return torch.where(one, torch.full_like(codes, self.center), codes).clamp_(0, self.high)
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Float32 values of codes (any dtype)."""
+        value = scale * (codes.to(torch.float32) - self.center)
+        return value if zero is None else value.add_(zero)
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x))."""
+        return self.decode(self.encode(x, scale, zero), scale, zero)
+
+
+Grid = IntegerGrid | CodebookGrid | Float8Grid | BlockGrid
 
 
 def grid_of(scheme: Scheme) -> Grid:
@@ -163,5 +192,7 @@ def grid_of(scheme: Scheme) -> Grid:
         return CodebookGrid(values=E2M1_VALUES)
     if scheme.kind == "fp8":
         return Float8Grid()
+    if scheme.block is not None:
+        return BlockGrid(high=2**scheme.bits - 1, center=BLOCK_TYPES[scheme.block.upper()].center)
     low = 1 if scheme.activation_bits == 8 else 0
     return IntegerGrid(low=low, high=2**scheme.bits - 1, center=2 ** (scheme.bits - 1))

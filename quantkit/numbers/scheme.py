@@ -1,25 +1,37 @@
 """What one weight is quantized to: number kind, bits, group size, symmetry, activation width.
 
 A scheme says nothing about layer names, file formats or algorithms.
-Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`;
-`mxfp4_g32` is read only.
+Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`, and
+the block types of ggml, `q4_0` .. `q6_k`; `mxfp4_g32` is read only.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from quantkit.errors import SchemeError, ShapeError
 
-Kind = Literal["int", "nf4", "fp4", "fp8", "mxfp4"]
-NAMES = "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row"
+Kind = Literal["int", "nf4", "fp4", "fp8", "mxfp4", "ggml"]
+NAMES = (
+    "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row, "
+    "and for gguf q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k_m, q4_k_m, q5_k_m, q6_k"
+)
 
 _INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
 _FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
 _MICROSCALED = "mxfp4_g32"
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
+# Block type of ggml -> (bits, weights that share a scale, symmetric); numbers/superblock.py has all
+# of it.  Mixes, named as llama-quantize does, are what most of their weights are.
+BLOCKS: Mapping[str, tuple[int, int, bool]] = {
+    "q4_0": (4, 32, True), "q4_1": (4, 32, False), "q5_0": (5, 32, True), "q5_1": (5, 32, False),
+    "q8_0": (8, 32, True), "q2_k": (2, 16, False), "q3_k": (3, 16, True), "q4_k": (4, 32, False),
+    "q5_k": (5, 32, False), "q6_k": (6, 16, True),
+}  # fmt: skip
+_MIXES = ("q3_k_m", "q4_k_m", "q5_k_m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +45,8 @@ class Scheme:
     mxfp4 is e2m1 in groups of 32 along a row that share a power of two (OCP Microscaling Formats
     1.0, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
+    ggml has the block types of llama.cpp's files: `block` names one, or a mix of them, which only
+    stands for a whole model.
     """
 
     kind: Kind
@@ -41,6 +55,7 @@ class Scheme:
     symmetric: bool = True
     activation_bits: Literal[8, 16] = 16
     double_quant: bool = False
+    block: str | None = None
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 2:
@@ -62,6 +77,10 @@ class Scheme:
                 raise SchemeError("fp8 has 8 bits and no zeros: fp8a8_row or fp8a16_row")
             if self.group_size is not None and self.activation_bits == 8:
                 raise SchemeError("8-bit activations go with fp8 weights per row: fp8a8_row")
+        elif self.kind == "ggml":
+            known = BLOCKS.get((self.block or "").removesuffix("_m"))
+            if known != (self.bits, self.group_size, self.symmetric):
+                raise SchemeError(f"block type {self.block!r}: known are {', '.join(BLOCKS)}")
         elif self.kind == "mxfp4" and (self.group_size != 32 or self.double_quant):
             raise SchemeError("mxfp4 has groups of 32 and no double quantization: mxfp4_g32")
         elif self.bits != 4 or not self.symmetric or self.activation_bits != 16:
@@ -77,10 +96,21 @@ class Scheme:
             return f"fp8a{self.activation_bits}_{group}"
         if self.kind == "mxfp4":
             return _MICROSCALED
+        if self.block is not None:
+            return self.block
         if self.kind != "int":
             return f"{self.kind}_b{self.group_size}" + ("_dq" if self.double_quant else "")
         group = "row" if self.group_size is None else f"g{self.group_size}"
         return f"w{self.bits}a{self.activation_bits}_{group}" + ("" if self.symmetric else "_asym")
+
+    @property
+    def integer(self) -> Scheme:
+        """The integer scheme whose steps lie as this one's do, as far as a search needs to know."""
+        if self.kind != "ggml":
+            return self
+        return Scheme(
+            kind="int", bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
+        )
 
     @property
     def flat(self) -> bool:
@@ -113,6 +143,11 @@ class Scheme:
                 bits=8,
                 group_size=int(match[2]) if match[2] else None,
                 activation_bits=8 if match[1] == "8" else 16,
+            )
+        if name in BLOCKS or name in _MIXES:
+            bits, group_size, symmetric = BLOCKS[name.removesuffix("_m")]
+            return cls(
+                kind="ggml", bits=bits, group_size=group_size, symmetric=symmetric, block=name
             )
         if name == _MICROSCALED:
             return cls(kind="mxfp4", bits=4, group_size=32)

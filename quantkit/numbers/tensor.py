@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.errors import NumericsError
 from quantkit.numbers.grid import blocks, grid_of, unblocks
 from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.superblock import BlockScale
 
 # Rows decoded at a time, so that float32 temporaries stay small whatever the weight's size.
 _DECODE_ELEMENTS = 1 << 22
@@ -51,12 +52,13 @@ class NestedScale:
         return (self.table[self.codes.to(torch.int64)] * outer + self.offset).view(self.shape)
 
 
-Scale = PlainScale | NestedScale
+Scale = PlainScale | NestedScale | BlockScale
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
     """Codes uint8 [O, I] with their scales; `zero` uint8 [O, G] for asymmetric integer schemes.
+    A block type's minima are part of its scale.
 
     dtype    the weight's before quantization, which runtimes restore
     columns  int64 [I]: codes[:, j] belong to column columns[j] of the weight (checkpoints of others
@@ -72,7 +74,7 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         assert self.codes.dtype == torch.uint8 and self.codes.ndim == 2
-        assert (self.zero is None) == self.scheme.symmetric
+        assert (self.zero is None) == (self.scheme.symmetric or self.scheme.kind == "ggml")
         assert self.columns is None or not self.scheme.flat
 
     @property
@@ -90,9 +92,10 @@ class QuantizedTensor:
             decoded = grid.decode(blocks(self.codes, self.scheme), scale.reshape(-1, 1), None)
             return out.copy_(unblocks(decoded, self.shape))
         step = max(1, _DECODE_ELEMENTS // self.shape[1])
+        zero = self._zero()
         for start in range(0, self.shape[0], step):
             rows = slice(start, start + step)
-            out[rows] = self._decode(rows, scale)
+            out[rows] = self._decode(rows, scale, zero)
         return out
 
     def decode(self, rows: Tensor | slice) -> Tensor:
@@ -101,7 +104,7 @@ class QuantizedTensor:
         if scale.ndim == 1:
             # Blocks that straddle rows cannot be decoded one by one.
             return self.dequantize(torch.float32)[rows]
-        return self._decode(rows, scale)
+        return self._decode(rows, scale, self._zero())
 
     def check(self, name: str) -> None:
         """Nothing if scales are finite and codes in range; else NumericsError naming `name`."""
@@ -114,8 +117,12 @@ class QuantizedTensor:
         if highest >= 2**self.scheme.bits:
             raise NumericsError(f"{name}: code {highest} does not fit {self.scheme.bits} bits")
 
-    def _decode(self, rows: Tensor | slice, scale: Tensor) -> Tensor:
-        zero = None if self.zero is None else self.zero[rows]
+    def _zero(self) -> Tensor | None:
+        """Integer zeros, or the minima of a block type; None if there are none."""
+        return self.scale.minima() if isinstance(self.scale, BlockScale) else self.zero
+
+    def _decode(self, rows: Tensor | slice, scale: Tensor, zero: Tensor | None) -> Tensor:
+        zero = None if zero is None else zero[rows]
         decoded = decode_rows(self.codes[rows], scale[rows], zero, self.scheme)
         if self.columns is None:
             return decoded

@@ -15,13 +15,14 @@ from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.memory import parse_size
 from quantkit.errors import OutputError
-from quantkit.formats.format import StoredWeight
+from quantkit.formats.format import StoredWeight, default_scheme
 from quantkit.inference.load import install_
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor
-from quantkit.pipeline.job import DEFAULT_SHARD_BYTES, Request, prepare
+from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.plan import DEFAULT_SHARD_BYTES
 from quantkit.pipeline.session import Job, run
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def quantize(
             head=lm_head,
             samples=samples,
             seq_len=seq_len,
+            default_scheme=default_scheme(format),
         ),
         calibration=calibration,
         seed=seed,

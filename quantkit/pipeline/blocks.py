@@ -43,7 +43,7 @@ Book = StatsBook | MethodStats
 
 
 class BlockWork:
-    """Runs steps: "outside", "embed", "block 0"... and "head".  Holds one block at a time.
+    """Runs steps: "outside", "embed", "block 0"..., "head", "embedding"; holds one block at a time.
 
     `tell` hears of every weight that is done, with its error.
     """
@@ -74,8 +74,10 @@ class BlockWork:
         self.steps += [f"block {index}" for index in range(model.num_blocks)]
         if plan.head is not None:
             self.steps.append("head")
+        if plan.embedding is not None:
+            self.steps.append("embedding")
         committed = [name for step in done for name in self._outputs(step)]
-        self.writer = stack.enter_context(ShardWriter(partial, plan.layout, committed=committed))
+        self.writer = stack.enter_context(plan.layout.writer(partial, committed=committed))
         self.folds: ShardWriter | None = None
         if plan.folds_layout is not None:
             folds_directory = partial / Path(FOLDS_FILE).parent
@@ -113,6 +115,8 @@ class BlockWork:
                 record = self._embed()
             elif step == "head":
                 record = self._head()
+            elif step == "embedding":
+                record = self._embedding()
             else:
                 record = self._block(int(step.removeprefix("block ")))
         self.writer.sync()
@@ -150,7 +154,8 @@ class BlockWork:
                 now = self.model.tensor(block, index, fate.name)
                 self.writer.put(fate.name, now.to(fate.dtype))
             elif fate.fate != "quantized":
-                self.writer.copy(fate.name, self.model.source)
+                for info in fate.output:
+                    self.writer.copy(info.name, self.model.source, fate.name)
         last = index == self.model.num_blocks - 1 and self.plan.head is None
         if self.stream is not None and self.shared is None and not last:
             if propagate:
@@ -224,14 +229,17 @@ class BlockWork:
     def _solve(
         self, refs: Sequence[WeightRef], weights: Sequence[Tensor], stats: Stats | None
     ) -> list[Solved]:
+        scheme = self.plan.scheme_of(refs[0])
+        # What readers decode to: the checkpoint's dtype, but for ggml's blocks.
+        stored = self.model.source.info(refs[0].name).dtype
         return quantize_weights(
             refs,
             weights,
-            self.plan.scheme_of(refs[0]),
+            scheme,
             stats,
             range_part=self.range,
             rounding=self.rounding,
-            dtype=self.model.source.info(refs[0].name).dtype,
+            dtype=torch.float32 if scheme.kind == "ggml" else stored,
         )
 
     def _put(self, weight: PlannedWeight, solved: Solved) -> None:
@@ -249,12 +257,20 @@ class BlockWork:
         if self.stream is not None and needs:
             stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
             stats = self.stream.head_stats(head.shape[1], needs, stream=stream)
-        weight = self.model.source.read(head.name).to(self.model.dtype)
-        (solved,) = self._solve([head], [weight], stats)
-        planned = self.plan.planned_head
+        return Record(step="head", weights=(self._outside_matrix(head, stats),))
+
+    def _embedding(self) -> Record:
+        """Quantizes the table of embeddings, of whose use nothing is known."""
+        table = self.plan.embedding
+        assert table is not None
+        return Record(step="embedding", weights=(self._outside_matrix(table, None),))
+
+    def _outside_matrix(self, ref: WeightRef, stats: Stats | None) -> WeightRecord:
+        planned = self.plan.planned_head if ref.role == "head" else self.plan.weight_of[ref.name]
+        weight = self.model.source.read(ref.name).to(self.model.dtype)
+        (solved,) = self._solve([ref], [weight], stats)
         self._put(planned, solved)
-        tokens = None if stats is None else stats.count
-        return Record(step="head", weights=(WeightRecord.of(solved, planned.name, tokens),))
+        return WeightRecord.of(solved, planned.name, None if stats is None else stats.count)
 
     def _outputs(self, step: str) -> list[str]:
         """Names of the output tensors that a step writes."""
@@ -262,6 +278,9 @@ class BlockWork:
             return []
         if step == "head":
             return [info.name for info in self.plan.head_layout]
+        if step == "embedding":
+            assert self.plan.embedding is not None
+            return [self.plan.embedding.name]
         block = None if step == "outside" else int(step.removeprefix("block "))
         fates = self.plan.fates_of_block.get(block, ())
         if step == "outside":

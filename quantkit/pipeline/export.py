@@ -17,17 +17,19 @@ from tqdm import tqdm
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
-from quantkit.checkpoint.shards import ShardWriter
+from quantkit.checkpoint.shards import TensorWriter
 from quantkit.checkpoint.version import __version__
-from quantkit.errors import FormatError
-from quantkit.formats.format import code_of
+from quantkit.errors import FormatError, NumericsError
+from quantkit.formats.format import Format, WholeFormat, code_of, make_format
 from quantkit.formats.open import open_source
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.finish import write_finished_files
 from quantkit.pipeline.fold_vectors import copy_folds
-from quantkit.pipeline.plan import Plan, TensorFate, lay_out
+from quantkit.pipeline.plan import Plan, TensorFate, lay_out, open_container
 from quantkit.pipeline.provenance import EXPORT_OF, read_report
 from quantkit.pipeline.report import build_report
 
@@ -47,6 +49,7 @@ class Exported:
     weights: int
     rounded: tuple[tuple[str, str], ...]
     readers: Mapping[str, str | None]
+    notes: tuple[str, ...]
     written: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +63,7 @@ class Exported:
             "exact": self.weights - len(self.rounded),
             "rounded": dict(self.rounded),
             "readers": dict(self.readers),
+            "notes": list(self.notes),
         }
 
     def text(self) -> str:
@@ -71,6 +75,7 @@ class Exported:
             lines.append(f"           and {len(self.rounded) - _SHOWN} more")
         for runtime, reason in self.readers.items():
             lines.append(f"{runtime:<20} {'reads it' if reason is None else 'no: ' + reason}")
+        lines += [f"note       {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -87,16 +92,21 @@ def export(
 ) -> Exported:
     """Writes the checkpoint at `path`, ours or another tool's, to `out` in another format.
 
-    Nothing is quantized anew.  Goes on where a killed run stopped.  Raises FormatError if the
-    format cannot hold a weight, or, before anything is written and unless `allow_rounding`, if a
-    number would have to be rounded.
+    Nothing is quantized anew; gguf takes a model that is not quantized too.  Goes on where a
+    killed run stopped.  Raises FormatError if the format cannot hold a weight, or, before anything
+    is written and unless `allow_rounding`, if a number would have to be rounded.
     """
     refuse_unfinished(Path(path))
     source = open_source(path, trust_remote_code=trust_remote_code)
-    view = Unpacked.open(source, trust_remote_code=trust_remote_code)
+    fmt = make_format(format_name)
+    whole = isinstance(fmt, WholeFormat)
+    if whole and "quantization_config" not in source.config:
+        view = Unpacked(source, None, {})
+    else:
+        view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     model = CausalModel.open(view, trust_remote_code=trust_remote_code)
     report = read_report(Path(path))
-    plan = _plan(model, view, report, format_name, max_shard_bytes, allow_unreadable)
+    plan = _plan(model, view, report, fmt, max_shard_bytes, allow_unreadable)
     _check_permuted(view, plan)
     rounded = tuple(_rounded(view, plan, progress))
     if rounded and not allow_rounding:
@@ -122,6 +132,7 @@ def export(
             weights=len(view.stored),
             rounded=rounded,
             readers=plan.readers,
+            notes=plan.notes,
             written=written,
         )
 
@@ -140,7 +151,7 @@ def export(
             for info in fate.output
         ]
         with (
-            ShardWriter(output.partial, plan.layout, committed=committed) as writer,
+            plan.layout.writer(output.partial, committed=committed) as writer,
             tqdm(total=len(steps), unit="step", disable=None if progress else True) as bar,
         ):
             for block, fates in steps.items():
@@ -161,24 +172,29 @@ def _plan(
     model: CausalModel,
     view: Unpacked,
     report: Mapping[str, Any],
-    format_name: str,
+    fmt: Format,
     max_shard_bytes: int,
     allow_unreadable: bool,
 ) -> Plan:
     """The plan that gives every weight the scheme it is stored in."""
-    decisions = {name: (weight.scheme, "as stored") for name, weight in view.stored.items()}
-    counts = Counter(weight.scheme for weight in view.stored.values())
-    if not counts:
+    container = open_container(model, fmt)
+    schemes = {name: _scheme_in(fmt, name, weight.scheme) for name, weight in view.stored.items()}
+    decisions: dict[str, tuple[Scheme | None, str]] = {
+        name: (scheme, "as stored") for name, scheme in schemes.items()
+    }
+    if not decisions and container is None:
         raise FormatError("no weight of the checkpoint is quantized; there is nothing to export")
-    (scheme, _), *_ = counts.most_common()
-    recipe = dataclasses.replace(
-        load_recipe("rtn"), scheme=scheme, method=str(report.get("method", "unknown"))
-    )
+    recipe = dataclasses.replace(load_recipe("rtn"), method=str(report.get("method", "unknown")))
+    if schemes:
+        (scheme, _), *_ = Counter(schemes.values()).most_common()
+        recipe = dataclasses.replace(recipe, scheme=scheme)
     plan = lay_out(
         model,
         recipe,
         decisions,
-        format_name=format_name,
+        fmt=fmt,
+        container=container,
+        plain=not decisions,
         max_shard_bytes=max_shard_bytes,
         allow_unreadable=allow_unreadable,
     )
@@ -198,6 +214,16 @@ def _plan(
     return dataclasses.replace(plan, fates=fates, unties_head=bool(report.get("unties_head")))
 
 
+def _scheme_in(fmt: Format, name: str, scheme: Scheme) -> Scheme:
+    """The scheme that holds a weight's codes in the format; FormatError if it has none."""
+    if not isinstance(fmt, WholeFormat):
+        return scheme
+    found = fmt.stored_as(scheme)
+    if isinstance(found, str):
+        raise FormatError(f"{name}: {scheme.name} cannot be {fmt.name}: {found}")
+    return found
+
+
 def _check_permuted(view: Unpacked, plan: Plan) -> None:
     for name, weight in view.stored.items():
         if weight.permuted and not plan.format.holds_permuted:
@@ -211,19 +237,27 @@ def _rounded(view: Unpacked, plan: Plan, progress: bool) -> list[tuple[str, str]
     """(weight, what would be rounded), found by going through all weights once."""
     found = []
     for name in tqdm(view.stored, desc="check", unit="weight", disable=None if progress else True):
-        _, what = plan.format.represent(view.tensor(name))
+        _, what = _represented(view, plan, name)
         if what is not None:
             found.append((name, what))
     return found
 
 
-def _write(writer: ShardWriter, view: Unpacked, plan: Plan, fate: TensorFate) -> None:
+def _write(writer: TensorWriter, view: Unpacked, plan: Plan, fate: TensorFate) -> None:
     if fate.fate != "quantized":
-        writer.copy(fate.name, view)
+        for info in fate.output:
+            writer.copy(info.name, view, fate.name)
         return
-    tensor, _ = plan.format.represent(view.tensor(fate.name))
+    tensor, _ = _represented(view, plan, fate.name)
     for name, packed in plan.format.pack(plan.weight_of[fate.name], tensor).items():
         writer.put(name, packed)
+
+
+def _represented(view: Unpacked, plan: Plan, name: str) -> tuple[QuantizedTensor, str | None]:
+    try:
+        return plan.format.represent(view.tensor(name))
+    except NumericsError as error:
+        raise NumericsError(f"{name}: {error}") from error
 
 
 def _finish(

@@ -34,7 +34,6 @@ def write_finished_files(
     `recipe` is None where another tool quantized the weights and nobody knows it.
     """
     contents: dict[str, bytes] = {
-        "config.json": _json(_config(model, plan)),
         REPORT: _json(report),
         RUN: _json(run),
         "quantkit/report.md": render_markdown(report).encode(),
@@ -45,8 +44,14 @@ def write_finished_files(
         contents[RECIPE] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
     if (index := plan.layout.index()) is not None:
         contents["model.safetensors.index.json"] = index
+    files: dict[str, Path | bytes] = {}
+    if (own := plan.layout.side_files) is not None:
+        contents |= own
+    else:
+        contents["config.json"] = _json(_config(model, plan))
+        files = model.source.side_files()
     with disk_errors(directory):
-        for name, content in model.source.side_files().items():
+        for name, content in files.items():
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):

@@ -17,22 +17,21 @@ from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
-from quantkit.errors import ModelError
-from quantkit.formats.format import Format, code_of
+from quantkit.errors import FormatError, ModelError
+from quantkit.formats.format import Format, WholeFormat, code_of, make_format
 from quantkit.formats.open import open_source
 from quantkit.methods.recipe import Recipe
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
-from quantkit.pipeline.plan import make_plan
+from quantkit.pipeline.plan import DEFAULT_SHARD_BYTES, make_plan
 from quantkit.pipeline.predict import predict
 from quantkit.pipeline.session import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEFAULT_SHARD_BYTES = 5_000_000_000
 _VERSIONED = ("torch", "transformers", "numpy")
 
 
@@ -84,11 +83,11 @@ def prepare_all(
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
     source = split_experts(source, trust_remote_code=first.trust_remote_code)
-    device = choose_device(first.device)
+    device = _device(requests)
     model = CausalModel.open(
         source,
         trust_remote_code=first.trust_remote_code,
-        dtype=_compute_dtype(device),
+        dtype=_compute_dtype(device, requests),
         device=device,
     )
     plans = [
@@ -143,13 +142,41 @@ def _calibration(
     )
 
 
-def _compute_dtype(device: str) -> torch.dtype | None:
+def _compute_dtype(device: str, requests: Sequence[Request]) -> torch.dtype | None:
     """The dtype blocks run in: None for the model's own, float32 on a CPU without bfloat16 units.
+
+    GGUF's blocks run in float32, as llama.cpp decodes them; jobs that share a model must agree.
 
     There bfloat16 products take four times as long as float32 ones, and the result is rounded to
     the stored dtype all the same.
     """
+    whole = [_is_whole(request) for request in requests]
+    if any(whole) and not all(whole):
+        raise FormatError(
+            "gguf cannot be compared with other formats in one run: its blocks run in float32; "
+            "compare gguf with gguf"
+        )
+    if any(whole):
+        return torch.float32
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
+
+
+def _is_whole(request: Request) -> bool:
+    """True if the format is a container of a whole model."""
+    name = request.format_name
+    if name is None:
+        return request.recipe.scheme.kind == "ggml"
+    return isinstance(make_format(name), WholeFormat)
+
+
+def _device(requests: Sequence[Request]) -> str:
+    """Where the jobs run; blocks of ggml are fitted on the CPU."""
+    name = requests[0].device
+    if not any(_is_whole(request) for request in requests):
+        return choose_device(name)
+    if name not in ("auto", "cpu"):
+        raise ModelError(f"--device {name}: gguf files are quantized on the CPU")
+    return "cpu"
 
 
 def choose_device(name: str) -> str:

@@ -125,6 +125,7 @@ def export_onnx(
             weights=len(view.stored),
             rounded=(),
             readers=READERS,
+            notes=(),
             written=written,
         )
 

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from quantkit.checkpoint.safetensors import TensorInfo
-from quantkit.checkpoint.shards import ShardLayout, plan_shards
-from quantkit.errors import FormatError, RecipeError
+from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
+from quantkit.errors import FormatError, RecipeError, SchemeError
 from quantkit.formats.format import (
+    Container,
     Format,
     PlannedWeight,
+    WholeFormat,
     check_supported,
     default_format,
     make_format,
@@ -26,14 +28,17 @@ from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.fold_vectors import fold_shapes
 
-Fate = Literal["quantized", "rescaled", "kept", "copied"]
+Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
+FATES: tuple[Fate, ...] = get_args(Fate)
+DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFate:
     """What becomes of one tensor of the source, and why.
 
-    `output` are the tensors it turns into; bytes count the output.  `block` is None outside blocks.
+    `output` are the tensors it turns into (none if it is left out); bytes count the output.
+    `block` is None outside blocks.
     """
 
     name: str
@@ -64,6 +69,8 @@ class Plan:
     refs        the same weights as the model side addresses them, per block
     groups      the scale groups that transforms work on, per block
     folds       length of each vector that records what transforms did, per block
+    embedding   the table of embeddings, where it is quantized and is not the head
+    notes       what the format's reader will do otherwise
     """
 
     recipe: Recipe
@@ -76,10 +83,12 @@ class Plan:
     head: WeightRef | None
     head_layout: tuple[TensorInfo, ...]
     unties_head: bool
-    layout: ShardLayout
+    layout: Layout
     folds: tuple[Mapping[str, int], ...]
     folds_layout: ShardLayout | None
     readers: Mapping[str, str | None]
+    embedding: WeightRef | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def weight_of(self) -> Mapping[str, PlannedWeight]:
@@ -111,12 +120,12 @@ class Plan:
         return scheme
 
     def input_groups(self, index: int) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
-        """(input key, quantized weights of the block that read it), in the order of use."""
-        found: dict[str, list[WeightRef]] = {}
+        """(input key, quantized weights of one scheme that read it), in the order of use."""
+        found: dict[str, dict[Scheme, list[WeightRef]]] = {}
         for ref in self.refs[index]:
-            if self.scheme(ref) is not None:
-                found.setdefault(ref.input, []).append(ref)
-        return ((key, tuple(refs)) for key, refs in found.items())
+            if (scheme := self.scheme(ref)) is not None:
+                found.setdefault(ref.input, {}).setdefault(scheme, []).append(ref)
+        return ((key, tuple(refs)) for key, groups in found.items() for refs in groups.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -137,7 +146,7 @@ def make_plan(
     recipe: Recipe,
     *,
     format_name: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     allow_unreadable: bool = False,
 ) -> Plan:
     """The plan for a model; reads no weights.
@@ -147,19 +156,38 @@ def make_plan(
     """
     refs = _block_weights(model)
     _check_rules(recipe, model)
+    fmt = None if format_name is None else make_format(format_name)
+    if fmt is None and recipe.scheme.kind == "ggml":
+        fmt = make_format(default_format(recipe.scheme))
+    container = None if fmt is None else open_container(model, fmt)
     decisions = {ref.name: _decide(recipe, ref) for block in refs for ref in block}
-    for block in refs:
-        _check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
+    if fmt is not None and container is not None:
+        if max_shard_bytes != DEFAULT_SHARD_BYTES:
+            raise FormatError(f"--max-shard-size: {fmt.name} is one file; leave it out")
+        decisions |= _spread(recipe, container, fmt, refs)
+    if container is None:
+        # A container says itself what it keeps in one tensor, and its reader fuses nothing.
+        for block in refs:
+            _check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
     if recipe.head is not None:
-        decisions[_head_name(model)] = recipe.head, "--lm-head"
+        head = model.head.name if container is not None else _head_name(model)
+        decisions[head] = recipe.head, "--lm-head"
     return lay_out(
         model,
         recipe,
         decisions,
-        format_name=format_name,
+        fmt=fmt,
+        container=container,
         max_shard_bytes=max_shard_bytes,
         allow_unreadable=allow_unreadable,
     )
+
+
+def open_container(model: CausalModel, fmt: Format) -> Container | None:
+    """How the model lies in a format that is a container of its own; None for other formats."""
+    if not isinstance(fmt, WholeFormat):
+        return None
+    return fmt.container(model.source, model.text_config, head_tied=model.head_tied)
 
 
 def lay_out(
@@ -167,28 +195,44 @@ def lay_out(
     recipe: Recipe,
     decisions: Mapping[str, tuple[Scheme | None, str]],
     *,
-    format_name: str | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    fmt: Format | None = None,
+    container: Container | None = None,
+    plain: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     allow_unreadable: bool = False,
 ) -> Plan:
     """The plan when each weight's scheme (None: kept), with the reason, is decided.
 
-    A weight without a decision is kept.  Raises as `make_plan` does.
+    A weight without a decision is kept; without a format the scheme's own is taken.  Raises as
+    `make_plan` does.  `plain`: nothing at all may be quantized.
     """
     refs = _block_weights(model)
     schemes = {name: scheme for name, (scheme, _) in decisions.items()}
     weights = [_planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
-    head_scheme = schemes.get(_head_name(model))
+    head_name = _head_name(model) if container is None else model.head.name
+    head_scheme = schemes.get(head_name)
     head = model.head if head_scheme is not None else None
-    unties = head is not None and model.head_tied
-    weights.append(_planned_head(model, head_scheme))
+    unties = head is not None and model.head_tied and container is None
+    outside = {} if container is None else container.matrices()
+    embedding = next(
+        (
+            _table(name, shape)
+            for name, shape in outside.items()
+            if name != head_name and schemes.get(name) is not None
+        ),
+        None,
+    )
+    if embedding is not None:
+        weights.append(_planned(model, embedding, schemes[embedding.name]))
+    planned_head = _planned(model, model.head, head_scheme)
+    weights.append(dataclasses.replace(planned_head, name=head_name))
     for weight in weights:
         if weight.scheme is not None:
             weight.scheme.check_shape(weight.name, weight.shape)
     quantized = [weight for weight in weights if weight.scheme is not None]
-    if not quantized:
+    if not quantized and not plain:
         raise RecipeError("no weight is quantized: every one is skipped by a rule or is a router")
-    fmt = make_format(format_name or default_format(quantized[0].scheme or recipe.scheme))
+    fmt = fmt or make_format(default_format(quantized[0].scheme or recipe.scheme))
     check_supported(fmt, weights)
     model_type = str(model.source.config.get("model_type", ""))
     readers = fmt.readers(weights, model_type)
@@ -207,7 +251,7 @@ def lay_out(
     }
     reasons = {name: reason for name, (_, reason) in decisions.items()}
     reasons["transforms"] = ", ".join(part.name for part in recipe.transforms)
-    fates = _fates(model, fmt, weights, reasons, rescaled)
+    fates = _fates(model, fmt, container, weights, reasons, rescaled)
     infos = [info for fate in fates for info in fate.output]
     head_layout: tuple[TensorInfo, ...] = ()
     if head is not None:
@@ -232,10 +276,14 @@ def lay_out(
         head=head,
         head_layout=head_layout,
         unties_head=unties,
-        layout=plan_shards(infos, max_shard_bytes),
+        layout=plan_shards(infos, max_shard_bytes)
+        if container is None
+        else container.lay_out(recipe.scheme, {w.name: w.scheme for w in weights}),
         folds=folds,
         folds_layout=plan_shards(vectors, 1 << 62, stem="folds") if vectors else None,
         readers=readers,
+        embedding=embedding,
+        notes=() if container is None else tuple(container.notes),
     )
 
 
@@ -266,6 +314,22 @@ def _decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
         if rule.matches(ref.name):
             return rule.scheme, f"rule {rule.match!r}"
     return recipe.scheme, f"method {recipe.method}"
+
+
+def _spread(
+    recipe: Recipe, container: Container, fmt: Format, refs: Sequence[Sequence[WeightRef]]
+) -> dict[str, tuple[Scheme | None, str]]:
+    """Decisions of a mix, for the matrices that no rule speaks of."""
+    if (reason := fmt.supports(recipe.scheme)) is not None:
+        raise SchemeError(f"--scheme {recipe.scheme.name}: with --format {fmt.name} {reason}")
+    shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role != "router"}
+    found = container.spread(recipe.scheme, shapes)
+    for name in found:
+        for rule in recipe.rules:
+            if rule.matches(name):
+                found[name] = rule.scheme, f"rule {rule.match!r}"
+                break
+    return found
 
 
 def _check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None]) -> None:
@@ -303,16 +367,18 @@ def _planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> Plann
     )
 
 
-def _planned_head(model: CausalModel, scheme: Scheme | None) -> PlannedWeight:
-    """The head under its own name: quantizing one that is tied to the embedding unties it."""
-    return dataclasses.replace(_planned(model, model.head, scheme), name=_head_name(model))
+def _table(name: str, shape: tuple[int, int]) -> WeightRef:
+    """The table of embeddings as a weight: it multiplies nothing and reads tokens."""
+    return WeightRef(name=name, block=None, shape=shape, parameter=name, input="tokens")
 
 
 def _transformed_groups(
     model: CausalModel, recipe: Recipe, schemes: Mapping[str, Scheme | None]
 ) -> tuple[tuple[ScaleGroup, ...], ...]:
-    """The scale groups with a quantized reader; none if the recipe has no transform."""
-    if not recipe.transforms:
+    """The scale groups with a quantized reader; none if no transform has anything to do."""
+    schemes_used = {scheme for scheme in schemes.values() if scheme is not None}
+    transforms = recipe.make_transforms()
+    if not any(part.needs(scheme) for part in transforms for scheme in schemes_used):
         return tuple(() for _ in range(model.num_blocks))
     return tuple(
         tuple(
@@ -327,6 +393,7 @@ def _transformed_groups(
 def _fates(
     model: CausalModel,
     fmt: Format,
+    container: Container | None,
     weights: Sequence[PlannedWeight],
     reasons: Mapping[str, str],
     rescaled: Set[str],
@@ -341,10 +408,12 @@ def _fates(
         weight = planned.get(name)
         scheme = None if weight is None else weight.scheme
         fate: Fate = "kept"
-        output: tuple[TensorInfo, ...] = (info,)
+        output = (info,) if container is None else container.place(name)
         if weight is not None and scheme is not None:
             fate, reason = "quantized", reasons.get(name, "--lm-head")
             output = fmt.layout(weight, info.dtype)
+        elif container is not None and not output:
+            fate, reason = "left out", container.left_out
         elif name in rescaled:
             fate, reason = "rescaled", "folded by " + reasons["transforms"]
         elif name in model.unmapped:

@@ -15,14 +15,20 @@ from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.errors import BudgetError
+from quantkit.methods.superblock import seconds_per_weight, working_bytes
 from quantkit.model.causal import CausalModel
+from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.solve import BLOCK_CHUNK
 
 # Allocator slack, lazily imported modules, thread stacks and copy buffers.
 _OVERHEAD_BYTES = 96 * 2**20
 # Float32 copies of a group of weights while it is solved: the weights, corrected columns, pending
 # errors, range candidates and their errors.
 _SOLVE_COPIES = 5
+# Float32 copies of a part of a weight on a block type: weight, values, codes, differences; with
+# statistics also targets and errors.
+_CHUNK_COPIES, _CALIBRATED_COPIES = 4, 6
 # Square matrices beside the Gram matrix while it is factorised.
 _FACTOR_COPIES = 3
 
@@ -102,18 +108,29 @@ def predict(
     needs = recipe.needs(recipe.scheme)
     block = max(model.block_bytes(index) for index in range(model.num_blocks))
     largest_tensor = max(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
+    # Before the trials, whose memory may stay with the process for a while.
+    base = current_rss() + _OVERHEAD_BYTES
     grams, gram, solve, products = 0, 0, 0, 0.0
+    fitted: dict[Scheme, int] = {}
     for index in range(model.num_blocks):
         block_grams = 0
-        for _, refs in plan.input_groups(index):
+        inputs_seen: set[str] = set()
+        for key, refs in plan.input_groups(index):
             columns = refs[0].shape[1]
             rows = sum(ref.shape[0] for ref in refs)
             size = gram_bytes(columns, needs) if calibration is not None else 0
-            block_grams += size
+            block_grams += 0 if key in inputs_seen else size
+            inputs_seen.add(key)
             gram = max(gram, size)
             factor = _FACTOR_COPIES * size if needs.gram == -1 else 0
-            solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
+            scheme = plan.scheme_of(refs[0])
+            if scheme.kind == "ggml":
+                largest = max(ref.shape[0] for ref in refs)
+                solve = max(solve, _block_bytes(largest, columns, size, factor))
+            else:
+                solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
             products += 2.0 * rows * columns * (columns if needs.gram == -1 else 64)
+            fitted[scheme] = fitted.get(scheme, 0) + rows * columns
         grams = max(grams, block_grams)
     forward, tokens = 0, 0
     if calibration is not None:
@@ -128,18 +145,43 @@ def predict(
         if needs.gram == -1:
             inputs = {(ref.block, ref.input): ref.shape[1] for refs in plan.refs for ref in refs}
             products += tokens * sum(float(size) ** 2 for size in inputs.values())
+    for ref in (plan.head, plan.embedding):
+        if ref is not None and (scheme := plan.scheme_of(ref)).kind == "ggml":
+            rows, columns = ref.shape
+            calibrated = calibration is not None and ref.role == "head" and needs.gram == -1
+            size = gram_bytes(columns, needs) if calibrated else 0
+            matrix = (4 + model.source.info(ref.name).dtype.itemsize) * rows * columns
+            working = _block_bytes(rows, columns, size, _FACTOR_COPIES * size)
+            solve = max(solve, size + matrix + working)
+            fitted[scheme] = fitted.get(scheme, 0) + rows * columns
+            products += 2.0 * rows * columns * columns if calibrated else 0.0
+    fitting = sum(
+        count * seconds_per_weight(scheme)
+        for scheme, count in fitted.items()
+        if scheme.kind == "ggml"
+    )
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     spill = grams if calibration is not None else 0
     return Prediction(
-        base=current_rss() + _OVERHEAD_BYTES,
+        base=base,
         block=block + 4 * largest_tensor,
         forward=forward,
         gram=gram,
         grams=grams,
         solve=solve,
         disk=plan.layout.num_bytes + hidden + spill,
-        seconds=products / products_per_second() + plan.layout.num_bytes / 2e8,
+        seconds=products / products_per_second() + fitting + plan.layout.num_bytes / 2e8,
     )
+
+
+def _block_bytes(rows: int, columns: int, gram: int, factor: int) -> int:
+    """Working copies while a weight on a block type is factorised, fitted and solved in parts."""
+    chunk = min(rows, max(1, BLOCK_CHUNK // columns)) * columns
+    copies = _CALIBRATED_COPIES if gram else _CHUNK_COPIES
+    fitting = 4 * chunk + working_bytes(chunk // columns, columns)
+    # One factor stays while the weight is solved; its codes and its values are whole.
+    solving = max(factor + 4 * chunk, gram + max(fitting, 4 * copies * chunk))
+    return solving + (1 + 4) * rows * columns
 
 
 def products_per_second() -> float:

@@ -13,7 +13,7 @@ import jinja2
 
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
-from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.plan import FATES, Plan
 from quantkit.pipeline.records import Record
 
 VERSION = 1
@@ -46,6 +46,7 @@ def build_report(
         "calibration": None if calibration is None else calibration.record.to_dict(),
         "folded": [name for record in records for name in record.folded],
         "unties_head": plan.unties_head,
+        **({"notes": list(plan.notes)} if plan.notes else {}),
         "degraded": {w.name: w.degraded for w in weights if w.degraded is not None},
         "weights": [
             {
@@ -77,7 +78,7 @@ def build_report(
 
 def fate_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     """(fate, tensors, bytes) in a fixed order."""
-    found = {fate: [0, 0] for fate in ("quantized", "rescaled", "kept", "copied")}
+    found: dict[str, list[int]] = {fate: [0, 0] for fate in FATES}
     for tensor in report["tensors"]:
         found[tensor["fate"]][0] += 1
         found[tensor["fate"]][1] += tensor["bytes"]

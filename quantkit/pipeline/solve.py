@@ -11,13 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.errors import RecipeError
 from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Transform
 from quantkit.methods.stats import Stats
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.grid import blocks
 from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.superblock import BlockScale
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
+# Weights on block types of ggml that are solved together: a function of the shape alone.
+BLOCK_CHUNK = 1 << 23
 # Rows on which a weight's output error is measured; a share of the rows tells enough.
 _ERROR_ROWS = 256
 
@@ -49,8 +53,16 @@ def quantize_weights(
     rounding: Rounding,
     dtype: torch.dtype,
 ) -> list[Solved]:
-    """Quantized weights [O, I] of one input and scheme; one rounding call serves them all."""
+    """Quantized weights [O, I] of one input and scheme; one rounding call serves them all.
+
+    Block types of ggml are solved rows by rows, which bounds their memory.
+    """
     floats = [weight.to(torch.float32) for weight in weights]
+    if scheme.kind == "ggml":
+        return [
+            _solve_blocks(ref, weight, scheme, stats, range_part, rounding, dtype)
+            for ref, weight in zip(refs, floats, strict=True)
+        ]
     found = [
         range_part(ref.name, weight, scheme, stats)
         for ref, weight in zip(refs, floats, strict=True)
@@ -80,20 +92,54 @@ def quantize_weights(
                 scheme=scheme,
                 dtype=dtype,
             )
-            tensor.check(refs[k].name)
-            error, clipped = _cost(floats[k], tensor, stats)
-            solved.append(
-                Solved(
-                    ref=refs[k],
-                    tensor=tensor,
-                    error=error,
-                    clipped=clipped,
-                    degraded=_notes(
-                        floats[k], scheme, stats, (found[k].degraded, rounded.degraded)
-                    ),
-                )
-            )
+            notes = (found[k].degraded, rounded.degraded)
+            solved.append(_solved(refs[k], floats[k], tensor, stats, notes))
     return solved
+
+
+def _solve_blocks(
+    ref: WeightRef,
+    weight_OI: Tensor,
+    scheme: Scheme,
+    stats: Stats | None,
+    range_part: Range,
+    rounding: Rounding,
+    dtype: torch.dtype,
+) -> Solved:
+    """A weight on a block type's grid; rows are independent, so parts of them are solved apart."""
+    scales, codes, notes = [], [], []
+    step = max(1, BLOCK_CHUNK // weight_OI.shape[1])
+    for start in range(0, len(weight_OI), step):
+        part = weight_OI[start : start + step].contiguous()
+        chosen = range_part(ref.name, part, scheme, stats)
+        if not isinstance(chosen.scale, BlockScale):
+            raise RecipeError(f"{scheme.name}: the recipe's range fits no block types of ggml")
+        rounded = rounding(part, scheme, chosen.coding, chosen.zero, stats)
+        scales.append(chosen.scale)
+        codes.append(rounded.codes)
+        notes += [chosen.degraded, rounded.degraded]
+    tensor = QuantizedTensor(
+        codes=codes[0] if len(codes) == 1 else torch.cat(codes),
+        scale=BlockScale.joined(scales),
+        zero=None,
+        scheme=scheme,
+        dtype=dtype,
+    )
+    return _solved(ref, weight_OI, tensor, stats, tuple(dict.fromkeys(notes)))
+
+
+def _solved(
+    ref: WeightRef,
+    weight_OI: Tensor,
+    tensor: QuantizedTensor,
+    stats: Stats | None,
+    fallbacks: Sequence[str | None],
+) -> Solved:
+    """The weight with its cost and what had to be done instead."""
+    tensor.check(ref.name)
+    error, clipped = _cost(weight_OI, tensor, stats)
+    degraded = _notes(weight_OI, tensor.scheme, stats, fallbacks)
+    return Solved(ref=ref, tensor=tensor, error=error, clipped=clipped, degraded=degraded)
 
 
 def choose_scale(

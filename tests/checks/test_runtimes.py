@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import tiny_jobs as jobs
 import torch
+from tiny_gguf import export_gguf
 
 import quantkit
 from quantkit.checks import runtimes
 from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError
-from quantkit.pipeline.gguf_export import export_gguf
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 from safetensors.torch import load_file, save_file
+from tiny_gguf import export_gguf
+from tiny_gguf import quantize as quantize_gguf
 
 pytest.importorskip("gguf")
 
@@ -19,9 +21,8 @@ from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.verify import VerifyResult, verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError
+from quantkit.formats.gguf.container import MODEL_FILE
 from quantkit.formats.gguf.file import read_gguf
-from quantkit.pipeline.gguf_export import MODEL_FILE, export_gguf
-from quantkit.pipeline.gguf_quantize import quantize_gguf
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +34,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "q4_k_m"
-    return quantize_gguf(str(demo_path()), out, scheme="q4_k_m", method="rtn", progress=False).out
+    return quantize_gguf(demo_path(), out, "q4_k_m")
 
 
 def failed(result: VerifyResult) -> list[str]:
@@ -42,10 +43,7 @@ def failed(result: VerifyResult) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["q2_k", "q5_0", "q8_0"])
 def test_every_type_passes_against_its_source(tmp_path: Path, scheme: str) -> None:
-    done = quantize_gguf(
-        str(demo_path()), tmp_path / "out", scheme=scheme, method="rtn", progress=False
-    )
-    result = verify(done.out, against=demo_path())
+    result = verify(quantize_gguf(demo_path(), tmp_path / "out", scheme), against=demo_path())
     assert result.ok, result.text()
     assert "largest relative error of a tensor" in result.checks[-1].detail
 
@@ -86,14 +84,7 @@ def test_what_was_quantized_anew_is_compared_with_every_ancestor(tmp_path: Path)
     job = jobs.make_job(first, "awq", "w4a16_g32", text=text, requantize=True)
     second = jobs.finish(job, tmp_path / "second").out
     exported = export_gguf(second, tmp_path / "exported").out
-    own = quantize_gguf(
-        str(first),
-        tmp_path / "own",
-        scheme="q4_k_m",
-        method="rtn",
-        requantize=True,
-        progress=False,
-    ).out
+    own = quantize_gguf(first, tmp_path / "own", "q4_k_m", requantize=True)
     for out, sources in ((exported, (second, first, demo_path())), (own, (first, demo_path()))):
         for source in sources:
             result = verify(out, against=source)
@@ -162,12 +153,16 @@ def test_a_report_that_says_other_types_is_told(quantized: Path, tmp_path: Path)
     (out / "quantkit").mkdir(parents=True)
     (out / MODEL_FILE).write_bytes((quantized / MODEL_FILE).read_bytes())
     report = json.loads((quantized / "quantkit/report.json").read_bytes())
-    report["types"] |= {"blk.0.attn_q.weight": "Q6_K", "blk.9.attn_q.weight": "Q4_K"}
+    # What the releases before this one told, by the file's own names.
+    report["types"] = {"blk.0.attn_q.weight": "Q6_K", "blk.9.attn_q.weight": "Q4_K"}
+    told = next(t for t in report["tensors"] if t["name"] == "model.layers.1.mlp.up_proj.weight")
+    told["scheme"] = "q6_k"
     (out / "quantkit/report.json").write_text(json.dumps(report))
     write_manifest(out)
     assert failed(verify(out)) == ["coverage"]
     assert "blk.0.attn_q.weight: stored as Q4_K, the report says Q6_K" in verify(out).text()
     assert "blk.9.attn_q.weight: not in the file" in verify(out).text()
+    assert f"{told['name']}: q4_k, the report says q6_k" in verify(out).text()
 
 
 def test_a_file_of_another_tool_has_no_manifest_to_keep(quantized: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from quantkit.demo import demo_path
 from quantkit.demo.corpus import heldout_text
 from quantkit.formats.gguf.families import family_of
 from quantkit.formats.gguf.names import place_of
-from quantkit.pipeline.gguf_export import export_gguf
+from quantkit.pipeline.export import export
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import MAX_NEW_TOKENS, PROMPTS
@@ -74,7 +74,7 @@ def _sentencepiece(source: Path, out: Path, options: dict[str, bool]) -> None:
     tokenizer = sentencepiece_tokenizer(heldout_text(), **options)
     _random_model(source, "llama", FAMILIES["llama"], tokenizer)
     shutil.rmtree(out, ignore_errors=True)
-    export_gguf(source, out)
+    export(source, out, format_name="gguf", progress=False)
     read = AutoTokenizer.from_pretrained(source)
     told = [{"text": text, "ids": read(text)["input_ids"]} for text in TEXTS]
     (out / "texts.json").write_text(json.dumps(told), encoding="utf-8")
@@ -87,8 +87,8 @@ def _run(*arguments: str) -> None:
 def _export(checkpoint: Path, out: Path, demo: Path) -> None:
     # By its own directory transformers would give qwen2 another tokenizer than tokenizer.json's.
     shutil.rmtree(out, ignore_errors=True)
-    done = export_gguf(checkpoint, out, allow_rounding=True)
-    print(f"{out.name}: {dict(done.types)}", flush=True)
+    done = export(checkpoint, out, allow_rounding=True, format_name="gguf", progress=False)
+    print(f"{out.name}: {done.text()}", flush=True)
     _expect(quantkit.load(checkpoint, dtype=torch.float32), demo, out)
 
 

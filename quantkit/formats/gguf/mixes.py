@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.errors import SchemeError
-from quantkit.formats.gguf.blocks import BLOCK_TYPES
+from quantkit.numbers.superblock import BLOCK_TYPES
 
 # Name -> (the type of most tensors, the owner's number of the file type).
 RECIPES: Mapping[str, tuple[str, int]] = {

@@ -15,10 +15,11 @@ from torch import Tensor
 from quantkit.checkpoint.safetensors import TensorInfo, read_into
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
-from quantkit.formats.gguf.blocks import BLOCK_TYPES, decode
+from quantkit.formats.gguf.blocks import decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Tensors that follow from the metadata, or that transformers computes itself.
@@ -100,6 +101,18 @@ class GgufSource(Reader):
         if part.transposed:
             whole = whole.T
         return whole.reshape(-1)[start:stop].clone()
+
+    def blocks(self, name: str) -> Blocks:
+        """The stored numbers of a quantized matrix, rows in transformers' order."""
+        part = self._part(name)
+        kind = BLOCK_TYPES[part.tensor.type]
+        rows, columns = part.shape
+        width = columns // kind.size * kind.num_bytes
+        data = torch.empty(rows, width, dtype=torch.uint8)
+        self._read(part.tensor, data, part.first // kind.size * kind.num_bytes)
+        if part.heads is not None:
+            data = data.view(part.heads, -1, 2, width).transpose(1, 2).reshape(rows, width)
+        return unpack(kind, data)
 
     def side_files(self) -> dict[str, Path | bytes]:
         """None: the tokenizer is in the file's metadata."""

@@ -18,6 +18,7 @@ from quantkit.methods.search import (
     squared,
 )
 from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.superblock import fit_range, relative_importance
 from quantkit.numbers.scheme import Scheme
 
 
@@ -42,13 +43,23 @@ class Clip:
         shrink_factors(self.steps, self.shrink)
 
     def needs(self, scheme: Scheme) -> Needs:
-        """The Gram matrix's blocks (all of it for whole rows)."""
+        """The Gram matrix's blocks (all of it for whole rows); moments for block types."""
+        if scheme.kind == "ggml":
+            return Needs(moments=True)
         return Needs(gram=scheme.group_size or -1)
 
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None
     ) -> GroupRange:
-        """Scale and zero of each group of a float32 weight; `degraded` without statistics."""
+        """Scale and zero of each group of a float32 weight; `degraded` without statistics.
+
+        A block type's scales are fitted by least squares, weighted by each channel's mean square.
+        """
+        if scheme.kind == "ggml":
+            if stats is None or stats.count == 0:
+                note = "fitted without weights: no calibration token reached this weight"
+                return fit_range(weight_OI, scheme, None, degraded=note)
+            return fit_range(weight_OI, scheme, relative_importance(stats.mean_sq))
         if any(fnmatch.fnmatchcase(name, glob) for glob in self.skip):
             return search_range(weight_OI, scheme, [1.0], squared())
         factors = shrink_factors(self.steps, self.shrink)

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantkit.methods.extent import aligned, chunks, extent_of, group_range, scale_and_zero
 from quantkit.methods.parts import GroupRange
 from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.superblock import fit_range
 from quantkit.numbers.scheme import Scheme
 
 
@@ -28,7 +29,9 @@ class Minmax:
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None
     ) -> GroupRange:
-        """Scale and zero of each group of a float32 weight."""
+        """Scale and zero of each group of a float32 weight; a block type's are fitted to it."""
+        if scheme.kind == "ggml":
+            return fit_range(weight_OI, scheme, None)
         scales: list[Tensor] = []
         zeros: list[Tensor] = []
         for _, groups in chunks(weight_OI, scheme):

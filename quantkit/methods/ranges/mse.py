@@ -9,6 +9,7 @@ from torch import Tensor
 from quantkit.methods.parts import GroupRange
 from quantkit.methods.search import search_range, shrink_factors, squared
 from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.superblock import fit_range
 from quantkit.numbers.scheme import Scheme
 
 
@@ -35,6 +36,8 @@ class Mse:
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None
     ) -> GroupRange:
-        """Scale and zero of each group of a float32 weight."""
+        """Scale and zero of each group of a float32 weight; a block type's are fitted to it."""
+        if scheme.kind == "ggml":
+            return fit_range(weight_OI, scheme, None)
         factors = shrink_factors(self.steps, self.shrink)
         return search_range(weight_OI, scheme, factors, squared())

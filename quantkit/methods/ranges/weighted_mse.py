@@ -13,6 +13,7 @@ from quantkit.methods.feedback import pivots
 from quantkit.methods.parts import GroupRange
 from quantkit.methods.search import gram_blocks, quadratic, search_range, shrink_factors, squared
 from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.superblock import fit_range, relative_importance
 from quantkit.numbers.scheme import Scheme
 
 
@@ -59,7 +60,11 @@ class WeightedMse:
         factors = shrink_factors(self.steps, self.shrink)
         if stats is None or stats.count == 0:
             note = "range of least weight error: no calibration token reached this weight"
+            if scheme.kind == "ggml":
+                return fit_range(weight_OI, scheme, None, degraded=note)
             return search_range(weight_OI, scheme, factors, squared(), degraded=note)
+        if scheme.kind == "ggml":
+            return fit_range(weight_OI, scheme, self._importance(stats))
         columns = weight_OI.shape[1]
         size = scheme.group_size or columns
         within = aligned(weight_OI, scheme)
@@ -80,5 +85,4 @@ class WeightedMse:
         if self.metric == "pivot":
             pivot = pivots(stats, damp=self.damp, act_order=self.act_order)
             importance = importance if pivot is None else pivot
-        # Channels never active keep a little, so that their ranges still fit their weights.
-        return importance / importance.mean().clamp(min=1e-30) + 1e-6
+        return relative_importance(importance)

@@ -53,7 +53,9 @@ class Descent:
         self.scheme, self.grid = scheme, grid_of(scheme)
         self.matrix, self.diagonal = matrix_II, diagonal_I
         self.group_size = weight_RI.shape[1] // scale_RG.shape[1]
-        self.refit = self.group_size <= _LARGEST_BLOCK and not scheme.double_quant
+        # Scales that are stored in two levels stay as the range chose them.
+        nested = scheme.double_quant or scheme.kind == "ggml"
+        self.refit = self.group_size <= _LARGEST_BLOCK and not nested
         self.block = self.group_size if self.refit else _BLOCK
         self.scale = scale_RG.t().contiguous()
         self.zero = None if zero_RG is None else zero_RG.t().contiguous()
@@ -61,10 +63,12 @@ class Descent:
         self.codes = codes_RI.t().contiguous()
         self.value = torch.empty_like(self.codes, dtype=torch.float32)
         for start in range(0, len(self.codes), self.group_size):
-            block = slice(start, start + self.group_size)
-            torch.mul(
-                self._units(block), self.scale[start // self.group_size], out=self.value[block]
-            )
+            group, block = start // self.group_size, slice(start, start + self.group_size)
+            if scheme.kind == "ggml":
+                low = None if self.zero is None else self.zero[group]
+                self.value[block] = self.grid.decode(self.codes[block], self.scale[group], low)
+            else:
+                torch.mul(self._units(block), self.scale[group], out=self.value[block])
         self.pull = matrix_II.t() @ (weight_RI.t() - self.value)
 
     def sweep(self) -> None:

@@ -89,7 +89,9 @@ class Gptq:
             reason = f"blocks of {scheme.group_size} straddle rows of {weight_OI.shape[1]} columns"
         if reason is None:
             assert stats is not None
-            feedback = feedback_of(stats, damp=self.damp, act_order=self.act_order, keep=False)
+            # Weights on block types come one by one and share the factorisation.
+            keep = scheme.kind == "ggml"
+            feedback = feedback_of(stats, damp=self.damp, act_order=self.act_order, keep=keep)
             if feedback is not None:
                 rounded = self._solve(weight_OI, scheme, scale, zero, feedback)
                 del feedback
@@ -189,6 +191,8 @@ class _Rows:
         self.group_size = weight_RI.shape[1] // scale_RG.shape[1]
         # A group's range is taken between blocks, when every correction due has been made.
         self.block = self.group_size if dynamic and self.group_size % block else block
+        # Blocks of ggml had one step of feedback from the start, and keep their bytes.
+        self.inner = self.block if scheme.kind == "ggml" else _INNER
         self.round = column_rounder(scheme, scale_RG, zero_RG)
         self.group_of = (feedback.order // self.group_size).tolist()
         # `weight` stays as it is; `target` carries the corrections made so far.
@@ -230,8 +234,8 @@ class _Rows:
     def _solve_block(self, start: int, stop: int) -> Tensor:
         """Rounds channels start..stop; returns weight - value of each, [B, R]."""
         error = torch.empty_like(self.weight[start:stop])
-        for inner_stop in range(stop, start, -_INNER):
-            inner_start = max(inner_stop - _INNER, start)
+        for inner_stop in range(stop, start, -self.inner):
+            inner_start = max(inner_stop - self.inner, start)
             done = error[inner_start - start : inner_stop - start]
             self._solve_inner(inner_start, inner_stop, done)
             if inner_start > start:

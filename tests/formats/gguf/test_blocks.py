@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.formats.gguf.blocks import BLOCK_TYPES, Blocks, BlockType, decode, pack, unpack
+from quantkit.formats.gguf.blocks import decode, pack, unpack
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
 
 gguf = pytest.importorskip("gguf")
 KINDS = list(BLOCK_TYPES.values())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_gguf import export_gguf, types
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -15,10 +16,11 @@ import quantkit
 from quantkit.checks.inspection import inspect
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import format_of
-from quantkit.formats.gguf.codes import block_type_of, to_blocks, why_not
+from quantkit.formats.format import PlannedWeight, format_of
+from quantkit.formats.gguf.container import MODEL_FILE
 from quantkit.formats.gguf.families import FAMILIES, family_of
 from quantkit.formats.gguf.file import read_gguf
+from quantkit.formats.gguf.format import Gguf, why_not
 from quantkit.formats.gguf.names import checkpoint_names, place_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
@@ -26,7 +28,6 @@ from quantkit.formats.open import open_source
 from quantkit.numbers.grid import store_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
-from quantkit.pipeline.gguf_export import MODEL_FILE, export_gguf
 
 gguf = pytest.importorskip("gguf")
 
@@ -190,9 +191,14 @@ def test_codes_and_scales_survive(bits: int, symmetric: bool, group: int | None)
         scheme=scheme,
         dtype=torch.float32,
     )
-    kind = block_type_of(scheme)
-    data = to_blocks("w", tensor).numpy()
-    theirs = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[kind.name]))
+    held, rounded = Gguf().represent(tensor)
+    assert (rounded is None) or not symmetric
+    assert held.scheme == Gguf().stored_as(scheme)
+    planned = PlannedWeight(name="w", module="w", shape=shape, scheme=held.scheme)
+    data = Gguf().pack(planned, held)["w"].numpy()
+    label = held.scheme.name.upper()
+    theirs = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[label]))
+    assert torch.equal(theirs, held.dequantize(torch.float32))
     expected = tensor.dequantize(torch.float32)
     if symmetric:
         assert torch.equal(theirs, expected)
@@ -211,7 +217,7 @@ def test_a_quantized_checkpoint_is_exact(tmp_path: Path, scheme: str, kind: str)
         demo_path(), "rtn", scheme=scheme, out=tmp_path / "q", progress=False, device="cpu"
     )
     exported = export_gguf(out, tmp_path / "g")
-    assert exported.types[kind] == 28 and exported.rounded == ()
+    assert types(exported.out)[kind] == 28 and exported.rounded == ()
     source = GgufSource(exported.out / MODEL_FILE)
     fmt = format_of(open_source(out))
     checkpoint = open_source(out)
@@ -219,7 +225,7 @@ def test_a_quantized_checkpoint_is_exact(tmp_path: Path, scheme: str, kind: str)
         expected = fmt.unpack(weight, checkpoint).dequantize(torch.float32)
         assert torch.equal(source.read(name), expected)
     # With the embeddings in bfloat16 both compute in it.
-    assert "BF16" in exported.types
+    assert "BF16" in types(exported.out)
     inspected = inspect(exported.out / MODEL_FILE)
     assert inspected.model_type == "llama"
     assert {group.scheme for group in inspected.groups} == {None, kind}
@@ -235,7 +241,7 @@ def test_minima_are_rounded_only_on_request(tmp_path: Path) -> None:
         export_gguf(out, tmp_path / "g")
     assert not (tmp_path / "g").exists() and not (tmp_path / "g.partial").exists()
     exported = export_gguf(out, tmp_path / "g", allow_rounding=True)
-    assert len(exported.rounded) == 28 and exported.types["Q4_1"] == 28
+    assert len(exported.rounded) == 28 and types(exported.out)["Q4_1"] == 28
 
 
 def test_a_codebook_is_refused(tmp_path: Path) -> None:

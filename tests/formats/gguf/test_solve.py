@@ -7,13 +7,43 @@ import pytest
 import torch
 
 from quantkit.errors import SchemeError
-from quantkit.formats.gguf.blocks import BLOCK_TYPES, Blocks, BlockType
 from quantkit.formats.gguf.mixes import RECIPES, Choice, Weight, check_recipe, choose_types
-from quantkit.formats.gguf.solve import DAMP, fit, gptq_codes, solve_blocks, steps_and_minima
 from quantkit.methods.feedback import feedback_of
+from quantkit.methods.recipe import load_recipe
+from quantkit.methods.rounding.gptq import Gptq
 from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.superblock import fit, steps_and_minima
+from quantkit.model.refs import WeightRef
+from quantkit.numbers.scheme import BLOCKS, Scheme
+from quantkit.numbers.superblock import BLOCK_TYPES, BlockScale, BlockType
+from quantkit.pipeline.solve import Solved, quantize_weights
 
 KINDS = list(BLOCK_TYPES.values())
+DAMP = Gptq().damp
+
+
+def solve(
+    weight: torch.Tensor, kind: BlockType, stats: Stats | None, method: str = "gptq"
+) -> Solved:
+    """A weight on a block type's grid, as a built-in method solves it."""
+    recipe = load_recipe(method, scheme=kind.name.lower())
+    ref = WeightRef(name="w", block=0, shape=(24, 256), parameter="w", input="x")
+    (found,) = quantize_weights(
+        [ref],
+        [weight],
+        recipe.scheme,
+        stats,
+        range_part=recipe.make_range(),
+        rounding=recipe.make_rounding(),
+        dtype=torch.float32,
+    )
+    return found
+
+
+def test_schemes_say_of_block_types_what_these_are() -> None:
+    assert {kind.name.lower() for kind in KINDS} == set(BLOCKS)
+    for kind in KINDS:
+        assert BLOCKS[kind.name.lower()] == (kind.bits, kind.group_size, not kind.minimum)
 
 
 def weight_and_stats(rows: int = 24, columns: int = 256) -> tuple[torch.Tensor, Stats]:
@@ -37,11 +67,14 @@ def output_error(delta: torch.Tensor, stats: Stats) -> float:
 def test_gptq_on_the_grid_costs_less_than_nearest(kind: BlockType) -> None:
     weight, stats = weight_and_stats()
     plain = fit(weight, kind, stats.mean_sq / stats.mean_sq.mean()).values().view(weight.shape)
-    solved = solve_blocks(weight, kind, stats)
+    solved = solve(weight, kind, stats)
     assert solved.degraded is None
-    better = output_error(weight - solved.dequantize(), stats)
+    better = output_error(weight - solved.tensor.dequantize(), stats)
     # Seen: 0.33 (Q6_K) to 0.63 (Q2_K).
     assert better < 0.8 * output_error(weight - plain, stats)
+    # Sweeps of coordinate descent never raise it.
+    swept = solve(weight, kind, stats, "best").tensor.dequantize()
+    assert output_error(weight - swept, stats) <= better
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -72,7 +105,9 @@ def test_gptq_is_the_slow_loop(kind: BlockType) -> None:
         error = ordered[:, index] - ((code - kind.center) * step[:, group] + low[:, group])
         target[:, :index] += error[:, None] * lower[index, :index]
         codes[:, order[index]] = code.float()
-    fast = gptq_codes(weight, grid, feedback).view(3, 256).float()
+    scheme, scale = Scheme.parse(kind.name.lower()), BlockScale.of(grid, 3)
+    rounded = Gptq()(weight, scheme, scale.values(), scale.minima(), stats)
+    fast = rounded.codes.float()
     # float32 against float64: a code here and there falls on the other side of a tie.
     assert float((fast != codes).float().mean()) < 0.02
 
@@ -88,8 +123,9 @@ def test_constant_weights_decode_to_themselves_nearly(kind: BlockType, value: fl
 
 def test_without_statistics_codes_are_the_nearest_ones() -> None:
     weight, _ = weight_and_stats()
-    solved = solve_blocks(weight, BLOCK_TYPES["Q4_K"], None)
-    blocks: Blocks = solved.blocks
+    tensor = solve(weight, BLOCK_TYPES["Q4_K"], None, "rtn").tensor
+    assert isinstance(tensor.scale, BlockScale)
+    blocks = tensor.scale.blocks(tensor.codes)
     step, low = (part[..., None] for part in steps_and_minima(blocks))
     x = weight.view(-1, 8, 32)
     nearest = ((x - low) / step).round().clamp(0, 15).view(-1, 256)
@@ -99,7 +135,7 @@ def test_without_statistics_codes_are_the_nearest_ones() -> None:
 def test_an_expert_that_no_token_reached_says_so() -> None:
     weight, _ = weight_and_stats()
     empty = Stats.empty(256, Needs(moments=True, gram=-1))
-    assert "no calibration token" in str(solve_blocks(weight, BLOCK_TYPES["Q6_K"], empty).degraded)
+    assert "no calibration token" in str(solve(weight, BLOCK_TYPES["Q6_K"], empty).degraded)
 
 
 def types_of(recipe: str, *, columns: int = 256, tied: bool = False) -> dict[str, Choice]:

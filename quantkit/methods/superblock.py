@@ -1,4 +1,4 @@
-"""Weights on the grids of ggml's blocks: scales by weighted least squares, codes by GPTQ.
+"""Scales and minima of ggml's blocks: weighted least squares, then codes on that grid.
 
 Shapes: O out features, I in features, N blocks of B weights, G groups in a block, g weights in a
 group; Q = N·G groups in all.
@@ -6,24 +6,22 @@ group; Q = N·G groups in all.
 A block's grid is fitted to a diagonal importance as llama.cpp fits it: candidates of the scale, a
 least-squares refit of scale and minimum for each (Kawrakow, make_qkx3_quants and make_qx_quants in
 ggml-quants.c).  Differences: the integer scales are refitted to the codes they end up with, and
-`d` and `m` of a super-block by least squares over all its weights; the importance is what an error
-costs after GPTQ's corrections (see ranges/weighted_mse.py); codes are then chosen by GPTQ on that
-grid, which sees how channels move together and not only how large they are.
+`d` and `m` of a super-block by least squares over all its weights; the importance is what the range
+of the recipe says (with GPTQ: what an error costs after its corrections, see
+ranges/weighted_mse.py); codes are chosen by the recipe's rounding on that grid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 
 import torch
 from torch import Tensor
 
-from quantkit.formats.gguf.blocks import Blocks, BlockType
-from quantkit.methods.feedback import Feedback, feedback_of, pivots
-from quantkit.methods.stats import Stats
+from quantkit.methods.parts import GroupRange
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockScale, BlockType
 
-# Damping of the Gram matrix, as a part of its mean diagonal; GPTQ's default.
-DAMP = 0.01
 # Candidates of a group's scale on both sides of the full range, in codes, and their distance.
 _REACH, _STEP = 1.0, 0.1
 # Refits of scales to codes and codes to scales.
@@ -31,56 +29,57 @@ _ROUNDS = 3
 # Weights fitted at a time: some copies stay in the cache, and none is so large that the system has
 # to be asked for it anew.
 FIT_WEIGHTS = 1 << 17
-# Channels between two updates of the remaining weights.
-_BLOCK = 128
+# Float32 copies of the blocks that are fitted at a time.
+_FIT_COPIES = 16
+# Weights that a fit is timed with.
+_TIMED_WEIGHTS = 1 << 18
 _TINY = 1e-30
 _HALF_MAX = 65504.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class SolvedBlocks:
-    """A weight [O, I] as blocks in row order; `degraded` says what had to be done instead."""
+def fit_range(
+    weight_OI: Tensor, scheme: Scheme, importance_I: Tensor | None, degraded: str | None = None
+) -> GroupRange:
+    """Scales and minima of a float32 weight on a block type's grid, as a range answers.
 
-    blocks: Blocks
-    shape: tuple[int, int]
-    degraded: str | None
-
-    def dequantize(self) -> Tensor:
-        """Float32 [O, I], as ggml decodes it."""
-        return self.blocks.values().view(self.shape)
-
-
-def solve_blocks(weight_OI: Tensor, kind: BlockType, stats: Stats | None) -> SolvedBlocks:
-    """The float32 weight on the grid of a block type.
-
-    With the full Gram matrix in `stats` codes are GPTQ's; without statistics they are the nearest
-    ones, and every weight counts alike.
+    `importance_I` float32: what a squared error of each channel costs, its mean about 1; None:
+    every channel alike.
     """
-    feedback, degraded = None, None
-    importance = torch.ones(weight_OI.shape[1])
-    if stats is not None and stats.count == 0:
-        degraded = "rounded to nearest: no calibration token reached this weight"
-    elif stats is not None:
-        found = pivots(stats, damp=DAMP, act_order=True)
-        feedback = feedback_of(stats, damp=DAMP, act_order=True, keep=True)
-        if found is None:
-            degraded = "rounded to nearest: the Gram matrix has no Cholesky factor, even damped"
-            found = stats.mean_sq
-        importance = found / found.mean().clamp(min=_TINY) + 1e-6
-    blocks = fit(weight_OI, kind, importance)
-    if feedback is not None:
-        codes = gptq_codes(weight_OI, blocks, feedback)
-        blocks = Blocks(
-            kind=kind, codes=codes, d=blocks.d, m=blocks.m, scales=blocks.scales, mins=blocks.mins
-        )
-    shape = (weight_OI.shape[0], weight_OI.shape[1])
-    return SolvedBlocks(blocks=blocks, shape=shape, degraded=degraded)
+    assert scheme.block is not None
+    kind = BLOCK_TYPES[scheme.block.upper()]
+    if importance_I is None:
+        importance_I = torch.ones(weight_OI.shape[1])
+    scale = BlockScale.of(fit(weight_OI, kind, importance_I), len(weight_OI))
+    steps = scale.values()
+    return GroupRange(scale=scale, zero=scale.minima(), coding=steps, degraded=degraded)
+
+
+def relative_importance(importance_I: Tensor) -> Tensor:
+    """What a squared error of each channel costs, in parts of the mean, float32 [I].
+
+    Channels never active keep a little, so that their ranges still fit their weights.
+    """
+    return importance_I / importance_I.mean().clamp(min=_TINY) + 1e-6
+
+
+def working_bytes(rows: int, columns: int) -> int:
+    """Memory for fitting a weight beside the weight itself."""
+    return 4 * _FIT_COPIES * max(columns, min(rows * columns, FIT_WEIGHTS))
+
+
+def seconds_per_weight(scheme: Scheme) -> float:
+    """What fitting takes here: a quarter of a second's trial."""
+    assert scheme.block is not None
+    weight = torch.randn(_TIMED_WEIGHTS // 1024, 1024, generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    fit(weight, BLOCK_TYPES[scheme.block.upper()], torch.ones(1024))
+    return (time.perf_counter() - began) / _TIMED_WEIGHTS
 
 
 def fit(weight_OI: Tensor, kind: BlockType, importance_I: Tensor) -> Blocks:
     """Blocks of least weighted squared error found, codes the nearest on their grid."""
     rows, columns = weight_OI.shape
-    assert columns % kind.size == 0, "gguf_recipe chooses types that divide the rows"
+    assert columns % kind.size == 0, "the format's supports_shape comes first"
     step = max(1, FIT_WEIGHTS // columns)
     parts = []
     weights_1I = importance_I.view(1, -1)
@@ -258,40 +257,6 @@ def steps_and_minima(grid: Blocks) -> tuple[Tensor, Tensor]:
     m = grid.m.float()[:, None]
     low = m if grid.mins is None else -(m * grid.mins.float())
     return scale, low.expand(-1, grid.kind.groups)
-
-
-def gptq_codes(weight_OI: Tensor, grid: Blocks, feedback: Feedback) -> Tensor:
-    """Codes uint8 [N, B] on the grid: channels one after the other, errors fed forward.
-
-    The LDLQ form of GPTQ, as in rounding/gptq.py; the grid's steps and minima stay as they are.
-    """
-    kind, (rows, columns) = grid.kind, weight_OI.shape
-    scale, low = (part.reshape(rows, -1).t() for part in steps_and_minima(grid))
-    dead = scale == 0
-    inverse = torch.where(dead, torch.zeros_like(scale), 1 / torch.where(dead, 1.0, scale))
-    weight = weight_OI.t()[feedback.order].contiguous()
-    target = weight.clone()
-    found = torch.empty(columns, rows, dtype=torch.uint8)
-    error = torch.empty_like(weight)
-    groups = (feedback.order // kind.group_size).tolist()
-    high = float(2**kind.bits - 1)
-    for stop in range(columns, 0, -_BLOCK):
-        start = max(stop - _BLOCK, 0)
-        for index in range(stop - 1, start - 1, -1):
-            if index + 1 < stop:
-                factors = feedback.lower[index + 1 : stop, index]
-                target[index].addmv_(error[index + 1 : stop].t(), factors)
-            group = groups[index]
-            codes = (target[index] - low[group]).mul_(inverse[group]).round_()
-            codes.add_(kind.center).clamp_(0, high)
-            value = (codes - kind.center).mul_(scale[group]).add_(low[group])
-            torch.sub(weight[index], value, out=error[index])
-            found[index] = codes.to(torch.uint8)
-        if start:
-            target[:start].addmm_(feedback.lower[start:stop, :start].t(), error[start:stop])
-    codes = torch.empty_like(found)
-    codes[feedback.order] = found
-    return codes.t().contiguous().view(-1, kind.size)
 
 
 def _better(one: Blocks, cost: Tensor, other: Blocks, other_cost: Tensor) -> tuple[Blocks, Tensor]:

@@ -1,0 +1,196 @@
+"""GGUF as a format: weights as ggml's blocks, rows of packed bytes.
+
+What is packed already in another format goes into blocks without being quantized anew, where a
+block type has the same grid.  Shapes: O out features, I in features, G groups per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.source import Source
+from quantkit.errors import CheckpointError, NumericsError
+from quantkit.formats.format import PlannedWeight, StoredWeight
+from quantkit.formats.gguf.blocks import pack
+from quantkit.formats.gguf.container import GgufContainer
+from quantkit.formats.gguf.mixes import RECIPES
+from quantkit.formats.gguf.source import GgufSource
+from quantkit.numbers.scheme import BLOCKS, Scheme
+from quantkit.numbers.superblock import BLOCK_TYPES, BlockScale, BlockType
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+# Weights packed at a time.
+_CHUNK = 1 << 23
+
+
+class Gguf:
+    """One file for llama.cpp and Ollama: mixes of block types, named as llama-quantize does."""
+
+    name: ClassVar[str] = "gguf"
+    holds_permuted: ClassVar[bool] = False
+    default_scheme: ClassVar[str] = "q4_k_m"
+
+    def supports(self, scheme: Scheme) -> str | None:
+        """None for block types of ggml, else why not."""
+        if scheme.kind == "ggml":
+            return None
+        return (
+            f"it is quantized in blocks of ggml: --scheme {', '.join(RECIPES)}; other schemes are "
+            "quantized to another format first and then written with `quantkit export`"
+        )
+
+    def supports_shape(self, weight: PlannedWeight) -> str | None:
+        """None if rows are whole blocks, else why not and what fits."""
+        assert weight.scheme is not None
+        if weight.scheme.block not in BLOCKS:
+            return f"{weight.scheme.name} is a mix for a whole model; one weight has a block type"
+        kind = _kind(weight.scheme)
+        if weight.shape[1] % kind.size == 0:
+            return None
+        return (
+            f"{weight.shape[1]} columns are no whole blocks of {kind.size}; use q8_0, whose blocks "
+            "have 32, or keep the weight"
+        )
+
+    def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
+        """None: types mix freely."""
+        return None
+
+    def readers(
+        self, weights: Sequence[PlannedWeight], model_type: str
+    ) -> Mapping[str, str | None]:
+        """llama.cpp and Ollama: the container refuses families that they do not have."""
+        return {"llama.cpp": None, "ollama": None}
+
+    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+        """Rows of packed blocks, uint8 [O, bytes of a row], under the weight's own name."""
+        assert weight.scheme is not None
+        rows, columns = weight.shape
+        kind = _kind(weight.scheme)
+        shape = (rows, columns // kind.size * kind.num_bytes)
+        return (TensorInfo(name=weight.name, dtype=torch.uint8, shape=shape),)
+
+    def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """The packed rows, under the weight's own name."""
+        (info,) = self.layout(weight, tensor.dtype)
+        assert isinstance(tensor.scale, BlockScale), weight.name
+        packed = torch.empty(info.shape, dtype=torch.uint8)
+        step = max(1, _CHUNK // tensor.shape[1])
+        for start in range(0, len(packed), step):
+            rows = slice(start, min(start + step, len(packed)))
+            blocks = tensor.scale.rows(rows).blocks(tensor.codes[rows].cpu())
+            packed[rows] = pack(blocks).view(-1, info.shape[1])
+        return {weight.name: packed}
+
+    def config(
+        self,
+        weights: Sequence[PlannedWeight],
+        *,
+        model_type: str,
+        dtype: torch.dtype,
+        others: Sequence[TensorInfo] = (),
+    ) -> dict[str, Any]:
+        """Nothing but the name: a file describes itself."""
+        return {"quant_method": self.name}
+
+    def weights(self, source: Source) -> dict[str, StoredWeight]:
+        """The quantized weights of a GGUF file, by the checkpoint's names."""
+        if not isinstance(source, GgufSource):
+            raise CheckpointError("gguf: weights are read from a GGUF file")
+        found = {}
+        for name in source.names():
+            info, label = source.info(name), source.type_of(name)
+            if label in BLOCK_TYPES:
+                found[name] = StoredWeight(
+                    name=name,
+                    scheme=Scheme.parse(label.lower()),
+                    shape=(info.shape[0], info.shape[1]),
+                    dtype=torch.float16,
+                    tensors=(name,),
+                )
+        return found
+
+    def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
+        """The very codes, scales and minima of the file."""
+        assert isinstance(source, GgufSource)
+        blocks = source.blocks(weight.name)
+        return QuantizedTensor(
+            codes=blocks.codes.reshape(weight.shape),
+            scale=BlockScale.of(blocks, weight.shape[0]),
+            zero=None,
+            scheme=weight.scheme,
+            dtype=weight.dtype,
+        )
+
+    def container(self, source: Source, config: Any, *, head_tied: bool) -> GgufContainer:
+        """Where the model's tensors go; see `GgufContainer`."""
+        return GgufContainer(source, config, head_tied=head_tied)
+
+    def stored_as(self, scheme: Scheme) -> Scheme | str:
+        """The block type that holds another format's codes as they are, or why none does."""
+        if scheme.kind == "ggml":
+            return scheme
+        if (reason := why_not(scheme)) is not None:
+            return reason
+        return Scheme.parse(_holder(scheme))
+
+    def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
+        """The same codes and scales in blocks, and whether minima had to be rounded to float16.
+
+        Raises NumericsError if a scale is not exact in float16 or a minimum overflows it.
+        """
+        scheme = tensor.scheme
+        if scheme.kind == "ggml":
+            return tensor, None
+        target = Scheme.parse(_holder(scheme))
+        kind = _kind(target)
+        assert isinstance(tensor.scale, PlainScale) and tensor.scale.tensor.ndim == 2
+        scale_OG = tensor.scale.tensor.float()
+        if not torch.equal(scale_OG.half().float(), scale_OG):
+            raise NumericsError("a scale is not exact in float16, ggml's dtype of scales")
+        repeats = tensor.shape[1] // scale_OG.shape[1] // kind.size
+        codes, minimum, rounded = tensor.codes, None, None
+        if tensor.zero is None:
+            # 2-bit code 0..3 around 2 is 6..9 around 8: the same distances from the center.
+            codes = (codes + (kind.center - 2 ** (scheme.bits - 1))).to(torch.uint8)
+        else:
+            low = -tensor.zero.float() * scale_OG
+            minimum = low.half()
+            if not bool(torch.isfinite(minimum).all()):
+                raise NumericsError("a group's minimum is too large for float16")
+            if not torch.equal(minimum.float(), low):
+                rounded = "minima rounded to float16"
+            minimum = minimum.repeat_interleave(repeats, 1)
+        scale = BlockScale(kind=kind, d=scale_OG.half().repeat_interleave(repeats, 1), m=minimum)
+        held = QuantizedTensor(
+            codes=codes, scale=scale, zero=None, scheme=target, dtype=tensor.dtype
+        )
+        return held, rounded
+
+
+def why_not(scheme: Scheme) -> str | None:
+    """None if a block type of ggml holds the scheme's codes, else why not."""
+    if scheme.kind != "int":
+        return f"ggml has no block type with {scheme.kind}'s values and free scales"
+    if not scheme.symmetric and scheme.bits > 5:
+        return "ggml has no block type with a minimum and more than 5 bits"
+    if scheme.group_size is not None and scheme.group_size % 32:
+        return f"ggml's blocks are of 32 weights; {scheme.group_size} is no multiple"
+    return None
+
+
+def _holder(scheme: Scheme) -> str:
+    """The smallest block type that holds an integer scheme's codes; `why_not` comes first."""
+    if scheme.symmetric:
+        return "q4_0" if scheme.bits <= 4 else "q5_0" if scheme.bits == 5 else "q8_0"
+    return "q4_1" if scheme.bits <= 4 else "q5_1"
+
+
+def _kind(scheme: Scheme) -> BlockType:
+    assert scheme.block is not None and scheme.block in BLOCKS, scheme.name
+    return BLOCK_TYPES[scheme.block.upper()]

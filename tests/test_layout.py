@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -115,7 +117,9 @@ def test_package_list_equals_the_folders() -> None:
         for top in ("quantkit", "quantkit_kernels", "quantkit_eval")
         for path in (base / top).rglob("__init__.py")
     }
-    assert set(settings["packages"]) == folders | {"quantkit.recipes"}
+    # Folders of files only are packages too, or the wheel would lack them one day.
+    data = {"quantkit.recipes", "quantkit.demo.model", "quantkit_eval.templates"}
+    assert set(settings["packages"]) == folders | data
 
 
 def test_transformers_imports_with_the_root_on_the_path() -> None:
@@ -126,20 +130,57 @@ def test_transformers_imports_with_the_root_on_the_path() -> None:
     assert done.stdout.strip() == "AutoModelForCausalLM", done.stderr
 
 
-def test_wheel_holds_exactly_our_three_packages(tmp_path: Path) -> None:
-    project = tmp_path / "project"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel; setuptools warns of nothing while it is made."""
+    folder = tmp_path_factory.mktemp("wheel")
+    project = folder / "project"
     for name in ("quantkit", "kernels", "eval", "recipes"):
         shutil.copytree(ROOT / name, project / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, project / name)
     # setuptools alone, without isolation: no network.
     code = "import setuptools.build_meta as b, sys; print(b.build_wheel(sys.argv[1]))"
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=project, capture_output=True, check=True
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=project, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "would be ignored" not in done.stderr, done.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_wheel_holds_exactly_our_three_packages(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"quantkit", "quantkit_kernels", "quantkit_eval"}
     assert "quantkit/recipes/awq.yaml" in names
     assert "quantkit/demo/model/model.safetensors" in names
+
+
+def test_an_unpacked_wheel_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    script = (
+        "import importlib, json, sys\n"
+        "from pathlib import Path\n"
+        "site = Path(sys.argv[1])\n"
+        "for name in json.loads(sys.argv[2]):\n"
+        "    module = importlib.import_module(name)\n"
+        "    (place,) = set(map(str, module.__path__))\n"
+        "    assert Path(place) == site.joinpath(*name.split('.')), (name, place)\n"
+        "import quantkit\n"
+        "from quantkit.demo.files import demo_path\n"
+        "from quantkit.methods.recipe import builtin_recipes\n"
+        "assert site in builtin_recipes()['awq'].parents and site in demo_path().parents\n"
+        "out = quantkit.quantize(demo_path(), 'rtn', out='out', progress=False)\n"
+        "quantkit.load(out)\n"
+        "print('works')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(site), json.dumps(packages["packages"])],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "works", done.stderr

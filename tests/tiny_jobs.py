@@ -19,7 +19,8 @@ from quantkit.checkpoint.manifest import RUN
 from quantkit.cli.app import main
 from quantkit.formats.format import format_of
 from quantkit.methods.recipe import Recipe, load_recipe
-from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import Job, Outcome, run
 
 SAMPLES, SEQ_LEN = 8, 32
@@ -103,7 +104,7 @@ def make_job(
         text = model / "calibration.txt"
     request.setdefault("calibration", str(text))
     tokenizer = request.pop("tokenizer", None)
-    return prepare(source, Request(recipe=recipe, **request), tokenizer=tokenizer)
+    return prepare(source, QuantizeOptions(recipe=recipe, **request), tokenizer=tokenizer)
 
 
 def finish(job: Job, out: Path, **options: Any) -> Outcome:

@@ -8,19 +8,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.export import export
-from quantkit.errors import QuantkitError, RecipeError
+from quantkit.cli.options import takes_options
+from quantkit.errors import QuantkitError
+from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
-    from quantkit.pipeline.job import Request
     from quantkit.pipeline.session import Job
 
 app = typer.Typer(
@@ -37,77 +38,15 @@ Checkpoint = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
-MethodOption = Annotated[str | None, typer.Option("--method", help="See `quantkit methods`.")]
-SchemeOption = Annotated[
-    str | None,
-    typer.Option("--scheme", help="w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq]"),
-]
-FormatOption = Annotated[str | None, typer.Option("--format", help="See `quantkit formats`.")]
-CalibOption = Annotated[
-    str,
-    typer.Option(
-        "--calib",
-        help="demo, a Hub dataset (name[:config[:split]]), a .txt, .jsonl or .parquet file, or a "
-        "saved dataset directory; SOURCE#column names the text column.",
-    ),
-]
-SamplesOption = Annotated[int | None, typer.Option("--samples", help="Sequences; default 128.")]
-SeqLenOption = Annotated[int | None, typer.Option("--seq-len", help="Tokens each; default 2048.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Order of calibration documents.")]
-RecipeOption = Annotated[Path | None, typer.Option("--recipe", help="A recipe file of your own.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="part.field=value, as in rounding.damp=0.05.")
-]
-SkipOption = Annotated[
-    list[str] | None, typer.Option("--skip", help="Keep weights whose name matches the glob.")
-]
-HeadOption = Annotated[
-    str | None, typer.Option("--lm-head", help="Quantize the output head with this scheme.")
-]
-RamOption = Annotated[
-    str | None, typer.Option("--max-ram", help="Most memory the process may use, as in 6GiB.")
-]
-VramOption = Annotated[str | None, typer.Option("--max-vram", help="The same for the GPU.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file.")]
-RevisionOption = Annotated[str | None, typer.Option("--revision", help="Of a Hub model.")]
-RemoteOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
-UnreadableOption = Annotated[
-    bool, typer.Option("--allow-unreadable", help="Write what no known runtime reads.")
-]
-RequantizeOption = Annotated[
-    bool,
-    typer.Option("--requantize", help="Take a quantized model: its weights are decoded first."),
-]
 
 
 @app.command()
+@takes_options(leave_out=("out",))
 def quantize(
-    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="Directory to write.")],
-    method: MethodOption = None,
-    scheme: SchemeOption = None,
-    format_name: FormatOption = None,
-    calib: CalibOption = "demo",
-    samples: SamplesOption = None,
-    seq_len: SeqLenOption = None,
-    seed: SeedOption = 0,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    skip: SkipOption = None,
-    lm_head: HeadOption = None,
-    max_ram: RamOption = None,
-    max_vram: VramOption = None,
-    device: DeviceOption = "auto",
-    max_shard_size: ShardOption = "5GB",
-    revision: RevisionOption = None,
-    trust_remote_code: RemoteOption = False,
-    allow_unreadable: UnreadableOption = False,
-    requantize: RequantizeOption = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    options: QuantizeOptions,
     evaluate: Annotated[
         bool, typer.Option("--eval", help="Measure what it cost; the report lies in OUT.")
     ] = False,
@@ -120,10 +59,12 @@ def quantize(
     from quantkit.pipeline.session import run
 
     try:
-        job = _job(model, context.params)
+        job = _job(model, options)
         if evaluate or fail_if:
-            cli_eval.check_wishes(job, text=text, limits=fail_if or (), requantize=requantize)
-        outcome = run(job, out, fresh=fresh)
+            cli_eval.check_wishes(
+                job, text=text, limits=fail_if or (), requantize=options.requantize
+            )
+        outcome = run(job, out, fresh=options.fresh)
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")
         kept = f"what is done is kept in {partial}: the same command goes on there"
@@ -144,38 +85,17 @@ def quantize(
 
 
 @app.command()
+@takes_options(leave_out=("out",))
 def plan(
-    context: typer.Context,
     model: Model,
-    method: MethodOption = None,
-    scheme: SchemeOption = None,
-    format_name: FormatOption = None,
-    calib: CalibOption = "demo",
-    samples: SamplesOption = None,
-    seq_len: SeqLenOption = None,
-    seed: SeedOption = 0,
-    recipe: RecipeOption = None,
-    overrides: SetOption = None,
-    skip: SkipOption = None,
-    lm_head: HeadOption = None,
-    max_ram: RamOption = None,
-    max_vram: VramOption = None,
-    device: DeviceOption = "auto",
-    max_shard_size: ShardOption = "5GB",
-    revision: RevisionOption = None,
-    trust_remote_code: RemoteOption = False,
-    allow_unreadable: UnreadableOption = False,
-    requantize: RequantizeOption = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="As in quantize; plans are the same.")
-    ] = False,
+    options: QuantizeOptions,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
     from quantkit.cli.summary import plan_json, plan_text
 
-    job = _job(model, context.params)
+    job = _job(model, options)
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
 
 
@@ -303,53 +223,13 @@ app.command()(cli_compare.compare)
 app.command()(cli_eval.bench)
 
 
-def _request(options: Mapping[str, Any]) -> Request:
-    """The request that the options of `quantize` and `plan` spell out."""
-    from quantkit.checkpoint.memory import parse_size
-    from quantkit.formats.format import default_scheme
-    from quantkit.methods.recipe import load_recipe
-    from quantkit.pipeline.job import Request
-
-    if options["method"] is None and options["recipe"] is None:
-        raise RecipeError("name a method with --method (see `quantkit methods`) or a --recipe FILE")
-
-    def size(text: str | None) -> int | None:
-        return None if text is None else parse_size(text)
-
-    return Request(
-        recipe=load_recipe(
-            options["method"],
-            path=options["recipe"],
-            overrides=options["overrides"] or (),
-            scheme=options["scheme"],
-            skip=options["skip"] or (),
-            head=options["lm_head"],
-            samples=options["samples"],
-            seq_len=options["seq_len"],
-            default_scheme=default_scheme(options["format_name"]),
-        ),
-        calibration=options["calib"],
-        seed=options["seed"],
-        format_name=options["format_name"],
-        max_ram=size(options["max_ram"]),
-        max_vram=size(options["max_vram"]),
-        device=options["device"],
-        max_shard_bytes=parse_size(options["max_shard_size"]),
-        revision=options["revision"],
-        trust_remote_code=options["trust_remote_code"],
-        allow_unreadable=options["allow_unreadable"],
-        requantize=options["requantize"],
-    )
-
-
-def _job(model: str, options: Mapping[str, Any]) -> Job:
+def _job(model: str, options: QuantizeOptions) -> Job:
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.pipeline.job import prepare
 
-    request = _request(options)
-    if request.max_ram is not None:
+    if options.max_ram_bytes is not None:
         return_large_blocks()
-    return prepare(model, request)
+    return prepare(model, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

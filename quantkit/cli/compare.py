@@ -9,27 +9,28 @@ from typing import Annotated, Any
 import typer
 
 from quantkit.cli.evaluate import (
-    DeviceOption,
     FailOption,
     JsonOption,
     QuestionsOption,
-    RamOption,
-    RemoteOption,
-    SeedOption,
     TasksOption,
     TextOption,
     WindowsOption,
     device_name,
     finish,
-    memory_limit,
 )
+from quantkit.cli.options import takes_options
+from quantkit.pipeline.options import QuantizeOptions
 
 DEFAULT_METHODS = "rtn,awq,gptq,nf4,int8"
 
 
+@takes_options(
+    only=("calibration", "samples", "seq_len", "max_ram", "device", "seed", "trust_remote_code")
+)
 def compare(
     model: Annotated[str, typer.Argument(help="Directory or Hub name of the original.")],
     out: Annotated[Path, typer.Option("--out", help="Directory for checkpoints and report.")],
+    options: QuantizeOptions,
     methods: Annotated[
         str, typer.Option("--methods", help="With commas between them; see `quantkit methods`.")
     ] = DEFAULT_METHODS,
@@ -37,24 +38,14 @@ def compare(
         str | None,
         typer.Option("--bits", help="As in 2,3,4,8; methods of one width keep it."),
     ] = None,
-    calib: Annotated[str, typer.Option("--calib", help="Calibration text.")] = "demo",
     text: TextOption = "demo",
     tasks: TasksOption = None,
     questions: QuestionsOption = None,
-    samples: Annotated[int | None, typer.Option("--samples", help="Calibration sequences.")] = None,
-    seq_len: Annotated[
-        int | None,
-        typer.Option("--seq-len", help="Tokens of a calibration sequence and of a window."),
-    ] = None,
     windows: WindowsOption = None,
     fail_if: FailOption = None,
     prompts: Annotated[
         int, typer.Option("--prompts", min=0, help="Texts that all models continue.")
     ] = 3,
-    max_ram: RamOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
-    trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Quantize several ways from one calibration pass, and rate them in one report."""
@@ -63,13 +54,7 @@ def compare(
         out,
         methods=methods.split(","),
         bits=_numbers(bits),
-        calib=calib,
-        samples=samples,
-        seq_len=seq_len,
-        max_ram=memory_limit(max_ram),
-        device=device_name(device),
-        seed=seed,
-        trust_remote_code=trust_remote_code,
+        options=options,
         evaluation={
             "text": text,
             "tasks": tuple(tasks or ()),
@@ -88,51 +73,41 @@ def run_compare(
     *,
     methods: list[str],
     bits: list[int],
-    calib: str,
-    samples: int | None,
-    seq_len: int | None,
-    max_ram: int | None,
-    device: str,
-    seed: int,
-    trust_remote_code: bool,
+    options: QuantizeOptions,
     evaluation: dict[str, Any],
     title: str | None = None,
 ) -> Any:
     """The evaluation of all candidates, which lie in directories of their own below `out`.
 
+    options: what all of them share
     evaluation: further fields of the evaluation's request
     """
     from quantkit_eval.command import run_comparison
     from quantkit_eval.setting import EvaluationRequest, check_wishes
 
-    from quantkit.pipeline.job import Request, prepare_all
+    from quantkit.checkpoint.memory import return_large_blocks
+    from quantkit.pipeline.job import prepare_all
     from quantkit.pipeline.together import candidates, run_together
 
+    if options.max_ram is not None:
+        return_large_blocks()
     wishes = EvaluationRequest(
         model=model,
         quantized=(),
-        seq_len=seq_len or 2048,
-        max_ram=max_ram,
-        device=device,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
+        seq_len=options.seq_len or 2048,
+        max_ram=options.max_ram_bytes,
+        device=device_name(options.device),
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
         title=title,
         **evaluation,
     )
     # Whatever is wrong with text, tasks or limits shows before hours of quantizing.
     check_wishes(wishes)
-    chosen = candidates(methods, bits, samples=samples, seq_len=seq_len)
+    chosen = candidates(methods, bits, samples=options.samples, seq_len=options.seq_len)
     requests = [
-        Request(
-            recipe=candidate.recipe,
-            calibration=calib,
-            seed=seed,
-            max_ram=max_ram,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            # What few runtimes read may still be worth knowing the price of.
-            allow_unreadable=True,
-        )
+        # What few runtimes read may still be worth knowing the price of.
+        dataclasses.replace(options, recipe=candidate.recipe, allow_unreadable=True)
         for candidate in chosen
     ]
     jobs = prepare_all(model, requests)

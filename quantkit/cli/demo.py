@@ -9,6 +9,7 @@ from quantkit.cli.compare import DEFAULT_METHODS, run_compare
 from quantkit.demo import demo_path
 from quantkit.inference.generate import generate_text
 from quantkit.methods.recipe import load_recipe
+from quantkit.pipeline.options import QuantizeOptions
 
 _SAMPLES, _SEQ_LEN, _WINDOWS = 128, 256, 80
 _QUESTIONS = 200
@@ -29,13 +30,7 @@ def run_demo(out: Path, method: str, say: Callable[[str], object]) -> None:
         out,
         methods=methods,
         bits=[],
-        calib="demo",
-        samples=_SAMPLES,
-        seq_len=_SEQ_LEN,
-        max_ram=None,
-        device="cpu",
-        seed=0,
-        trust_remote_code=False,
+        options=QuantizeOptions(samples=_SAMPLES, seq_len=_SEQ_LEN, device="cpu"),
         evaluation={
             "tasks": tuple(f"demo:{task}" for task in _TASKS),
             "task_questions": _QUESTIONS,

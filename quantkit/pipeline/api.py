@@ -2,167 +2,103 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, cast, overload
 
 from torch import Tensor
 
-from quantkit.calibration.tokens import CalibrationSource
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.live import LiveSource
-from quantkit.checkpoint.memory import parse_size
-from quantkit.errors import OutputError
-from quantkit.formats.format import StoredWeight, default_scheme
+from quantkit.errors import FormatError, OutputError
+from quantkit.formats.format import StoredWeight
 from quantkit.inference.load import install_
-from quantkit.methods.recipe import load_recipe
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor
-from quantkit.pipeline.job import Request, prepare
-from quantkit.pipeline.plan import DEFAULT_SHARD_BYTES
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import Job, run
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
-@overload
+P = ParamSpec("P")
+
+
+class Quantize(Protocol[P]):
+    """A model, and the fields of QuantizeOptions: a path gives a path, a model itself."""
+
+    @overload
+    def __call__(
+        self, model: str | os.PathLike[str], *args: P.args, **kwargs: P.kwargs
+    ) -> Path: ...
+
+    @overload
+    def __call__(
+        self, model: PreTrainedModel, *args: P.args, **kwargs: P.kwargs
+    ) -> PreTrainedModel: ...
+
+    def __call__(
+        self, model: PreTrainedModel | str | os.PathLike[str], *args: P.args, **kwargs: P.kwargs
+    ) -> PreTrainedModel | Path:
+        """See `quantize`."""
+        ...
+
+
+def _taking(options: Callable[P, QuantizeOptions]) -> Callable[[Callable[..., Any]], Quantize[P]]:
+    """The function with the parameters of the options after its model, for people and for mypy."""
+
+    def decorate(function: Callable[..., Any]) -> Quantize[P]:
+        own = list(inspect.signature(function).parameters.values())[:1]
+        fields = list(inspect.signature(options).parameters.values())
+        # All but the method are given by name.
+        named = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in fields[1:]]
+        signature = inspect.Signature([*own, fields[0], *named])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return cast(Quantize[P], function)
+
+    return decorate
+
+
+@_taking(QuantizeOptions)
 def quantize(
-    model: str | os.PathLike[str],
-    method: str | None = ...,
-    *,
-    out: str | os.PathLike[str],
-    calibration: CalibrationSource = ...,
-    tokenizer: PreTrainedTokenizerBase | None = ...,
-    scheme: str | None = ...,
-    format: str | None = ...,
-    samples: int | None = ...,
-    seq_len: int | None = ...,
-    seed: int = ...,
-    recipe: str | os.PathLike[str] | None = ...,
-    overrides: Sequence[str] = ...,
-    skip: Sequence[str] = ...,
-    lm_head: str | None = ...,
-    max_ram: int | str | None = ...,
-    max_vram: int | str | None = ...,
-    max_shard_size: int | str = ...,
-    device: str = ...,
-    revision: str | None = ...,
-    trust_remote_code: bool = ...,
-    allow_unreadable: bool = ...,
-    requantize: bool = ...,
-    fresh: bool = ...,
-    progress: bool = ...,
-) -> Path: ...
-
-
-@overload
-def quantize(
-    model: PreTrainedModel,
-    method: str | None = ...,
-    *,
-    out: str | os.PathLike[str] | None = ...,
-    calibration: CalibrationSource = ...,
-    tokenizer: PreTrainedTokenizerBase | None = ...,
-    scheme: str | None = ...,
-    format: str | None = ...,
-    samples: int | None = ...,
-    seq_len: int | None = ...,
-    seed: int = ...,
-    recipe: str | os.PathLike[str] | None = ...,
-    overrides: Sequence[str] = ...,
-    skip: Sequence[str] = ...,
-    lm_head: str | None = ...,
-    max_ram: int | str | None = ...,
-    max_vram: int | str | None = ...,
-    max_shard_size: int | str = ...,
-    device: str = ...,
-    revision: str | None = ...,
-    trust_remote_code: bool = ...,
-    allow_unreadable: bool = ...,
-    requantize: bool = ...,
-    fresh: bool = ...,
-    progress: bool = ...,
-) -> PreTrainedModel: ...
-
-
-def quantize(
-    model: PreTrainedModel | str | os.PathLike[str],
-    method: str | None = "awq",
-    *,
-    out: str | os.PathLike[str] | None = None,
-    calibration: CalibrationSource = "demo",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    scheme: str | None = None,
-    format: str | None = None,
-    samples: int | None = None,
-    seq_len: int | None = None,
-    seed: int = 0,
-    recipe: str | os.PathLike[str] | None = None,
-    overrides: Sequence[str] = (),
-    skip: Sequence[str] = (),
-    lm_head: str | None = None,
-    max_ram: int | str | None = None,
-    max_vram: int | str | None = None,
-    max_shard_size: int | str = DEFAULT_SHARD_BYTES,
-    device: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    allow_unreadable: bool = False,
-    requantize: bool = False,
-    fresh: bool = False,
-    progress: bool = True,
+    model: PreTrainedModel | str | os.PathLike[str], method: str | None = None, **options: Any
 ) -> PreTrainedModel | Path:
     """The path `out` of the quantized checkpoint, or the quantized live model.
 
     A path is streamed, one block in memory at a time, to `out`.  A Hugging Face model is changed in
     place and returned, with quantized layers, ready for `generate`, `save_pretrained` and
     `push_to_hub`; its checkpoint goes to `out` too if that is given.  Calibration text for a live
-    model needs its `tokenizer`.  Options are those of `quantkit quantize`; a `recipe` file replaces
-    the method.  Raises QuantkitError, before anything is changed where that is possible.
+    model needs its `tokenizer`.  Options are the fields of QuantizeOptions, those of
+    `quantkit quantize`; a `recipe` file replaces the method.  Raises QuantkitError, before anything
+    is changed where that is possible.
     """
-    request = Request(
-        recipe=load_recipe(
-            method if recipe is None else None,
-            path=None if recipe is None else Path(recipe),
-            overrides=overrides,
-            scheme=scheme,
-            skip=skip,
-            head=lm_head,
-            samples=samples,
-            seq_len=seq_len,
-            default_scheme=default_scheme(format),
-        ),
-        calibration=calibration,
-        seed=seed,
-        format_name=format,
-        max_ram=_bytes(max_ram),
-        max_vram=_bytes(max_vram),
-        device=device,
-        max_shard_bytes=_bytes(max_shard_size) or DEFAULT_SHARD_BYTES,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_unreadable=allow_unreadable,
-        requantize=requantize,
-    )
+    asked = QuantizeOptions(method, **options)
+    if asked.recipe is not None:
+        # A method names a built-in recipe; with a file there is nothing to name.
+        asked = dataclasses.replace(asked, method=None)
     if isinstance(model, str | os.PathLike):
-        if out is None:
+        if asked.out is None:
             raise OutputError("a model given by path is streamed to disk: say where with out=")
-        job = prepare(os.fspath(model), request, tokenizer=tokenizer)
-        return run(job, Path(out), fresh=fresh, progress=progress).out
-    job = prepare(model, request, tokenizer=tokenizer)
+        job = prepare(os.fspath(model), asked, tokenizer=asked.tokenizer)
+        return run(job, Path(asked.out), fresh=asked.fresh, progress=asked.progress).out
+    job = prepare(model, asked, tokenizer=asked.tokenizer)
+    if job.plan.layout.side_files is not None:
+        raise FormatError(
+            f"a model in memory is changed in place, and {job.plan.format.name} is a file for "
+            "other programs: save the model and give its path"
+        )
     with TemporaryDirectory() as folder:
-        target = Path(folder) / "quantized" if out is None else Path(out)
-        written = run(job, target, fresh=fresh, progress=progress).out
+        target = Path(folder) / "quantized" if asked.out is None else Path(asked.out)
+        written = run(job, target, fresh=asked.fresh, progress=asked.progress).out
         _install(model, job, written)
     return model
-
-
-def _bytes(size: int | str | None) -> int | None:
-    return parse_size(size) if isinstance(size, str) else size
 
 
 def _install(model: PreTrainedModel, job: Job, written: Path) -> None:

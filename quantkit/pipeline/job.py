@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.calibration.tokens import Calibration, CalibrationSource, load_calibration
+from quantkit.calibration.tokens import Calibration, load_calibration
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Source
@@ -20,12 +19,12 @@ from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, ModelError
 from quantkit.formats.format import Format, WholeFormat, code_of, make_format
 from quantkit.formats.open import open_source
-from quantkit.methods.recipe import Recipe
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
-from quantkit.pipeline.plan import DEFAULT_SHARD_BYTES, make_plan
+from quantkit.pipeline.options import QuantizeOptions
+from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
 from quantkit.pipeline.session import Job
 
@@ -35,26 +34,8 @@ if TYPE_CHECKING:
 _VERSIONED = ("torch", "transformers", "numpy")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line or the Python API asks for; sizes in bytes."""
-
-    recipe: Recipe
-    calibration: CalibrationSource = "demo"
-    seed: int = 0
-    format_name: str | None = None
-    max_ram: int | None = None
-    max_vram: int | None = None
-    device: str = "auto"
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES
-    revision: str | None = None
-    trust_remote_code: bool = False
-    allow_unreadable: bool = False
-    requantize: bool = False
-
-
 def prepare(
-    model_or_path: str | PreTrainedModel, request: Request, *, tokenizer: Any = None
+    model_or_path: str | PreTrainedModel, request: QuantizeOptions, *, tokenizer: Any = None
 ) -> Job:
     """The job for a request; reads configuration and calibration text, no weights.
 
@@ -65,7 +46,10 @@ def prepare(
 
 
 def prepare_all(
-    model_or_path: str | PreTrainedModel, requests: Sequence[Request], *, tokenizer: Any = None
+    model_or_path: str | PreTrainedModel,
+    requests: Sequence[QuantizeOptions],
+    *,
+    tokenizer: Any = None,
 ) -> list[Job]:
     """The jobs of several requests that differ in recipe and format only.
 
@@ -93,24 +77,24 @@ def prepare_all(
     plans = [
         make_plan(
             model,
-            request.recipe,
-            format_name=request.format_name,
+            request.loaded,
+            format_name=request.format,
             max_shard_bytes=request.max_shard_bytes,
             allow_unreadable=request.allow_unreadable,
         )
         for request in requests
     ]
-    calibrated = next((request for request in requests if request.recipe.calibrated), None)
+    calibrated = next((request for request in requests if request.loaded.calibrated), None)
     shared: Calibration | None = None
     if calibrated is not None:
         shared = _calibration(model, source, calibrated, tokenizer)
         model.check_replay(shared.ids[:1, :64])
     jobs = []
     for request, plan in zip(requests, plans, strict=True):
-        calibration = shared if request.recipe.calibrated else None
+        calibration = shared if request.loaded.calibrated else None
         prediction = predict(model, plan, calibration, device=device)
-        prediction.check(request.max_ram)
-        max_vram = request.max_vram if device.startswith("cuda") else None
+        prediction.check(request.max_ram_bytes)
+        max_vram = request.max_vram_bytes if device.startswith("cuda") else None
         prediction.check_vram(max_vram)
         jobs.append(
             Job(
@@ -119,7 +103,7 @@ def prepare_all(
                 calibration=calibration,
                 prediction=prediction,
                 fingerprint=_fingerprint(source, request, calibration, plan.format, device),
-                max_ram=request.max_ram,
+                max_ram=request.max_ram_bytes,
                 max_vram=max_vram,
                 device=device,
             )
@@ -128,21 +112,21 @@ def prepare_all(
 
 
 def _calibration(
-    model: CausalModel, source: Source, request: Request, tokenizer: Any
+    model: CausalModel, source: Source, request: QuantizeOptions, tokenizer: Any
 ) -> Calibration:
     text_config = model.text_config
     return load_calibration(
         request.calibration,
         tokenizer=tokenizer or load_tokenizer(source, trust_remote_code=request.trust_remote_code),
-        samples=request.recipe.samples,
-        seq_len=request.recipe.seq_len,
+        samples=request.loaded.samples,
+        seq_len=request.loaded.seq_len,
         seed=request.seed,
         max_length=getattr(text_config, "max_position_embeddings", None),
         vocab_size=text_config.vocab_size,
     )
 
 
-def _compute_dtype(device: str, requests: Sequence[Request]) -> torch.dtype | None:
+def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dtype | None:
     """The dtype blocks run in: None for the model's own, float32 on a CPU without bfloat16 units.
 
     GGUF's blocks run in float32, as llama.cpp decodes them; jobs that share a model must agree.
@@ -161,15 +145,15 @@ def _compute_dtype(device: str, requests: Sequence[Request]) -> torch.dtype | No
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
 
 
-def _is_whole(request: Request) -> bool:
+def _is_whole(request: QuantizeOptions) -> bool:
     """True if the format is a container of a whole model."""
-    name = request.format_name
+    name = request.format
     if name is None:
-        return request.recipe.scheme.kind == "ggml"
+        return request.loaded.scheme.kind == "ggml"
     return isinstance(make_format(name), WholeFormat)
 
 
-def _device(requests: Sequence[Request]) -> str:
+def _device(requests: Sequence[QuantizeOptions]) -> str:
     """Where the jobs run; blocks of ggml are fitted on the CPU."""
     name = requests[0].device
     if not any(_is_whole(request) for request in requests):
@@ -194,7 +178,7 @@ def choose_device(name: str) -> str:
 
 def _fingerprint(
     source: Source,
-    request: Request,
+    request: QuantizeOptions,
     calibration: Calibration | None,
     fmt: Format,
     device: str,
@@ -206,8 +190,8 @@ def _fingerprint(
         hardware = torch.cuda.get_device_name(device)
     return {
         "model": source.fingerprint(),
-        "recipe": json.dumps(request.recipe.to_dict(), sort_keys=True),
-        "third-party parts": request.recipe.code() or "none",
+        "recipe": json.dumps(request.loaded.to_dict(), sort_keys=True),
+        "third-party parts": request.loaded.code() or "none",
         "calibration": "none" if calibration is None else calibration.fingerprint,
         "format": f"{fmt.name} {code_of(fmt)}".rstrip(),
         "max shard bytes": str(request.max_shard_bytes),

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
 from quantkit.methods.recipe import load_recipe
-from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
 
 PARAMETERS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64) + 2 * 320 * 64 + 64
@@ -47,7 +48,7 @@ def test_quantkits_formats_give_scheme_bits_and_provenance(
 ) -> None:
     model = tiny.build("llama", tmp_path / "model", dtype=torch.bfloat16)
     recipe = load_recipe(method, scheme=scheme, skip=["*.0.mlp.down_proj*"])
-    run(prepare(str(model), Request(recipe=recipe)), tmp_path / "out", progress=False)
+    run(prepare(str(model), QuantizeOptions(recipe=recipe)), tmp_path / "out", progress=False)
     found = inspect(tmp_path / "out")
     assert found.parameters == PARAMETERS
     kept = {g.count for g in found.groups if g.pattern.endswith("down_proj.weight")}

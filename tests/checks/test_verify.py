@@ -17,7 +17,8 @@ from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.verify import VerifyResult, verify
 from quantkit.errors import CheckpointError
 from quantkit.methods.recipe import load_recipe
-from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -39,7 +40,7 @@ def quantize(source: Path, out: Path, method: str, scheme: str, *, head: str | N
     text = source / "calibration.txt"
     text.write_text("All work and no play makes a dull text to calibrate on. " * 40)
     recipe = load_recipe(method, scheme=scheme, samples=2, seq_len=32, head=head)
-    request = Request(recipe=recipe, calibration=str(text), allow_unreadable=True)
+    request = QuantizeOptions(recipe=recipe, calibration=str(text), allow_unreadable=True)
     run(prepare(str(source), request), out, progress=False)
     return out
 

@@ -35,7 +35,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # gptq_v2 stores int32 words [I/8, O] and float16 scales [G, O]: easy to reach into.
     out = tmp_path_factory.mktemp("finished") / "out"
-    job = jobs.make_job(mixtral, "gptq", "w4a16_g32", format_name="gptq_v2", allow_unreadable=True)
+    job = jobs.make_job(mixtral, "gptq", "w4a16_g32", format="gptq_v2", allow_unreadable=True)
     return jobs.finish(job, out).out
 
 

@@ -104,7 +104,7 @@ def test_example_holds_what_no_built_in_format_does(folder: Path) -> None:
 
 def test_a_model_is_quantized_exported_and_read_in_it(installed: Path, tmp_path: Path) -> None:
     model = jobs.build("llama", tmp_path / "model")
-    job = jobs.make_job(model, "rtn", "w6a16_g32", format_name=GIVEN, allow_unreadable=True)
+    job = jobs.make_job(model, "rtn", "w6a16_g32", format=GIVEN, allow_unreadable=True)
     out = jobs.finish(job, tmp_path / "out").out
     assert verify(out, against=model).ok
     assert inspect_checkpoint(out).format == "bitplanes"
@@ -193,7 +193,7 @@ def test_what_is_no_format_is_refused_as_one() -> None:
 
 def test_a_saved_checkpoint_is_opened_from_disk(installed: Path, tmp_path: Path) -> None:
     model = jobs.build("llama", tmp_path / "model")
-    job = jobs.make_job(model, "rtn", "w5a16_row", format_name="bitplanes", allow_unreadable=True)
+    job = jobs.make_job(model, "rtn", "w5a16_row", format="bitplanes", allow_unreadable=True)
     out = jobs.finish(job, tmp_path / "out").out
     source = open_source(out)
     assert all(w.scheme.bits == 5 for w in format_of(source).weights(source).values())

@@ -35,7 +35,8 @@ from quantkit.model.names import map_names
 from quantkit.numbers.grid import blocks, grid_of, store_scale, unblocks
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
-from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
 
 SMALL: dict[str, Any] = {
@@ -227,7 +228,7 @@ def test_every_model_type_loads_and_saves_what_the_pipeline_wrote(
 ) -> None:
     model = tiny.build(kind, tmp_path / "model", dtype=torch.bfloat16)
     recipe = load_recipe("rtn", scheme="w8a16_row")
-    job = prepare(str(model), Request(recipe=recipe, allow_unreadable=True))
+    job = prepare(str(model), QuantizeOptions(recipe=recipe, allow_unreadable=True))
     run(job, tmp_path / "out", progress=False)
     loaded = load(tmp_path / "out")
     assert count(loaded, QuantLinear) == len(job.plan.weights) - 1

@@ -231,7 +231,7 @@ def test_another_run_does_not_resume_and_names_what_differs(
         (jobs.make_job(llama, METHOD, SCHEME, skip=("*layers.0*",)), "recipe"),
         (jobs.make_job(other, METHOD, SCHEME, text=llama / "calibration.txt"), "model"),
         (jobs.make_job(llama, METHOD, SCHEME, text=text), "calibration"),
-        (jobs.make_job(llama, METHOD, SCHEME, max_shard_bytes=50_000), "max shard bytes"),
+        (jobs.make_job(llama, METHOD, SCHEME, max_shard_size=50_000), "max shard bytes"),
     ]
     for another, field in jobs_and_fields:
         with pytest.raises(ResumeError, match=f"begun by another run: {field} was"):

@@ -18,7 +18,8 @@ import tiny_jobs as jobs
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
 from quantkit.methods.recipe import load_recipe
-from quantkit.pipeline.job import Request, prepare_all
+from quantkit.pipeline.job import prepare_all
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.together import Candidate, candidates, run_together
 
 METHODS = ["rtn", "awq", "gptq", "best", "smoothquant"]
@@ -54,9 +55,9 @@ def chosen(methods: list[str]) -> list[Candidate]:
     return found
 
 
-def requests(model: Path, found: list[Candidate]) -> list[Request]:
+def requests(model: Path, found: list[Candidate]) -> list[QuantizeOptions]:
     text = str(model / "calibration.txt")
-    return [Request(recipe=c.recipe, calibration=text, device="cpu") for c in found]
+    return [QuantizeOptions(recipe=c.recipe, calibration=text, device="cpu") for c in found]
 
 
 def test_every_method_gets_the_bytes_of_its_own_run(

@@ -44,7 +44,7 @@ def quantize(out: Path, scheme: str, method: str = "gptq", **options: Any) -> Pa
 
 
 def job_of(model: Path, scheme: str, method: str = "rtn", **options: Any) -> Job:
-    return jobs.make_job(model, method, scheme, format_name="gguf", **options)
+    return jobs.make_job(model, method, scheme, format="gguf", **options)
 
 
 def divergence(path: Path) -> float:

@@ -1,0 +1,264 @@
+"""The options of `quantize`, each in one place: the command line, the Python function, the plan and
+the table in docs/cli.md (`python -m tools.options`) come from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint.memory import parse_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quantkit.calibration.tokens import CalibrationSource
+    from quantkit.methods.recipe import Recipe
+
+DEFAULT_METHOD = "awq"
+
+
+def _told(
+    flag: str | None, says: str, *, shown: str = "", type: Any = str | None
+) -> Mapping[str, Any]:
+    """What the command line and the documentation make of a field.
+
+    flag    None: it is for Python alone
+    says    what it does, in Markdown
+    shown   the default as the documentation has it
+    type    what the command line takes
+    """
+    return {"flag": flag, "says": says, "shown": shown, "type": type}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What a run is asked for; nothing is looked up or read before it is needed.
+
+    Sizes are bytes or texts such as "6GiB".  `recipe` is a file, or a recipe already loaded.
+    """
+
+    method: str | None = field(
+        default=None,
+        metadata=_told(
+            "--method",
+            "a built-in method, see `quantkit methods`; `awq` unless there is a `--recipe`",
+        ),
+    )
+    out: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata=_told(
+            "--out",
+            "directory to write; built as `OUT.partial` and renamed when complete",
+            shown="required",
+            type=Path,
+        ),
+    )
+    scheme: str | None = field(
+        default=None,
+        metadata=_told(
+            "--scheme",
+            (
+                r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, for gguf "
+                "`q4_k_m`...; see [recipes](recipes.md#schemes)"
+            ),
+            shown="the recipe's",
+        ),
+    )
+    format: str | None = field(
+        default=None,
+        metadata=_told(
+            "--format",
+            (
+                "`compressed-tensors` for 4 and 8 bit, `bitsandbytes` for nf4 and fp4, `gptq_v2` "
+                "for 2 and 3 bit, `gguf` for its own schemes; see [formats](formats.md)"
+            ),
+            shown="by scheme",
+        ),
+    )
+    calibration: CalibrationSource = field(
+        default="demo",
+        metadata=_told(
+            "--calib",
+            (
+                "calibration text: `demo`, a Hub dataset, a file or a saved dataset; see "
+                "[calibration](calibration.md)"
+            ),
+            shown="`demo`",
+            type=str,
+        ),
+    )
+    samples: int | None = field(
+        default=None,
+        metadata=_told("--samples", "sequences", shown="the recipe's, 128", type=int | None),
+    )
+    seq_len: int | None = field(
+        default=None,
+        metadata=_told(
+            "--seq-len",
+            "tokens in each; longer than the model's positions is cut to them, with a note",
+            shown="the recipe's, 2048",
+            type=int | None,
+        ),
+    )
+    seed: int = field(
+        default=0, metadata=_told("--seed", "order of calibration documents", shown="`0`", type=int)
+    )
+    recipe: str | os.PathLike[str] | Recipe | None = field(
+        default=None,
+        metadata=_told(
+            "--recipe", "a recipe file of your own; see [recipes](recipes.md)", type=Path | None
+        ),
+    )
+    overrides: Sequence[str] = field(
+        default=(), metadata=_told("--set", "`part.field=value`, repeatable", type=list[str] | None)
+    )
+    skip: Sequence[str] = field(
+        default=(),
+        metadata=_told(
+            "--skip", "glob of weight names to keep as they are, repeatable", type=list[str] | None
+        ),
+    )
+    lm_head: str | None = field(
+        default=None,
+        metadata=_told("--lm-head", "scheme for the output head, which otherwise stays as it is"),
+    )
+    max_ram: int | str | None = field(
+        default=None,
+        metadata=_told(
+            "--max-ram",
+            "most resident memory of the process: `6GiB`, `800MB`, `1234567`",
+            shown="no limit",
+        ),
+    )
+    max_vram: int | str | None = field(
+        default=None, metadata=_told("--max-vram", "the same for the GPU", shown="no limit")
+    )
+    device: str = field(
+        default="auto",
+        metadata=_told(
+            "--device",
+            "`auto` takes a GPU if torch sees one; `cpu`, `cuda`, `cuda:1`",
+            shown="`auto`",
+            type=str,
+        ),
+    )
+    max_shard_size: int | str = field(
+        default="5GB",
+        metadata=_told(
+            "--max-shard-size",
+            "largest weight file; a larger tensor gets a file of its own",
+            shown="`5GB`",
+            type=str,
+        ),
+    )
+    revision: str | None = field(
+        default=None,
+        metadata=_told("--revision", "commit, branch or tag of a Hub model", shown="`main`"),
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata=_told(
+            "--trust-remote-code",
+            "run Python code that comes with the model; recorded in the report",
+            shown="off",
+            type=bool,
+        ),
+    )
+    allow_unreadable: bool = field(
+        default=False,
+        metadata=_told(
+            "--allow-unreadable",
+            "write a combination that no known runtime reads",
+            shown="off",
+            type=bool,
+        ),
+    )
+    requantize: bool = field(
+        default=False,
+        metadata=_told(
+            "--requantize",
+            (
+                "take a model that is quantized already, in any format quantkit reads: its weights "
+                "are decoded first, and its loss stays"
+            ),
+            shown="off",
+            type=bool,
+        ),
+    )
+    fresh: bool = field(
+        default=False,
+        metadata=_told(
+            "--fresh",
+            "start over instead of resuming; replaces a complete OUT once the new one is complete",
+            shown="off",
+            type=bool,
+        ),
+    )
+    tokenizer: PreTrainedTokenizerBase | None = field(
+        default=None, metadata=_told(None, "replaces the one that comes with a path")
+    )
+    progress: bool = field(default=True, metadata=_told(None, "a progress bar, on terminals only"))
+
+    @cached_property
+    def loaded(self) -> Recipe:
+        """The recipe with all of this applied.  Raises RecipeError or SchemeError."""
+        from quantkit.formats.format import default_scheme
+        from quantkit.methods.recipe import Recipe, load_recipe
+
+        if isinstance(self.recipe, Recipe):
+            return self.recipe
+        method = self.method
+        if method is None and self.recipe is None:
+            method = DEFAULT_METHOD
+        return load_recipe(
+            method,
+            path=None if self.recipe is None else Path(self.recipe),
+            overrides=self.overrides,
+            scheme=self.scheme,
+            skip=self.skip,
+            head=self.lm_head,
+            samples=self.samples,
+            seq_len=self.seq_len,
+            default_scheme=default_scheme(self.format),
+        )
+
+    @property
+    def max_ram_bytes(self) -> int | None:
+        """The limit in bytes; None for none."""
+        return _bytes(self.max_ram)
+
+    @property
+    def max_vram_bytes(self) -> int | None:
+        """The GPU's limit in bytes; None for none."""
+        return _bytes(self.max_vram)
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """The size of the largest weight file in bytes."""
+        size = _bytes(self.max_shard_size)
+        assert size is not None
+        return size
+
+
+def option_rows() -> list[tuple[str, str, str]]:
+    """(flag, default, what it does) of each option of the command line, as documented."""
+    return [
+        (f"`{told['flag']}`", told["shown"], told["says"])
+        for told in options_told().values()
+        if told["flag"] is not None
+    ]
+
+
+def options_told() -> Mapping[str, Mapping[str, Any]]:
+    """Field name -> its flag, what it says, the default shown, the type at the command line."""
+    return {each.name: each.metadata for each in dataclasses.fields(QuantizeOptions)}
+
+
+def _bytes(size: int | str | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size

@@ -144,7 +144,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Types beyond the supported ones, for what they alone have: shared experts, convolutions, experts
-# stored in one tensor, experts that do not use the interface.
+# stored in one tensor, experts that do not use the interface, parameters made on a device of their
+# own, blocks that return lists, a forward that changes weights.
 OTHERS: dict[str, dict[str, Any]] = {
     "qwen2_moe": {
         **_COMMON,
@@ -161,6 +162,32 @@ OTHERS: dict[str, dict[str, Any]] = {
         "intermediate_size_mlp": 96,
         "num_local_experts": 4,
         "num_experts_per_tok": 1,
+    },
+    "diffllama": _COMMON,
+    "xlnet": {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_inner": 96,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "openai-gpt": {
+        "vocab_size": VOCABULARY,
+        "n_embd": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 128,
+    },
+    "rwkv": {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "attention_hidden_size": HIDDEN,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "context_length": 128,
     },
 }
 

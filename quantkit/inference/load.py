@@ -72,7 +72,7 @@ def load(
     view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
     check_all_used(stored, names)
-    check_complete(names, [path for path, _ in model.named_parameters()])
+    check_complete(names, list(model.state_dict()))
 
     def unpack(name: str) -> QuantizedTensor:
         assert fmt is not None
@@ -297,6 +297,12 @@ def _fill_(model: PreTrainedModel, names: NameMap, source: Source) -> None:
     # First: initialising a module for its buffers would overwrite its weight (Gemma's embedding).
     skeleton.fill_buffers(model, model, "")
     read_missing_(model, names, source)
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    empty = [path for path, tensor in tensors if tensor.is_meta and path not in names.tied]
+    if empty:
+        raise ModelError(
+            f"{empty[0]}: nothing of the checkpoint fills it, nor does the model's code"
+        )
 
 
 def read_missing_(model: PreTrainedModel, names: NameMap, source: Source) -> None:

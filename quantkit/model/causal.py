@@ -22,6 +22,7 @@ from quantkit.model.passes import Passes, as_float, call_block, lazy_paths
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.trace import BlockTrace, Tap, TapCallback, discover, make_noise, sketch_
+from quantkit.model.watched import watched
 
 __all__ = ["BlockCall", "CausalModel", "Folded", "ScaleGroup", "TapCallback", "WeightRef"]
 
@@ -152,7 +153,7 @@ class CausalModel:
         """The block's hidden states [B, T, H]; no gradients."""
         with torch.no_grad():
             output = call_block(block, hidden_BTH, call)
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return hidden
 
     def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
@@ -206,6 +207,8 @@ class CausalModel:
             role: Role = "expert" if use.expert is not None else "linear"
             if use.expert is None and experts and use.shape[0] in counts | {1}:
                 role = "router"
+            elif use.path in trace.read:
+                role = "read"
             for piece in self._pieces(index, use.path, use.expert):
                 rows = piece.rows or (0, use.shape[0])
                 refs.append(
@@ -379,7 +382,15 @@ class CausalModel:
                 )
             return hidden_BTH
 
-        self._passes.run(torch.zeros(1, _TRACE_TOKENS, dtype=torch.int64), None, trace)
+        ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.int64)
+        with watched(self._blocks) as read:
+            self._passes.run(ids, None, trace)
+        if read:
+            raise ModelError(
+                f"{self._blocks_path}.{min(read)}: {type(self._model).__name__} reads this weight "
+                "outside the layer that multiplies by it and may change it on the way, which a "
+                "quantized layer does not allow; keep this model in full precision"
+            )
         for signature in self._traces:
             self.weights(self._signatures.index(signature))  # raises what planning would
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Role = Literal["linear", "expert", "router", "head"]
+Role = Literal["linear", "expert", "router", "read", "head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class WeightRef:
     `parameter` is the path inside the block (of the head: in the model).  `input` names what the
     weight reads, unique within its block: equal keys mean the same tensor, hence the same Stats.
     Roles: "linear", "expert" (one of a fused parameter), "router" (rows == number of experts, or a
-    shared expert's one-row gate), "head".
+    shared expert's one-row gate), "read" (the block's own code reads it too), "head".
     """
 
     name: str

@@ -50,9 +50,32 @@ def build(source: Source, *, trust_remote_code: bool, dtype: torch.dtype | None)
             f"model type {config.model_type!r} cannot be built as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+    _empty_(model, dtype)
     model.eval()
     model.requires_grad_(False)
     return model
+
+
+def _empty_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Puts parameters and persistent buffers that were made elsewhere on the meta device too.
+
+    Some classes draw them in ways that heed no device; what holds numbers would count as loaded.
+    """
+    made: dict[int, torch.Tensor] = {}
+
+    def emptied(tensor: torch.Tensor) -> torch.Tensor:
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        return made.setdefault(id(tensor), torch.empty_like(tensor, device="meta", dtype=own))
+
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                empty = nn.Parameter(emptied(parameter), requires_grad=False)
+                module._parameters[key] = made[id(parameter)] = empty
+        for key, buffer in module._buffers.items():
+            stored = key not in module._non_persistent_buffers_set
+            if buffer is not None and not buffer.is_meta and stored:
+                module._buffers[key] = emptied(buffer)
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
@@ -163,7 +186,7 @@ def fill_buffers(
     """Computes the non-persistent buffers (rotary tables and the like) below `part`, on the CPU.
 
     `path` is where `part`, or the original of it, is in the model: its owner initialises it.
-    Nothing below `skip` is touched.
+    Nothing below `skip` is touched.  Raises ModelError for one that its owner leaves as it is.
     """
     skipped = set() if skip is None else set(skip.modules())
     for name, module in part.named_modules():
@@ -176,10 +199,18 @@ def fill_buffers(
         ]
         if not wanted:
             continue
-        for key in wanted:
-            module._buffers[key] = torch.empty_like(module._buffers[key], device="cpu")
+        blank = {key: torch.empty_like(module._buffers[key], device="cpu") for key in wanted}
+        module._buffers.update(blank)
+        full = ".".join(filter(None, (path, name)))
         with torch.no_grad():
-            _owner(model, ".".join(filter(None, (path, name))))._init_weights(module)
+            _owner(model, full)._init_weights(module)
+        for key, buffer in blank.items():
+            if module._buffers[key] is buffer and buffer._version == 0 and buffer.numel():
+                raise ModelError(
+                    f"{full}.{key}: {type(module).__name__} computes this buffer when it is made "
+                    "and nowhere else, but models are built without values first; its code has to "
+                    "compute it in _init_weights too, as transformers 5 demands"
+                )
 
 
 def clone(block: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from quantkit.errors import ModelError
 from quantkit.model.experts import Routing, mark_tokens, route, uses_interface
+from quantkit.model.watched import watched
 
 _CASTS = frozenset(
     {
@@ -172,12 +173,14 @@ class BlockTrace:
     """What one kind of block does: its products in order, grouped by what they read.
 
     `inputs[k]` is the number of the input that `uses[k]` reads.  `outputs` is the length of the
-    tuple that forward returns, None if it returns the hidden states themselves.
+    tuple that forward returns, None if it returns the hidden states themselves.  `read` are
+    weights that the block's own code reads, besides the layers that multiply by them.
     """
 
     uses: tuple[Use, ...]
     inputs: tuple[int, ...]
     outputs: int | None
+    read: frozenset[str]
 
     def keys(self) -> dict[tuple[str, int | None], str]:
         """The name of the input that each weight reads, by `Use.key`.
@@ -322,7 +325,7 @@ def discover(
             )
     mode = _Discover(drawn, batch=batch, tokens=tokens)
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, watched(drawn) as read:
             output = forward(drawn)
     except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
         raise ModelError(
@@ -341,7 +344,8 @@ def discover(
     return BlockTrace(
         uses=tuple(mode.uses),
         inputs=tuple(mode.inputs),
-        outputs=len(output) if isinstance(output, tuple) else None,
+        outputs=len(output) if isinstance(output, (tuple, list)) else None,
+        read=frozenset(read),
     )
 
 

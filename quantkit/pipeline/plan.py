@@ -310,6 +310,8 @@ def _decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
     """The weight's scheme (None: kept) and the reason."""
     if ref.role == "router":
         return None, "router"
+    if ref.role == "read":
+        return None, "the model's code reads this weight outside its layer"
     for rule in recipe.rules:
         if rule.matches(ref.name):
             return rule.scheme, f"rule {rule.match!r}"
@@ -336,7 +338,7 @@ def _check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None
     """Weights that share an input, and the experts of one layer, are fused by serving runtimes."""
     first: dict[str, WeightRef] = {}
     for ref in refs:
-        if ref.role == "router":
+        if ref.role in ("router", "read"):
             continue
         key = "experts" if ref.role == "expert" else ref.input
         other = first.setdefault(key, ref)

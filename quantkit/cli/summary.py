@@ -71,6 +71,7 @@ def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
         "format": report["format"],
         "size": report["size"],
         "readers": report["readers"],
+        "notes": report["notes"],
         "degraded": report["degraded"],
         "run": run,
     }
@@ -85,6 +86,7 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     lines = [f"{outcome.out}: complete in {_duration(outcome.seconds)}", *_totals(job)]
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
+    lines.extend(f"note: {note}" for note in report["notes"])
     for name, note in report["degraded"].items():
         lines.append(f"degraded   {name}: {note}")
     lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")

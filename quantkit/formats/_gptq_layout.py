@@ -108,6 +108,10 @@ class GptqLayout:
             TensorInfo(name=stem + "g_idx", dtype=torch.int32, shape=(columns,)),
         )
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16, whatever the model's."""
+        return torch.float16
+
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The tensor with float16 scales and, in version 1, zeros of at least 1.
 

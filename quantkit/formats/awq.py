@@ -96,6 +96,10 @@ class Awq:
             TensorInfo(name=stem + "scales", dtype=torch.float16, shape=(groups, rows)),
         )
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16, whatever the model's."""
+        return torch.float16
+
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The tensor with float16 scales, and what was rounded for that, or None."""
         return round_scale(tensor, torch.float16)

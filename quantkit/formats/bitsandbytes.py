@@ -117,6 +117,10 @@ class Bitsandbytes:
         planned.append((name + _STATE + scheme.kind, torch.uint8, (state,)))
         return tuple(TensorInfo(name=n, dtype=d, shape=s) for n, d, s in planned)
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float32: block scales, and 127 times those of rows."""
+        return torch.float32
+
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The tensor itself and None, as block scales are stored as they are; of int8 rows one
         whose scales are 1/127 of a float32 number."""

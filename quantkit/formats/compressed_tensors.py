@@ -89,7 +89,9 @@ class CompressedTensors:
         """Exactly the tensors `pack` returns, for a weight of this dtype in the source."""
         scheme, (rows, columns) = _scheme(weight), weight.shape
         groups = scheme.num_groups(weight.shape) // rows
-        scale = TensorInfo(name=weight.name + _SCALE, dtype=dtype, shape=(rows, groups))
+        scale = TensorInfo(
+            name=weight.name + _SCALE, dtype=self.scale_dtype(dtype), shape=(rows, groups)
+        )
         if (layout := _layout_of(scheme)) in _PLAIN:
             shape = (columns, rows) if weight.transposed else (rows, columns)
             return TensorInfo(name=weight.name, dtype=_PLAIN[layout], shape=shape), scale
@@ -104,15 +106,19 @@ class CompressedTensors:
         zeros = (num_words(rows, scheme.bits), groups)
         return (*infos, TensorInfo(name=weight.name + _ZERO, dtype=torch.int32, shape=zeros))
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The model's own."""
+        return dtype
+
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The tensor with scales in the weight's dtype, and what was rounded for that, or None."""
-        return round_scale(tensor, tensor.dtype)
+        return round_scale(tensor, self.scale_dtype(tensor.dtype))
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme = tensor.scheme
         assert scheme == weight.scheme and tensor.columns is None
-        scale = stored_scale(weight.name, tensor, tensor.dtype)
+        scale = stored_scale(weight.name, tensor, self.scale_dtype(tensor.dtype))
         codes = tensor.codes.cpu()
         if (layout := _layout_of(scheme)) in _PLAIN:
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".

@@ -154,6 +154,11 @@ class Format(FormatReader, Protocol):
         """Exactly the tensors `pack` returns; `dtype` is that of the weight in the source."""
         ...
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What it stores the scales of a weight of this dtype in.  Scales of integers and fp8 are
+        bfloat16 values always; for float16 they are those that it holds too."""
+        ...
+
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The nearest tensor that `pack` takes, and what was rounded; the tensor itself and None
         if it is held exactly.  The scheme is supported."""

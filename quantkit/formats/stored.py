@@ -32,15 +32,15 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     """The tensor with scales that are exact in a dtype, and what was rounded, or None."""
     assert isinstance(tensor.scale, PlainScale)
     scale = tensor.scale.tensor
-    # Out of range would be zero or infinite, which is no rounding any more.
-    limits = torch.finfo(dtype)
-    magnitude = scale.float().abs().clamp(limits.tiny, limits.max)
-    rounded = magnitude.copysign(scale.float()).to(dtype)
-    changed = int((rounded.float() != scale.float()).sum())
+    wide, largest = scale.float(), torch.finfo(dtype).max
+    rounded = wide.clamp(-largest, largest).to(dtype)
+    change = ((rounded.float() - wide) / wide).abs().nan_to_num_(0.0)
+    changed = int((change > 0).sum())
     if not changed:
         return tensor, None
     told = (
-        f"{changed} of {scale.numel()} scales rounded from {_name(scale.dtype)} to {_name(dtype)}"
+        f"{changed} of {scale.numel()} scales rounded from {_name(scale.dtype)} to {_name(dtype)}, "
+        f"by up to {float(change.max()):.2g} of themselves"
     )
     return dataclasses.replace(tensor, scale=PlainScale(tensor=rounded)), told
 

@@ -44,8 +44,12 @@ def extent_of(groups: Tensor) -> Extent:
     )
 
 
-def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+def scale_and_zero(
+    extent: Extent, scheme: Scheme, *, exact: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Scale as stored (absmax not yet nested) and integer zero of each group, float32 [..., 1].
+
+    `exact` leaves scales as they come out, as if a file could hold any; 1 where that is zero.
 
     Symmetric: 2·absmax / (2^b - 1), the same whatever the signs in the group; the reference GPTQ
     code halves the range of a group without negative weights and clips it.  Below 8 bits it is
@@ -63,18 +67,24 @@ def scale_and_zero(extent: Extent, scheme: Scheme) -> tuple[Tensor, Tensor | Non
             f"{scheme.name}: this range knows no block types of ggml; minmax, mse, clip and "
             "weighted_mse fit their scales"
         )
+
+    def store(scale: Tensor) -> Tensor:
+        if exact:
+            return torch.where(scale == 0, 1.0, scale)
+        return store_scale(scale, half=scheme.half_scales)
+
     if scheme.kind == "fp8":
-        return store_scale(extent.magnitude / Float8Grid().largest), None
+        return store(extent.magnitude / Float8Grid().largest), None
     top = 2**scheme.bits - 1
     if scheme.activation_bits == 8:
-        return store_scale(extent.magnitude / (top // 2)), None
+        return store(extent.magnitude / (top // 2)), None
     if scheme.symmetric:
-        scale = store_scale(extent.magnitude * (2 / top))
+        scale = store(extent.magnitude * (2 / top))
         if scheme.bits < 8:
             scale = torch.where(extent.high > -extent.low, -scale, scale)
         return scale, None
     low = torch.minimum(extent.low, extent.high / (1 - top))
-    scale = store_scale((extent.high - low) / top)
+    scale = store((extent.high - low) / top)
     return scale, torch.round(-low / scale).clamp_(1, top)
 
 
@@ -122,15 +132,15 @@ def group_range(
     return GroupRange(scale=nested, zero=None, coding=coding, degraded=degraded)
 
 
-def snap_rows(weight_OI: Tensor, scheme: Scheme) -> Tensor:
+def snap_rows(weight_OI: Tensor, scheme: Scheme, *, exact: bool = False) -> Tensor:
     """The weight on the grid of its full ranges, [O, I]: what minmax and nearest would decode to.
 
     Blocks that straddle rows are taken as whole rows, absmax is not nested, and block types of ggml
-    stand for integers of their width.
+    stand for integers of their width.  `exact`: as if scales were not rounded for storage.
     """
     scheme = scheme.integer
     columns = weight_OI.shape[1]
     size = scheme.group_size or columns
     groups = weight_OI.reshape(weight_OI.shape[0], -1, columns if columns % size else size)
-    scale, zero = scale_and_zero(extent_of(groups), scheme)
+    scale, zero = scale_and_zero(extent_of(groups), scheme, exact=exact)
     return grid_of(scheme).snap(groups, scale, zero).view(weight_OI.shape)

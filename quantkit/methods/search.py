@@ -111,4 +111,4 @@ def gram_blocks(stats: Stats, size: int) -> Tensor:
     parts = gram.view(gram.shape[0], inner // size, size, inner // size, size)
     blocks = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, size, size)
     mean = blocks.diagonal(dim1=1, dim2=2).mean()
-    return blocks / mean.clamp(min=1e-30)
+    return blocks / mean.clamp(min=torch.finfo(torch.float32).tiny)

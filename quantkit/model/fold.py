@@ -16,6 +16,8 @@ from torch import nn
 from quantkit.errors import NumericsError, ShapeError
 from quantkit.model.refs import Folded, ScaleGroup, weight_view
 
+_OTHERWISE = "use a method without transforms, or a bfloat16 copy of the model"
+
 
 def fold_(
     block: nn.Module,
@@ -30,7 +32,7 @@ def fold_(
 
     scale_C float32 [C] > 0.  A channel whose scale cannot be stored (a zero norm weight) stays as
     it is and gets scale 1.  Raises ShapeError for another number of scales, NumericsError for a
-    scale that is not finite and positive, or a column that overflows the weights' dtype.
+    scale that is not finite and positive, or weights that their dtype does not hold then.
     """
     if scale_C.shape != (group.num_channels,):
         raise ShapeError(
@@ -45,14 +47,32 @@ def fold_(
         scale_I = group.expand(applied_C)
         for reader in group.readers:
             w_OI = weight_view(block, reader)
-            w_OI.copy_(w_OI.float() * scale_I)
-            if not all(bool(edge.isfinite()) for edge in torch.aminmax(w_OI)):
-                raise NumericsError(
-                    f"{reader.name}: scaled by up to {float(scale_I.max()):.3g} it overflows "
-                    f"{str(w_OI.dtype).removeprefix('torch.')}"
-                )
+            w_OI.copy_(in_dtype(reader.name, w_OI.float() * scale_I, w_OI.dtype))
     names = dict.fromkeys((*group.producer_names, *(reader.name for reader in group.readers)))
     return Folded(group=group, scale_I=scale_I.cpu(), names=tuple(names))
+
+
+def in_dtype(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A rescaled tensor in the dtype that keeps it.
+
+    Raises NumericsError naming it if that overflows, or costs more than rounding does: float16
+    has few bits below 2^-14, and none below 2^-24.
+    """
+    kept = value.to(dtype)
+    short = str(dtype).removeprefix("torch.")
+    if kept.numel() and not all(bool(edge.isfinite()) for edge in torch.aminmax(kept)):
+        raise NumericsError(
+            f"{name}: rescaled to {float(value.abs().max()):.3g} it overflows {short}; {_OTHERWISE}"
+        )
+    if dtype == torch.float16:
+        largest = value.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+        lost = torch.linalg.vector_norm((kept.to(value.dtype) - value).div_(largest))
+        if float(lost) > torch.finfo(dtype).eps * float(torch.linalg.vector_norm(value / largest)):
+            raise NumericsError(
+                f"{name}: rescaled to {float(largest):.3g} at most it underflows {short}; "
+                + _OTHERWISE
+            )
+    return kept
 
 
 def _divide_producer_(
@@ -72,10 +92,12 @@ def _divide_producer_(
     else:
         matrix = parameter if group.expert is None else parameter[group.expert]
         w_OI = matrix.t() if group.transposed else matrix
-        w_OI[rows] = (w_OI[rows].float() / scale_C[:, None]).to(w_OI.dtype)
+        divided = w_OI[rows].float() / scale_C[:, None]
+        w_OI[rows] = in_dtype(group.producer_names[0], divided, w_OI.dtype)
         applied_C = scale_C
     if group.bias is not None:
         whole = block.get_parameter(group.bias)
         bias = whole if group.expert is None else whole[group.expert]
-        bias[rows] = (bias[rows].float() / applied_C).to(bias.dtype)
+        divided = bias[rows].float() / applied_C
+        bias[rows] = in_dtype(group.producer_names[-1], divided, bias.dtype)
     return applied_C

@@ -27,9 +27,13 @@ E2M1_VALUES = tuple(
     sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 )
 
-# Exact in bfloat16, float16 and float32 alike, so every runtime's cast leaves a scale as stored.
-# 65280 is the largest bfloat16 value that float16 holds.
-SCALE_MIN, SCALE_MAX = 2.0**-14, 65280.0
+# Magnitudes of bfloat16 scales: reciprocals stay finite, and so does 448 times a scale.
+SCALE_MIN, SCALE_MAX = 2.0**-126, 2.0**119
+# Of those that float16 holds too: its smallest subnormal number, and 65280, the largest that
+# bfloat16 has.
+HALF_MIN, HALF_MAX = 2.0**-24, 65280.0
+# Groups of zeros decode to zeros whatever their scale; this one is exact everywhere.
+_ZERO_SCALE = 2.0**-14
 
 
 def blocks(weight_OI: Tensor, scheme: Scheme) -> Tensor:
@@ -47,12 +51,17 @@ def unblocks(blocks_NB: Tensor, shape: tuple[int, int]) -> Tensor:
     return blocks_NB.reshape(-1)[: shape[0] * shape[1]].view(shape)
 
 
-def store_scale(scale: Tensor) -> Tensor:
-    """Integer scales as every format and runtime will hold them: bfloat16 values in float32.
+def store_scale(scale: Tensor, *, half: bool = False) -> Tensor:
+    """The scales that a file can hold, nearest to these: bfloat16 values in float32.
 
-    Magnitudes are kept in SCALE_MIN..SCALE_MAX; zero becomes SCALE_MIN.
+    `half` is for files that store float16: below 2^-17 that has fewer bits than bfloat16, so there
+    only the values that both hold are left.  What lies outside SCALE_MIN..SCALE_MAX (`half`:
+    HALF_MIN..HALF_MAX) becomes the limit; zero, which no weight of the group needs, 2^-14.
     """
-    stored = scale.abs().clamp_(SCALE_MIN, SCALE_MAX).to(torch.bfloat16).float()
+    lowest, highest = (HALF_MIN, HALF_MAX) if half else (SCALE_MIN, SCALE_MAX)
+    magnitude = torch.where(scale == 0, _ZERO_SCALE, scale.abs())
+    stored = magnitude.clamp_(lowest, highest).to(torch.bfloat16)
+    stored = stored.half().float() if half else stored.float()
     return torch.where(scale < 0, -stored, stored)
 
 
@@ -106,10 +115,8 @@ class CodebookGrid:
 
     def encode_unit(self, unit: Tensor) -> Tensor:
         """Codes, as float32 integers, of the values nearest to x / scale; ties go down."""
-        table = torch.tensor(self.values, dtype=torch.float32, device=unit.device)
-        ordered, order = torch.sort(table, stable=True)
-        midpoints = (ordered[1:] + ordered[:-1]) / 2
-        return order[torch.bucketize(unit.contiguous(), midpoints)].to(torch.float32)
+        _, order, index = self._nearest(unit)
+        return order[index].to(torch.float32)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Float32 values of codes (any dtype)."""
@@ -118,8 +125,17 @@ class CodebookGrid:
         return table[codes.to(torch.int64)] * scale
 
     def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        """The grid value nearest to x: decode(encode(x))."""
-        return self.decode(self.encode(x, scale, zero), scale, zero)
+        """The grid value nearest to x: decode(encode(x)), in fewer passes."""
+        assert zero is None, "codebooks are symmetric"
+        ordered, _, index = self._nearest(x * (1.0 / scale.clamp(min=1e-38)))
+        return ordered[index].mul_(scale)
+
+    def _nearest(self, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(sorted values, their codes, for each x / scale the place of the nearest among them)."""
+        table = torch.tensor(self.values, dtype=torch.float32, device=unit.device)
+        ordered, order = torch.sort(table, stable=True)
+        midpoints = (ordered[1:] + ordered[:-1]) / 2
+        return ordered, order, torch.bucketize(unit.contiguous(), midpoints)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,8 @@ class Scheme:
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     ggml has the block types of llama.cpp's files: `block` names one, or a mix of them, which only
     stands for a whole model.
+    `half_scales`: the scales will be stored in float16, which holds none below 2^-24.  It says
+    where numbers are going to, so ranges and roundings see it; names and stored weights do not.
     """
 
     kind: Kind
@@ -56,6 +58,7 @@ class Scheme:
     activation_bits: Literal[8, 16] = 16
     double_quant: bool = False
     block: str | None = None
+    half_scales: bool = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 2:

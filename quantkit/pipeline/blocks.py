@@ -23,8 +23,9 @@ from quantkit.checkpoint.shards import ShardWriter
 from quantkit.formats.format import PlannedWeight
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel
+from quantkit.model.fold import in_dtype
 from quantkit.model.refs import WeightRef
-from quantkit.numbers.scheme import Kind
+from quantkit.numbers.scheme import Kind, Scheme
 from quantkit.pipeline.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
@@ -152,7 +153,7 @@ class BlockWork:
         for fate in self.plan.fates_of_block.get(index, ()):
             if fate.fate == "rescaled":
                 now = self.model.tensor(block, index, fate.name)
-                self.writer.put(fate.name, now.to(fate.dtype))
+                self.writer.put(fate.name, in_dtype(fate.name, now, fate.dtype))
             elif fate.fate != "quantized":
                 for info in fate.output:
                     self.writer.copy(info.name, self.model.source, fate.name)
@@ -192,7 +193,11 @@ class BlockWork:
 
     def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
-        schemes = {ref.name: self.plan.scheme(ref) for ref in self.plan.refs[index]}
+        schemes = {
+            ref.name: None if scheme is None else self._stored(ref, scheme)
+            for ref in self.plan.refs[index]
+            for scheme in (self.plan.scheme(ref),)
+        }
         vectors = FoldVectors(self.plan.folds[index])
         changed: list[str] = []
         for group in self.plan.groups[index]:
@@ -221,7 +226,7 @@ class BlockWork:
             for solved in self._solve(refs, weights, stats):
                 self._put(self.plan.weight_of[solved.ref.name], solved)
                 self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
-                self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.error:.1e}")
+                self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.cost.error:.1e}")
                 yield WeightRecord.of(
                     solved, solved.ref.name, None if stats is None else stats.count
                 )
@@ -235,12 +240,17 @@ class BlockWork:
         return quantize_weights(
             refs,
             weights,
-            scheme,
+            self._stored(refs[0], scheme),
             stats,
             range_part=self.range,
             rounding=self.rounding,
             dtype=torch.float32 if scheme.kind == "ggml" else stored,
         )
+
+    def _stored(self, ref: WeightRef, scheme: Scheme) -> Scheme:
+        """The weight's scheme, with what the format stores its scales in."""
+        dtype = self.plan.format.scale_dtype(self.model.source.info(ref.name).dtype)
+        return dataclasses.replace(scheme, half_scales=dtype == torch.float16)
 
     def _put(self, weight: PlannedWeight, solved: Solved) -> None:
         for name, tensor in self.plan.format.pack(weight, solved.tensor).items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from quantkit.checkpoint.finished import refuse_unfinished
@@ -275,7 +276,10 @@ def _finish(
     degraded = dict(report.get("degraded", {}))
     for name, what in rounded.items():
         degraded[name] = f"{degraded[name]}; {what}" if name in degraded else what
-    kept = {key: report[key] for key in ("calibration", "folded", "weights") if key in report}
+    told = ["calibration", "folded", "weights"]
+    if not any(plan.format.scale_dtype(fate.dtype) == torch.float16 for fate in plan.fates):
+        told.append("notes")
+    kept = {key: report[key] for key in told if key in report}
     write_finished_files(
         partial,
         model=model,

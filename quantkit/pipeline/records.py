@@ -12,12 +12,14 @@ from quantkit.pipeline.solve import Solved
 
 @dataclass(frozen=True, kw_only=True)
 class WeightRecord:
-    """How one weight was quantized; see `Solved` for the meaning.  `tokens` reached its input."""
+    """How one weight was quantized; see `Solved` and `Cost`.  `tokens` reached its input."""
 
     name: str
     scheme: str
     error: float
+    expected: float
     clipped: float
+    beyond_half: int
     degraded: str | None
     tokens: int | None
 
@@ -27,8 +29,10 @@ class WeightRecord:
         return cls(
             name=name,
             scheme=solved.tensor.scheme.name,
-            error=float(f"{solved.error:.6g}"),
-            clipped=float(f"{solved.clipped:.6g}"),
+            error=float(f"{solved.cost.error:.6g}"),
+            expected=float(f"{solved.cost.expected:.6g}"),
+            clipped=float(f"{solved.cost.clipped:.6g}"),
+            beyond_half=solved.beyond_half,
             degraded=solved.degraded,
             tokens=tokens,
         )

@@ -14,7 +14,7 @@ import jinja2
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
 from quantkit.pipeline.plan import FATES, Plan
-from quantkit.pipeline.records import Record
+from quantkit.pipeline.records import Record, WeightRecord
 
 VERSION = 1
 _WORST = 10
@@ -46,14 +46,16 @@ def build_report(
         "calibration": None if calibration is None else calibration.record.to_dict(),
         "folded": [name for record in records for name in record.folded],
         "unties_head": plan.unties_head,
-        **({"notes": list(plan.notes)} if plan.notes else {}),
+        "notes": [*plan.notes, *_notes(weights)],
         "degraded": {w.name: w.degraded for w in weights if w.degraded is not None},
         "weights": [
             {
                 "name": weight.name,
                 "scheme": weight.scheme,
                 "error": weight.error,
+                "expected": weight.expected,
                 "clipped": weight.clipped,
+                "beyond_half": weight.beyond_half,
                 "degraded": weight.degraded,
                 "tokens": weight.tokens,
             }
@@ -74,6 +76,17 @@ def build_report(
         ],
         "fingerprint": dict(fingerprint),
     }
+
+
+def _notes(weights: Sequence[WeightRecord]) -> list[str]:
+    """What to know about the checkpoint as a whole."""
+    beyond = [weight.beyond_half for weight in weights if weight.beyond_half]
+    if not beyond:
+        return []
+    return [
+        f"{sum(beyond)} scales in {len(beyond)} weights are too small or too large for float16, "
+        "which rounds them: serve it in bfloat16 or float32, not with --dtype float16"
+    ]
 
 
 def fate_counts(report: Mapping[str, Any]) -> list[tuple[str, int, int]]:
@@ -156,6 +169,10 @@ _MARKDOWN = (
 |---|---|---|
 {% for weight in worst %}
 | {{ weight.name }} | {{ weight.scheme }} | {{ "%.3e" | format(weight.error) }} |
+{% endfor %}
+{% for note in report.notes %}
+
+Note: {{ note }}.
 {% endfor %}
 {% if report.degraded %}
 
@@ -259,6 +276,9 @@ details { margin-top: 1rem; } summary { cursor: pointer; }
 </div></td></tr>
 {% endfor %}
 </table></div>
+{% for note in report.notes %}
+<p>Note: {{ note }}.</p>
+{% endfor %}
 {% if report.degraded %}
 <h2 class="bad">Degraded</h2>
 <ul>

@@ -5,6 +5,7 @@ Letters: O out features, I in features, G groups per row.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RecipeError
+from quantkit.methods.extent import Extent
+from quantkit.methods.fidelity import Cost, beyond_half, cost_of, unheld_groups
 from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Transform
 from quantkit.methods.stats import Stats
 from quantkit.model.refs import ScaleGroup, WeightRef
@@ -22,24 +25,21 @@ from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 # Weights on block types of ggml that are solved together: a function of the shape alone.
 BLOCK_CHUNK = 1 << 23
-# Rows on which a weight's output error is measured; a share of the rows tells enough.
-_ERROR_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
     """A quantized weight and what it cost.
 
-    error      ‖X(W - Ŵ)ᵀ‖² / ‖XWᵀ‖² over the calibration tokens (over the weights alone without
-               statistics), on at most 256 rows
-    clipped    share of weights beyond the grid's range by more than half a step
-    degraded   what had to be done instead of what the recipe says, or None
+    cost         its error, what the grid alone would give, and the clipped share
+    beyond_half  scales that float16 would round
+    degraded     what had to be done instead of what the recipe says, and what was lost; or None
     """
 
     ref: WeightRef
     tensor: QuantizedTensor
-    error: float
-    clipped: float
+    cost: Cost
+    beyond_half: int
     degraded: str | None
 
 
@@ -55,7 +55,8 @@ def quantize_weights(
 ) -> list[Solved]:
     """Quantized weights [O, I] of one input and scheme; one rounding call serves them all.
 
-    Block types of ggml are solved rows by rows, which bounds their memory.
+    `scheme.half_scales` says that the file will store their scales in float16.  Block types of ggml
+    are solved rows by rows, which bounds their memory.
     """
     floats = [weight.to(torch.float32) for weight in weights]
     if scheme.kind == "ggml":
@@ -89,11 +90,11 @@ def quantize_weights(
                 codes=rounded.codes[rows].contiguous(),
                 scale=scale,
                 zero=None if zero is None else zero.to(torch.uint8),
-                scheme=scheme,
+                scheme=dataclasses.replace(scheme, half_scales=False),
                 dtype=dtype,
             )
             notes = (found[k].degraded, rounded.degraded)
-            solved.append(_solved(refs[k], floats[k], tensor, stats, notes))
+            solved.append(_solved(refs[k], floats[k], tensor, scheme, stats, notes))
     return solved
 
 
@@ -122,24 +123,30 @@ def _solve_blocks(
         codes=codes[0] if len(codes) == 1 else torch.cat(codes),
         scale=BlockScale.joined(scales),
         zero=None,
-        scheme=scheme,
+        scheme=dataclasses.replace(scheme, half_scales=False),
         dtype=dtype,
     )
-    return _solved(ref, weight_OI, tensor, stats, tuple(dict.fromkeys(notes)))
+    return _solved(ref, weight_OI, tensor, scheme, stats, tuple(dict.fromkeys(notes)))
 
 
 def _solved(
     ref: WeightRef,
     weight_OI: Tensor,
     tensor: QuantizedTensor,
+    scheme: Scheme,
     stats: Stats | None,
     fallbacks: Sequence[str | None],
 ) -> Solved:
-    """The weight with its cost and what had to be done instead."""
+    """The weight with its cost and what had to be done instead; `scheme` as it was solved for."""
     tensor.check(ref.name)
-    error, clipped = _cost(weight_OI, tensor, stats)
-    degraded = _notes(weight_OI, tensor.scheme, stats, fallbacks)
-    return Solved(ref=ref, tensor=tensor, error=error, clipped=clipped, degraded=degraded)
+    cost = cost_of(weight_OI, tensor, stats)
+    return Solved(
+        ref=ref,
+        tensor=tensor,
+        cost=cost,
+        beyond_half=beyond_half(tensor),
+        degraded=_notes(weight_OI, scheme, stats, cost, fallbacks),
+    )
 
 
 def choose_scale(
@@ -169,33 +176,22 @@ def _stack_zeros(found: Sequence[GroupRange]) -> Tensor | None:
     return _stack(zeros) if zeros else None
 
 
-def _cost(weight_OI: Tensor, tensor: QuantizedTensor, stats: Stats | None) -> tuple[float, float]:
-    """(relative output error, clipped share) on evenly spaced rows."""
-    rows = torch.arange(0, len(weight_OI), max(1, -(-len(weight_OI) // _ERROR_ROWS)))
-    kept = weight_OI[rows]
-    quantized = tensor.decode(rows)
-    delta = kept - quantized
-    if stats is None or stats.count == 0:
-        error, size = delta.square().sum(), kept.square().sum()
-    elif stats.gram is not None and stats.gram.ndim == 2:
-        error, size = ((d @ stats.gram).mul_(d).sum() for d in (delta, kept))
-    else:
-        importance = stats.mean_sq
-        error, size = ((d.square() @ importance).sum() for d in (delta, kept))
-    low, high = quantized.amin(1, keepdim=True), quantized.amax(1, keepdim=True)
-    slack = (high - low) / 2**tensor.scheme.bits
-    clipped = ((kept > high + slack) | (kept < low - slack)).float().mean()
-    return float(error / size) if float(size) > 0 else 0.0, float(clipped)
-
-
 def _notes(
-    weight_OI: Tensor, scheme: Scheme, stats: Stats | None, fallbacks: Sequence[str | None]
+    weight_OI: Tensor,
+    scheme: Scheme,
+    stats: Stats | None,
+    cost: Cost,
+    fallbacks: Sequence[str | None],
 ) -> str | None:
-    notes = [note for note in fallbacks if note is not None]
+    groups = blocks(weight_OI, scheme)
+    # Faster than aminmax.
+    lowest, highest = groups.amin(1), groups.amax(1)
+    extent = Extent(low=lowest.clamp(max=0), high=highest.clamp(min=0))
+    lost = (unheld_groups(extent, scheme), cost.note)
+    notes = [note for note in (*fallbacks, *lost) if note is not None]
     zero_rows = int((weight_OI.abs().amax(1) == 0).sum())
     if zero_rows:
         notes.append(f"{zero_rows} rows are all zero")
-    lowest, highest = torch.aminmax(blocks(weight_OI, scheme), dim=1)
     if constant := int(((lowest == highest) & (highest != 0)).sum()):
         notes.append(f"{constant} groups are constant")
     if stats is not None and stats.count == 0 and not any(fallbacks):

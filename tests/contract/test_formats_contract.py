@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from quantkit.formats.format import (
     format_of,
     make_format,
 )
+from quantkit.numbers.grid import store_scale
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import QuantizedTensor
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 SCHEMES = [
     "w2a16_g32",
@@ -94,6 +96,27 @@ def test_the_formats_are_found() -> None:
         chosen = make_format(name)
         assert isinstance(chosen, Format)
         assert chosen.name == name
+
+
+@pytest.mark.parametrize(("chosen", "scheme", "shape"), holdable(*available_formats()))
+def test_every_scale_that_the_format_says_it_holds_comes_back(
+    chosen: Format, scheme: Scheme, shape: tuple[int, int]
+) -> None:
+    if scheme.double_quant:
+        assert chosen.scale_dtype(torch.float16) == torch.float32
+        return
+    weight = planned("model.layers.0.mlp.up_proj.weight", shape, scheme)
+    for dtype in DTYPES:
+        tensor = quantized(scheme, shape, dtype)
+        half = chosen.scale_dtype(dtype) == torch.float16
+        size = tensor.scale.values().shape
+        wild = torch.logspace(-38, 38, size.numel()).view(size)
+        scale = PlainScale(tensor=wild if scheme.flat else store_scale(wild, half=half))
+        tensor = dataclasses.replace(tensor, scale=scale)
+        assert chosen.represent(tensor) == (tensor, None)
+        source = stored(chosen, [weight], chosen.pack(weight, tensor), dtype)
+        found = chosen.weights(source)[weight.name]
+        assert torch.equal(chosen.unpack(found, source).scale.values(), scale.values())
 
 
 @pytest.mark.parametrize(("chosen", "scheme", "shape"), holdable(*available_formats()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from reference import activations, stats_of, weights
@@ -131,6 +133,32 @@ def test_single_outlier_and_tiny_weights_stay_finite(
     weight[2, 7] = -3e4
     decoded = values(weight, scheme, part("w", weight, scheme, stats))
     assert bool(torch.isfinite(decoded).all())
+
+
+def test_small_weights_have_the_same_range(part: Range, scheme: Scheme, stats: Stats) -> None:
+    weight, small = weights(6, COLUMNS, 12), 2.0**-40
+    found, tiny = part("w", weight, scheme, stats), part("w", weight * small, scheme, stats)
+    assert torch.equal(tiny.coding, found.coding * small)
+    assert torch.equal(tiny.scale.values(), found.scale.values() * small)
+    if found.zero is not None:
+        assert tiny.zero is not None and torch.equal(tiny.zero, found.zero)
+
+
+@pytest.mark.parametrize("size", [1e4, 1.0, 2.0**-12, 2.0**-20, 2.0**-30])
+def test_half_scales_are_those_that_float16_holds(
+    part: Range, scheme: Scheme, stats: Stats, size: float
+) -> None:
+    weight = weights(6, COLUMNS, 13) * size
+    half = part("w", weight, dataclasses.replace(scheme, half_scales=True), stats)
+    wide = part("w", weight, scheme, stats)
+    if scheme.flat:
+        # Block scales are float32 in every format.
+        assert torch.equal(half.coding, wide.coding)
+        return
+    assert torch.equal(half.coding.half().float(), half.coding)
+    assert torch.equal(half.coding.bfloat16().float(), half.coding)
+    if float(wide.coding.abs().min()) >= 2.0**-17:
+        assert torch.equal(half.coding, wide.coding)
 
 
 def test_without_tokens_it_still_answers(part: Range, scheme: Scheme) -> None:

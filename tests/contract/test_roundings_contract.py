@@ -104,6 +104,16 @@ def test_zeros_stay_zeros(part: Rounding, scheme: Scheme, stats: Stats) -> None:
     assert torch.equal(values[3], torch.zeros(COLUMNS))
 
 
+def test_small_weights_get_the_same_codes(part: Rounding, scheme: Scheme, stats: Stats) -> None:
+    weight, small = weights(6, COLUMNS, 9), 2.0**-40
+    found, tiny = (Minmax()("w", part, scheme, None) for part in (weight, weight * small))
+    rounded = part(weight, scheme, found.coding, found.zero, stats)
+    again = part(weight * small, scheme, tiny.coding, tiny.zero, stats)
+    assert torch.equal(again.codes, rounded.codes)
+    if rounded.scale is not None:
+        assert again.scale is not None and torch.equal(again.scale, rounded.scale * small)
+
+
 def test_without_tokens_it_rounds_to_nearest_and_says_so(part: Rounding, scheme: Scheme) -> None:
     weight = weights(6, COLUMNS, 6)
     found = Minmax()("w", weight, scheme, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from reference import activations, stats_of, weights
@@ -67,6 +69,20 @@ def test_channels_of_one_producer_share_a_scale(part: Transform, scheme: Scheme)
     if scale is not None:
         for channel in channel_map.unique():
             assert len(scale[channel_map == channel].unique()) == 1
+
+
+def test_small_weights_and_activations_get_the_same_proportions(
+    part: Transform, scheme: Scheme
+) -> None:
+    given = readers(scheme, 6)
+    small = [dataclasses.replace(r, weight=r.weight * 2.0**-30) for r in given]
+    found = part(given, stats_of(planted(5)), None)
+    for others, stats in ((small, planted(5)), (given, planted(5) * 2.0**-20)):
+        again = part(others, stats_of(stats), None)
+        assert (again is None) == (found is None)
+        if found is not None and again is not None:
+            # A method may balance weights against activations; the channels' proportions stay.
+            torch.testing.assert_close(again / again.mean(), found / found.mean())
 
 
 def test_dead_channels_and_zero_weights(part: Transform, scheme: Scheme) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.numbers.grid import (
     FP4_VALUES,
+    HALF_MAX,
+    HALF_MIN,
     SCALE_MAX,
     SCALE_MIN,
     CodebookGrid,
@@ -104,13 +106,28 @@ def test_a_group_of_zeros_decodes_to_zeros(name: str) -> None:
     assert not grid_of(scheme).snap(groups, scale, zero).any()
 
 
-def test_stored_scales_are_exact_in_every_dtype() -> None:
-    scale = store_scale(normal(1000).abs() * torch.logspace(-9, 9, 1000))
+def test_stored_scales_are_the_nearest_bfloat16_values() -> None:
+    given = normal(1000) * torch.logspace(-30, 30, 1000)
+    scale = store_scale(given)
+    assert torch.equal(scale, given.bfloat16().float())
+    extremes = store_scale(torch.tensor([1e-45, -1e-40, 3e38, 0.0]))
+    assert torch.equal(extremes, torch.tensor([SCALE_MIN, -SCALE_MIN, SCALE_MAX, 2.0**-14]))
+
+
+def test_scales_for_float16_are_exact_in_every_dtype() -> None:
+    given = normal(1000) * torch.logspace(-9, 9, 1000)
+    scale = store_scale(given, half=True)
     assert scale.dtype == torch.float32
-    assert scale.min() >= SCALE_MIN and scale.max() <= SCALE_MAX
+    assert scale.abs().min() == HALF_MIN and scale.abs().max() == HALF_MAX
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(scale.to(dtype).float(), scale)
-    assert torch.equal(store_scale(scale), scale)
+    assert torch.equal(store_scale(scale, half=True), scale)
+    # From 2^-17 on float16 has all of bfloat16's bits, below it is off by half of 2^-24 at most.
+    exact = (given.abs() >= 2.0**-17) & (given.abs() <= HALF_MAX)
+    assert torch.equal(scale[exact], store_scale(given)[exact])
+    small = (given.abs() >= HALF_MIN) & (given.abs() < 2.0**-17)
+    rounding = HALF_MIN / 2 + given.abs() * 2.0**-8
+    assert bool(((scale - given).abs() <= rounding)[small].all()) and int(small.sum()) > 50
 
 
 @pytest.mark.parametrize(("name", "values"), [("nf4_b64", NF4), ("fp4_b64", FP4_VALUES)])
@@ -123,6 +140,9 @@ def test_codebooks_give_the_nearest_value(name: str, values: tuple[float, ...]) 
     error = (x - grid.decode(grid.encode(x, scale, None), scale, None)).abs()
     nearest = (x[..., None] - table * scale[..., None]).abs().amin(-1)
     torch.testing.assert_close(error, nearest, rtol=0, atol=1e-6)
+    assert torch.equal(
+        grid.snap(x, scale, None), grid.decode(grid.encode(x, scale, None), scale, None)
+    )
     exact = table[None].expand(3, 16)
     assert torch.equal(grid.snap(exact, torch.ones(3, 1), None), exact)
 

@@ -140,10 +140,24 @@ def test_the_model_card_has_front_matter(out: Path) -> None:
 
 def test_a_record_survives_the_journal() -> None:
     weight = WeightRecord(
-        name="a", scheme="w4a16_g32", error=0.125, clipped=0.0, degraded=None, tokens=3
+        name="a",
+        scheme="w4a16_g32",
+        error=0.125,
+        expected=0.25,
+        clipped=0.0,
+        beyond_half=2,
+        degraded=None,
+        tokens=3,
     )
     other = WeightRecord(
-        name="b", scheme="w4a16_g32", error=0.375, clipped=0.5, degraded="x", tokens=None
+        name="b",
+        scheme="w4a16_g32",
+        error=0.375,
+        expected=0.375,
+        clipped=0.5,
+        beyond_half=0,
+        degraded="x",
+        tokens=None,
     )
     record = Record(step="block 0", weights=(weight, other), folded=("c",))
     assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record

@@ -20,6 +20,7 @@ from quantkit.formats.gguf.blocks import pack
 from quantkit.formats.gguf.container import GgufContainer
 from quantkit.formats.gguf.mixes import RECIPES
 from quantkit.formats.gguf.source import GgufSource
+from quantkit.formats.stored import round_scale
 from quantkit.numbers.scheme import BLOCKS, Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES, BlockScale, BlockType
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
@@ -127,6 +128,10 @@ class Gguf:
             dtype=weight.dtype,
         )
 
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16, ggml's dtype of scales."""
+        return torch.float16
+
     def container(self, source: Source, config: Any, *, head_tied: bool) -> GgufContainer:
         """Where the model's tensors go; see `GgufContainer`."""
         return GgufContainer(source, config, head_tied=head_tied)
@@ -142,19 +147,18 @@ class Gguf:
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The same codes and scales in blocks, and whether minima had to be rounded to float16.
 
-        Raises NumericsError if a scale is not exact in float16 or a minimum overflows it.
+        Raises NumericsError if a minimum overflows float16.
         """
         scheme = tensor.scheme
         if scheme.kind == "ggml":
             return tensor, None
         target = Scheme.parse(_holder(scheme))
         kind = _kind(target)
+        tensor, told = round_scale(tensor, torch.float16)
         assert isinstance(tensor.scale, PlainScale) and tensor.scale.tensor.ndim == 2
         scale_OG = tensor.scale.tensor.float()
-        if not torch.equal(scale_OG.half().float(), scale_OG):
-            raise NumericsError("a scale is not exact in float16, ggml's dtype of scales")
         repeats = tensor.shape[1] // scale_OG.shape[1] // kind.size
-        codes, minimum, rounded = tensor.codes, None, None
+        codes, minimum, rounded = tensor.codes, None, [told]
         if tensor.zero is None:
             # 2-bit code 0..3 around 2 is 6..9 around 8: the same distances from the center.
             codes = (codes + (kind.center - 2 ** (scheme.bits - 1))).to(torch.uint8)
@@ -164,13 +168,13 @@ class Gguf:
             if not bool(torch.isfinite(minimum).all()):
                 raise NumericsError("a group's minimum is too large for float16")
             if not torch.equal(minimum.float(), low):
-                rounded = "minima rounded to float16"
+                rounded.append("minima rounded to float16")
             minimum = minimum.repeat_interleave(repeats, 1)
         scale = BlockScale(kind=kind, d=scale_OG.half().repeat_interleave(repeats, 1), m=minimum)
         held = QuantizedTensor(
             codes=codes, scale=scale, zero=None, scheme=target, dtype=tensor.dtype
         )
-        return held, rounded
+        return held, "; ".join(note for note in rounded if note is not None) or None
 
 
 def why_not(scheme: Scheme) -> str | None:

@@ -16,6 +16,7 @@ from quantkit.numbers.scheme import Scheme
 _INNER = 32
 # Larger groups keep their scales: a group has to fit one block.
 _LARGEST_BLOCK, _BLOCK = 256, 128
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def normal_matrix(gram_II: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -23,7 +24,7 @@ def normal_matrix(gram_II: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 
     H is scaled to a mean diagonal of 1; a channel never active gets the diagonal `damp` or 1.
     """
-    matrix = gram_II / gram_II.diagonal().mean().clamp(min=1e-30)
+    matrix = gram_II / gram_II.diagonal().mean().clamp(min=_TINY)
     diagonal = matrix.diagonal() + damp
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)
     matrix.diagonal().copy_(diagonal)
@@ -116,9 +117,9 @@ class Descent:
         slope = (units * self.pull[block] * diagonal).sum(0)
         curvature = ((inside.t() @ units).mul_(units) * diagonal).sum(0)
         scale = self.scale[group]
-        wanted = scale + slope / curvature.clamp(min=1e-30)
+        wanted = scale + slope / curvature.clamp(min=_TINY)
         if not self.scheme.flat:
-            wanted = store_scale(wanted)
+            wanted = store_scale(wanted, half=self.scheme.half_scales)
         step = wanted - scale
         better = (step * (2 * slope - step * curvature) > 0) & (wanted * scale > 0)
         step = torch.where(better, step, 0.0)

@@ -93,6 +93,8 @@ class _Search:
             self.activation = pool(self.activation, channel_map, "mean")
             self.relative = pool(self.relative, channel_map, "mean")
         self.live = self.activation > 0
+        # s has no unit, so the floors below are parts of the mean.
+        self.activation = self.activation / self.activation[self.live].mean()
         self.samples: list[tuple[Scheme, Tensor]] = []
         for scheme in dict.fromkeys(r.scheme for r in readers if r.scheme is not None):
             rows = [_sample(r.weight, part.rows, readers) for r in readers if r.scheme == scheme]
@@ -169,7 +171,8 @@ def _relative_magnitude(readers: Sequence[Reader]) -> Tensor:
         columns = weight.shape[1]
         size = reader.scheme.group_size or columns
         groups = weight.view(weight.shape[0], -1, size if columns % size == 0 else columns).abs()
-        share = groups / (groups.amax(-1, keepdim=True) + 1e-6)
+        largest = groups.amax(-1, keepdim=True)
+        share = groups / torch.where(largest > 0, largest, 1.0)
         total = total + share.view(weight.shape).sum(0)
         rows += weight.shape[0]
     return total / rows

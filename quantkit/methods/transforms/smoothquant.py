@@ -19,6 +19,7 @@ from quantkit.numbers.scheme import Scheme
 
 # Output rows evaluated at a time, so that temporaries stay small.
 _CHUNK_ROWS = 4096
+_FLOOR = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +72,17 @@ def _scale(
     if channel_map is not None:
         activation_max = pool(activation_max, channel_map, "amax")
         weight_max = pool(weight_max, channel_map, "amax")
-    scale = activation_max.clamp(min=1e-5) ** alpha / weight_max.clamp(min=1e-5) ** (1 - alpha)
     live = (activation_max > 0) & (weight_max > 0)
-    return torch.where(live, scale.clamp(min=1e-5), 1.0)
+    # Floors are parts of the largest: a model's units are its own.
+    activation = activation_max.clamp(min=_FLOOR * activation_max.max())
+    weight = weight_max.clamp(min=_FLOOR * weight_max.max())
+    return torch.where(live, activation**alpha / weight ** (1 - alpha), 1.0)
 
 
 def _error(readers: Sequence[Reader], sample_SI: Tensor, scale_I: Tensor | None) -> float:
     """Squared error of the readers' outputs with both sides in 8 bits."""
     smoothed = sample_SI if scale_I is None else sample_SI / scale_I
-    step = smoothed.abs().amax(1, keepdim=True).clamp_(min=1e-30) / 127
+    step = smoothed.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
     inputs = torch.round(smoothed / step).mul_(step)
     total = 0.0
     for reader in readers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny_gguf as files
 import tiny_jobs as jobs
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import quantkit
@@ -239,3 +241,21 @@ def test_a_quantized_model_is_taken_if_asked_for(tmp_path: Path) -> None:
         quantize(tmp_path / "out", "q8_0", "rtn", model=checkpoint)
     out = quantize(tmp_path / "out", "q8_0", "rtn", model=checkpoint, requantize=True)
     assert divergence(out / MODEL_FILE) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("scheme", ["q8_0", "q4_k_m"])
+def test_what_float16_blocks_lose_is_told(method: str, scheme: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_path(), model)
+    tensors = load_file(model / "model.safetensors")
+    small = "model.layers.1.mlp.up_proj.weight"
+    tensors[small] = tensors[small] * 2.0**-18
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    out = quantize(tmp_path / "out", scheme, method, model=model)
+    report = json.loads((out / "quantkit/report.json").read_bytes())
+    for weight in report["weights"]:
+        # No weight is held exactly by its blocks.
+        assert weight["error"] > 0
+        lost = "float16 does not hold" in (weight["degraded"] or "")
+        assert lost == (weight["name"] == small)

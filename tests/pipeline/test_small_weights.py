@@ -10,6 +10,8 @@ import tiny_jobs as jobs
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.errors import FormatError
+from quantkit.pipeline.export import export
 from quantkit.pipeline.report import render_html, render_markdown
 
 METHODS = [
@@ -79,3 +81,20 @@ def test_scales_beyond_float16_are_told(models: dict[float, Path]) -> None:
     assert "in 2 weights are too small or too large for float16" in note
     for page in (render_markdown(report), render_html(report)):
         assert note in page
+
+
+@pytest.mark.parametrize("target", ["gptq", "awq"])
+def test_an_export_says_what_float16_scales_lose(
+    models: dict[float, Path], target: str, tmp_path: Path
+) -> None:
+    with jobs.one_thread():
+        run(models[2.0**20], "rtn", "w4a16_g32")
+    source = models[2.0**20].parent / "rtn-w4a16_g32"
+    with pytest.raises(FormatError, match=r"2 of 14 weights exactly .*up_proj.weight: .* rounded"):
+        export(source, tmp_path / "out", format_name=target, progress=False)
+    done = export(source, tmp_path / "out", format_name=target, allow_rounding=True, progress=False)
+    report = json.loads((done.out / "quantkit" / "report.json").read_text())
+    told = {name: note for name, note in report["degraded"].items() if "of themselves" in note}
+    assert set(told) == {f"model.layers.{index}.mlp.up_proj.weight" for index in (0, 1)}
+    # The scales are float16 now: nothing is left for a cast to round.
+    assert report["notes"] == []

@@ -179,7 +179,8 @@ def test_codes_and_scales_survive(bits: int, symmetric: bool, group: int | None)
     generator = torch.Generator().manual_seed(bits)
     shape = (6, 256)
     groups = 256 // (group or 256)
-    scale = store_scale(torch.rand(6, groups, generator=generator) * 10 ** torch.randn(6, groups))
+    wide = torch.rand(6, groups, generator=generator) * 10 ** torch.randn(6, groups)
+    scale = store_scale(wide, half=True)
     zero = None
     if not symmetric:
         zero = torch.randint(1, 2**bits, (6, groups), generator=generator).to(torch.uint8)
@@ -207,6 +208,31 @@ def test_codes_and_scales_survive(bits: int, symmetric: bool, group: int | None)
         assert zero is not None
         low = (zero * scale).repeat_interleave(256 // groups, 1)
         assert bool(((theirs - expected).abs() <= low * 2**-11 + expected.abs() * 1e-6).all())
+
+
+def test_scales_that_float16_does_not_hold_are_told() -> None:
+    scheme, scale = Scheme.parse("w4a16_g32"), torch.full((2, 2), 0.5)
+    codes = torch.randint(0, 16, (2, 64)).to(torch.uint8)
+    for value, told in (
+        (0.25, None),
+        (2.0**-24, None),
+        (1.25 * 2.0**-22, None),
+        (2.0**-30, "1 of"),
+    ):
+        scale[1, 1] = value
+        tensor = QuantizedTensor(
+            codes=codes,
+            scale=PlainScale(tensor=scale.clone()),
+            zero=None,
+            scheme=scheme,
+            dtype=torch.float32,
+        )
+        held, rounded = Gguf().represent(tensor)
+        assert rounded == (
+            told and f"{told} 4 scales rounded from float32 to float16, by up to 1 of themselves"
+        )
+        close = torch.isclose(held.dequantize(), tensor.dequantize(), rtol=0, atol=16 * 2.0**-30)
+        assert bool(close.all())
 
 
 @pytest.mark.parametrize(

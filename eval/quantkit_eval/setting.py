@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantkit.calibration.tokens import check_seed
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.open import open_source
@@ -60,6 +61,20 @@ class EvaluationRequest:
     trust_remote_code: bool = False
     title: str | None = None
     original_name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        for option, value, smallest, largest in (
+            ("--seq-len", self.seq_len, 2, 2**24),
+            ("--windows", self.windows, 1, 2**24),
+            ("--stride", self.stride, 1, 2**24),
+            ("--questions", self.task_questions, 1, 10**6),
+            ("--prompts", self.prompts, 0, 1000),
+        ):
+            if value is not None and not smallest <= value <= largest:
+                raise EvaluationError(
+                    f"{option} {str(value)[:30]}: write a number from {smallest} to {largest}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

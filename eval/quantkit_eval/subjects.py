@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.checkpoint.door import file_sha256
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checks.against import Vectors
@@ -20,7 +20,6 @@ from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
 from quantkit.model.requantized import Decoded, open_decoded
-from quantkit.pipeline.finish import REPORT
 from quantkit.pipeline.fold_vectors import FOLDS_FILE
 from quantkit_eval.errors import EvaluationError
 
@@ -93,11 +92,11 @@ def open_original(
 
 def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool = False) -> Subject:
     """A checkpoint, quantized or not; reads its headers and hashes its shards."""
-    refuse_unfinished(Path(path))
+    refuse_unfinished(path)
     source = open_source(path, trust_remote_code=trust_remote_code)
     if not isinstance(source, FileSource):
         raise CheckpointError(f"{path}: give a directory or a name on the Hub")
-    recorded = _recorded(source.path)
+    recorded = read_report(source.path) or None
     view = open_decoded(source, trust_remote_code=trust_remote_code)
     return Subject(
         name=name or Path(path).name or path,
@@ -120,7 +119,7 @@ def check_source(
     any_base: do not ask what it was made from.
     """
     if quantized.recorded is not None and not any_base:
-        made_from = quantized.recorded.get("fingerprint", {}).get("model")
+        made_from = (quantized.recorded.get("fingerprint") or {}).get("model")
         if made_from is not None and made_from != original.identity.fingerprint:
             raise EvaluationError(
                 f"{quantized.name}: was made from another model than {original.name}: its report "
@@ -159,8 +158,7 @@ def shard_files(path: Path) -> tuple[ShardFile, ...]:
     """Every weight file of a checkpoint with its sha256."""
     found = []
     for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = file_sha256(file)
         found.append(ShardFile(name=file.name, bytes=file.stat().st_size, sha256=digest))
     return tuple(found)
 
@@ -193,16 +191,6 @@ def _main_dtype(source: Source) -> str:
         info = source.info(name)
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
     return str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
-
-
-def _recorded(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((path / REPORT).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{path / REPORT}: cannot be read: {error}") from error
-    return found if isinstance(found, dict) else None
 
 
 def _fold_vectors(path: Path) -> dict[str, torch.Tensor]:

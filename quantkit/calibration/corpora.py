@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from quantkit.calibration.documents import (
 from quantkit.calibration.tables import (
     BUILDERS,
     dataset_fingerprint,
-    file_sha256,
     named_dataset,
     saved_dataset,
     table_file,
 )
+from quantkit.checkpoint.door import file_sha256, given_path, open_plain
 from quantkit.errors import CalibrationError
 
 
@@ -47,7 +48,7 @@ def open_corpus(
     source, column = _split_column(spec, column)
     if source == "demo":
         return _demo_corpus(seed)
-    path = Path(source).expanduser()
+    path = given_path(source, error=CalibrationError)
     suffix = path.suffix.lower()
     if path.is_file() and suffix not in (".txt", *BUILDERS):
         raise CalibrationError(
@@ -65,7 +66,7 @@ def open_corpus(
 
 def _split_column(spec: str, column: str | None) -> tuple[str, str | None]:
     source, mark, named = spec.rpartition("#")
-    if not mark or Path(spec).expanduser().exists():
+    if not mark or given_path(spec, error=CalibrationError).exists():
         return spec, column
     if not source or not named:
         raise CalibrationError(f"calibration {spec!r}: write SOURCE#column")
@@ -83,18 +84,19 @@ def _demo_corpus(seed: int | None) -> Corpus:
 
 
 def _text_file(path: Path, max_characters: int) -> Corpus:
+    if not path.exists():
+        raise no_such_file(path)
+    descriptor = open_plain(path, error=CalibrationError)
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with os.fdopen(descriptor, encoding="utf-8-sig") as file:
             text = file.read(max_characters)
-    except FileNotFoundError:
-        raise no_such_file(path) from None
     except UnicodeDecodeError as error:
         raise CalibrationError(f"calibration file {path} is not UTF-8 text: {error}") from error
     except OSError as error:
         raise CalibrationError(f"calibration file {path} cannot be read: {error}") from error
     if not text.strip():
         raise CalibrationError(f"calibration file {path} holds no text")
-    origin = Origin(source=path.name, file_sha256=file_sha256(path))
+    origin = Origin(source=path.name, file_sha256=file_sha256(path, error=CalibrationError))
     return Corpus(origin=origin, documents=iter([text]), one_text=True)
 
 

@@ -168,14 +168,36 @@ def _choose_column(
 def _message(message: Message, where: str) -> dict[str, Any]:
     if "from" in message and "value" in message:
         role = str(message["from"])
-        return {"role": _SHAREGPT_ROLES.get(role, role), "content": message["value"]}
+        content = _content(message["value"], where)
+        return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
     if "role" not in message or "content" not in message:
         raise CalibrationError(
             f"calibration {where}: a message has keys {', '.join(map(str, message))}; "
             "role and content are needed"
         )
     # Arrow fills keys that only other rows have with None.
-    return {k: v for k, v in message.items() if v is not None or k == "content"}
+    kept = {k: v for k, v in message.items() if v is not None or k == "content"}
+    return {**kept, "content": _content(message["content"], where)}
+
+
+def _content(content: Any, where: str) -> Any:
+    """A message's text; of a list of parts their texts, one to a line, as servers join them.
+
+    Chat templates of text models would write the list itself.  CalibrationError for other parts.
+    """
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise CalibrationError(
+                f"calibration {where}: a message holds a part of type {kind!r}; only parts of "
+                "text can be calibrated on"
+            )
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def _order(count: int, seed: int) -> Iterator[int]:

@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.disk import disk_errors
+from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.safetensors import read_into, write_from
 
 
@@ -25,7 +25,7 @@ class HiddenStore:
         self._paths = tuple(directory / f"hidden-{parity}.bin" for parity in (0, 1))
         with disk_errors(directory, self.num_bytes):
             directory.mkdir(parents=True, exist_ok=True)
-            self._files = [os.open(p, os.O_RDWR | os.O_CREAT, 0o644) for p in self._paths]
+            self._files = [open_own(p, os.O_RDWR | os.O_CREAT) for p in self._paths]
 
     @property
     def num_bytes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import glob
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,27 +18,56 @@ from quantkit.calibration.documents import (
     no_such_file,
     unreadable,
 )
+from quantkit.checkpoint.door import file_sha256, given_path
 from quantkit.errors import CalibrationError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+# Suffix -> module and class, in the datasets library, of what reads such a file.
+BUILDERS = {
+    ".jsonl": ("json.json", "Json"),
+    ".json": ("json.json", "Json"),
+    ".parquet": ("parquet.parquet", "Parquet"),
+}
 
 
 def table_file(path: Path, column: str | None, seed: int | None, prefer_messages: bool) -> Corpus:
     """The rows of a .jsonl or .parquet file."""
-    if not path.is_file():
+    if not path.exists():
         raise no_such_file(path)
+    digest = file_sha256(path, error=CalibrationError)
     if path.stat().st_size == 0:
         raise CalibrationError(f"calibration file {path} is empty")
     datasets = _datasets(str(path))
+    _refuse_chained(path)
     try:
         with _quiet_unless_terminal(datasets):
-            rows = datasets.load_dataset(
-                BUILDERS[path.suffix.lower()], data_files=str(path), split="train"
-            )
+            rows = _rows_of(datasets, path, digest)
     except Exception as error:
         raise unreadable(str(path), error) from error
-    origin = Origin(source=path.name, file_sha256=file_sha256(path))
+    origin = Origin(source=path.name, file_sha256=digest)
     return dataset_corpus(rows, origin, column, seed, prefer_messages)
+
+
+def _rows_of(datasets: Any, path: Path, digest: str) -> Any:
+    """The rows of this very file: `load_dataset` would take its name for a pattern.
+
+    The library's cache goes by the content's sha256, so a file that was changed is read again.
+    """
+    module, name = BUILDERS[path.suffix.lower()]
+    builder_class = getattr(importlib.import_module(f"datasets.packaged_modules.{module}"), name)
+    absolute = str(path.absolute())
+    files = datasets.data_files.DataFilesList([absolute], [(digest,)])
+    builder = builder_class(data_files=datasets.data_files.DataFilesDict({"train": files}))
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
+
+
+def _refuse_chained(path: Path) -> None:
+    """CalibrationError for a name that the datasets library would take apart."""
+    if "::" in str(path) or "://" in str(path):
+        raise CalibrationError(
+            f"calibration {path}: the datasets library takes :: and :// in a name for addresses; "
+            "rename the file or its folder, or link to it by another name"
+        )
 
 
 def saved_dataset(
@@ -45,6 +75,7 @@ def saved_dataset(
 ) -> Corpus:
     """The rows of a directory that `save_to_disk` wrote."""
     datasets = _datasets(str(path))
+    _refuse_chained(path)
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
@@ -58,12 +89,23 @@ def named_dataset(
     source: str, column: str | None, seed: int | None, prefer_messages: bool
 ) -> Corpus:
     """The rows of NAME[@revision][:config[:split]], on the Hub or a folder of data files."""
-    name, config, split = _parse_name(source)
-    local = Path(name).expanduser()
+    if given_path(source, error=CalibrationError).is_dir():
+        # A folder's own name may hold colons.
+        name, config, split = source, None, None
+    else:
+        name, config, split = _parse_name(source)
+    local = given_path(name, error=CalibrationError)
     if local.is_dir() and (local / "dataset_dict.json").is_file():
         return saved_dataset(local, split or config, column, seed, prefer_messages)
     if not local.is_dir() and name.startswith(("/", ".", "~")):
         raise no_such_file(local)
+    if local.is_dir():
+        _refuse_chained(local)
+        if glob.has_magic(str(local.absolute())):
+            raise CalibrationError(
+                f"calibration {source}: the datasets library takes [, * and ? in the path of a "
+                "folder for a pattern; give one file, or rename the folder"
+            )
     name, _, revision = (name, "", "") if local.is_dir() else name.partition("@")
     datasets = _datasets(source)
     try:
@@ -147,9 +189,3 @@ def dataset_fingerprint(rows: Any) -> str | None:
     """What the `datasets` library knows the rows by."""
     fingerprint = getattr(rows, "_fingerprint", None)
     return None if fingerprint is None else str(fingerprint)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

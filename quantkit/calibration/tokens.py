@@ -21,6 +21,7 @@ from quantkit.calibration.corpora import open_corpus
 from quantkit.calibration.documents import Message, Origin
 from quantkit.calibration.windows import Packed, pack, pack_token_rows
 from quantkit.errors import CalibrationError
+from quantkit.methods.recipe import check_size
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -106,10 +107,8 @@ def load_calibration(
     tokenizer   may be None only for token ids
     The packing rules are in docs/calibration.md.  Raises CalibrationError.
     """
-    if samples < 1 or seq_len < 1:
-        raise CalibrationError(
-            f"--samples {samples} x --seq-len {seq_len}: both must be at least 1"
-        )
+    check_seed(seed)
+    check_size(samples, seq_len)
     notes: list[str] = []
     if max_length is not None and seq_len > max_length:
         notes.append(f"seq_len {seq_len} cut to the model's {max_length} positions")
@@ -131,6 +130,12 @@ def load_calibration(
         origin = corpus.origin
     _check_vocabulary(packed.ids, vocab_size)
     return _with_record(packed, origin, seed, [*notes, *packed.notes])
+
+
+def check_seed(seed: int) -> None:
+    """CalibrationError unless every generator takes the seed."""
+    if not 0 <= seed < 2**63:
+        raise CalibrationError(f"--seed {str(seed)[:30]}: write a whole number from 0 to 2**63 - 1")
 
 
 # No tokenizer packs this many characters into a token on average; bounds what is read of a text.

@@ -164,11 +164,12 @@ def _message_windows(
             f"calibration {corpus.origin.source} holds messages, and the tokenizer has no chat "
             "template; use a text column (SOURCE#column) or a tokenizer with a chat template"
         )
+    parts = _takes_parts(tokenizer)
     full: list[list[int]] = []
     window: list[int] = []
     total = 0
     for document in documents:
-        ids = _conversation_ids(corpus, tokenizer, document)
+        ids = _conversation_ids(corpus, tokenizer, document, parts=parts)
         seen.add(document)
         total += len(ids)
         if window and len(window) + len(ids) > seq_len:
@@ -188,12 +189,19 @@ def _message_windows(
 
 
 def _conversation_ids(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, document: Document
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, document: Document, *, parts: bool
 ) -> list[int]:
     if isinstance(document, str):
         raise CalibrationError(
             f"calibration {corpus.origin.source} mixes texts and messages; use one of them"
         )
+    if parts:
+        document = [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in document
+        ]
     try:
         text = tokenizer.apply_chat_template(document, tokenize=False)
     except Exception as error:
@@ -206,6 +214,23 @@ def _conversation_ids(
     # The template has written the special tokens itself.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
+
+
+def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True if the chat template writes a message's text only where it is a list of parts."""
+    word = "quantkit"
+
+    def writes(content: Any) -> bool:
+        try:
+            told = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False
+            )
+        # Templates are programs that come with the model; they refuse in any way they like.
+        except Exception:
+            return False
+        return word in str(told)
+
+    return not writes(word) and writes([{"type": "text", "text": word}])
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Packed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,52 @@ def reserve(descriptor: int, num_bytes: int) -> None:
     os.ftruncate(descriptor, num_bytes)
 
 
+def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
+    """A descriptor of a file of ours, opened or made; OutputError if the name is a link.
+
+    `flags` as of os.open.  What lies where we write may be somebody's link to a file of theirs.
+    """
+    safe = (flags & ~os.O_TRUNC) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, safe, mode)
+    except OSError as error:
+        # Linux and macOS say ELOOP for the link itself, FreeBSD EMLINK.
+        if error.errno in (errno.ELOOP, errno.EMLINK):
+            raise _foreign(path, "a link") from error
+        if error.errno in (errno.ENXIO, errno.EISDIR):
+            raise _foreign(path, "no plain file") from error
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _foreign(path, "no plain file")
+        if status.st_nlink > 1:
+            raise _foreign(path, "a link")
+        if flags & os.O_TRUNC:
+            os.ftruncate(descriptor, 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def refuse_links(folder: Path) -> None:
+    """OutputError if a directory of ours, or anything below it, is a link; fine if it is absent."""
+    if folder.is_symlink():
+        raise _foreign(folder, "a link")
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(parent, name)):
+                raise _foreign(Path(parent, name), "a link")
+
+
+def _foreign(path: Path, what: str) -> OutputError:
+    return OutputError(
+        f"{path}: quantkit writes a file of its own here, and finds {what} that it did not make; "
+        "remove it or choose another --out"
+    )
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all; it and its name are on the disk on return.
 
@@ -55,7 +102,7 @@ def write_file(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
-        with temporary.open("wb") as file:
+        with os.fdopen(open_own(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -8,12 +8,23 @@ Nothing is memory-mapped.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 
+from quantkit.checkpoint.config import check_config
+from quantkit.checkpoint.door import (
+    CONFIG_BYTES,
+    INDEX_BYTES,
+    given_path,
+    parse_json,
+    read_json,
+    read_plain,
+    read_start,
+)
 from quantkit.checkpoint.hub import SIDE_FILES
 from quantkit.checkpoint.safetensors import (
     INDEX,
@@ -38,9 +49,9 @@ class FileSource(Reader):
     """
 
     def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
-        self.path = Path(path)
+        self.path = given_path(path)
         self._trust_remote_code = trust_remote_code
-        if not (self.path / "config.json").is_file():
+        if not os.path.lexists(self.path / "config.json"):
             if (self.path / "adapter_config.json").is_file():
                 raise CheckpointError(
                     f"{self.path}: this is a PEFT adapter; merge it into its model "
@@ -50,8 +61,9 @@ class FileSource(Reader):
                 f"{self.path}: this is no model: there is no config.json; give the directory that "
                 "save_pretrained wrote or a repository name on the Hub"
             )
-        self._config_content = _contained(self.path, "config.json").read_bytes()
-        _json_object(self.path / "config.json", self._config_content)
+        config = _contained(self.path, "config.json")
+        self._config_content = read_plain(config, largest=CONFIG_BYTES)
+        check_config(parse_json(self._config_content, str(config)), str(config))
         self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
         for file, wanted in _weight_files(self.path).items():
@@ -60,7 +72,8 @@ class FileSource(Reader):
     @property
     def config(self) -> dict[str, Any]:
         """config.json, parsed anew at each call: the caller may change it."""
-        return _json_object(self.path / "config.json", self._config_content)
+        found: dict[str, Any] = json.loads(self._config_content)
+        return found
 
     @property
     def home(self) -> Path:
@@ -167,7 +180,7 @@ def _weight_files(root: Path) -> Mapping[str, list[str]]:
     if not (root / INDEX).exists():
         raise CheckpointError(_no_weights(root))
     index = _contained(root, INDEX)
-    weight_map = _json_object(index, index.read_bytes()).get("weight_map")
+    weight_map = read_json(index, largest=INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: the index has no weight_map; download it again")
     files: dict[str, list[str]] = {}
@@ -214,8 +227,9 @@ def _is_inside(file: str) -> bool:
 def _contained(root: Path, file: str) -> Path:
     """The path of a file of the checkpoint; links may lead only inside it or to the Hub's blobs."""
     path = root / file
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path}: the file is missing; download or copy the model again")
+    refuse_git_lfs(path, read_start(path, 100))
     real, home = path.resolve(), root.resolve()
     blobs = home.parent.parent / "blobs"
     in_cache = home.parent.name == "snapshots" and real.parent == blobs
@@ -223,21 +237,4 @@ def _contained(root: Path, file: str) -> Path:
         raise CheckpointError(
             f"{path}: the link leads out of the model's directory, to {real}; copy the file"
         )
-    try:
-        with path.open("rb") as stream:
-            refuse_git_lfs(path, stream.read(100))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     return path
-
-
-def _json_object(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: this is no valid JSON ({error}); download it again"
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: no JSON object; download it again")
-    return value

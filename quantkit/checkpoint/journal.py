@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.disk import disk_errors, sync_directory
+from quantkit.checkpoint.disk import disk_errors, open_own, sync_directory
 from quantkit.errors import ResumeError
 
 
@@ -22,9 +22,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         with disk_errors(path):
-            self._descriptor = os.open(
-                path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666
-            )
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 content = path.read_bytes()
                 records, length = _parse(path, content)

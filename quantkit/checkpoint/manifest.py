@@ -6,20 +6,19 @@ and `quantkit/evaluation/` (written later) are not in it; nothing else may be in
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quantkit.checkpoint.disk import disk_errors, write_file
-from quantkit.errors import OutputError
+from quantkit.checkpoint.door import RECORD_BYTES, file_sha256, read_json
+from quantkit.errors import CheckpointError, OutputError
 
 MANIFEST = "quantkit/manifest.json"
 RUN = "quantkit/run.json"
 EVALUATION = "quantkit/evaluation"
 _EXCLUDED = frozenset({MANIFEST, RUN})
-_PIECE_BYTES = 4 * 2**20
 
 
 def write_manifest(directory: Path, *, ignore: frozenset[str] = frozenset()) -> Path:
@@ -35,7 +34,7 @@ def write_manifest(directory: Path, *, ignore: frozenset[str] = frozenset()) -> 
         for name, path in _files(directory, ignore).items():
             if path.is_symlink() or not path.is_file():
                 raise OutputError(f"{path}: not a plain file; a checkpoint holds nothing else")
-            files[name] = {"sha256": _sha256(path), "size": path.stat().st_size}
+            files[name] = {"sha256": file_sha256(path), "size": path.stat().st_size}
         (directory / MANIFEST).parent.mkdir(exist_ok=True)
     text = json.dumps({"version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
     write_file(directory / MANIFEST, text.encode())
@@ -44,12 +43,11 @@ def write_manifest(directory: Path, *, ignore: frozenset[str] = frozenset()) -> 
 
 def verify_manifest(directory: Path) -> list[str]:
     """What differs from the manifest, one sentence each; an empty list if nothing does."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        files = _entries(manifest)
-    except FileNotFoundError:
+    if not os.path.lexists(directory / MANIFEST):
         return [f"{MANIFEST}: missing; the checkpoint is unfinished or was not made by quantkit"]
-    except (OSError, ValueError, RecursionError) as error:
+    try:
+        files = _entries(read_json(directory / MANIFEST, largest=RECORD_BYTES))
+    except (CheckpointError, ValueError) as error:
         return [f"{MANIFEST}: cannot be read ({error})"]
     present = _files(directory, frozenset())
     problems = [f"{name}: not in the manifest" for name in sorted(set(present) - set(files))]
@@ -62,10 +60,10 @@ def verify_manifest(directory: Path) -> list[str]:
             found = path.stat().st_size
             if found != size:
                 problems.append(f"{name}: {found} bytes, the manifest says {size}")
-            elif _sha256(path) != digest:
+            elif file_sha256(path) != digest:
                 problems.append(f"{name}: the content differs from the manifest's sha256")
-        except OSError as error:
-            problems.append(f"{name}: cannot be read ({error.strerror})")
+        except (CheckpointError, OSError) as error:
+            problems.append(f"{name}: cannot be read ({error})")
     return problems
 
 
@@ -105,12 +103,3 @@ def _entries(manifest: Any) -> dict[str, tuple[str, int]]:
             raise ValueError(f"{name!a}: needs sha256 and size")
         entries[name] = (digest, size)
     return entries
-
-
-def _sha256(path: Path) -> str:
-    """Hex sha256 of a file, read in bounded pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()

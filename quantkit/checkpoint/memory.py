@@ -13,17 +13,22 @@ from quantkit.errors import BudgetError
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SPARE_MIB = 8
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
+_LARGEST = 2**60
 
 
 def parse_size(text: str) -> int:
     """Bytes of "6GiB", "5GB", "800M" or "1234".  Raises BudgetError showing how to write sizes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise BudgetError(f"size {text!r}: write a number with a unit, as in 6GiB, 5GB or 800MB")
+        shown = text if len(text) <= 40 else f"{text[:40]}..."
+        raise BudgetError(f"size {shown!r}: write a number with a unit, as in 6GiB, 5GB or 800MB")
     number, unit, binary = match.groups()
     factor = _BINARY_UNITS[unit.upper()] if binary and unit else _UNITS[unit.upper()]
-    return int(float(number) * factor)
+    size = int(float(number) * factor)
+    if size > _LARGEST:
+        raise BudgetError(f"size {text!r}: more than any machine has; write 6GiB, 5GB or 800MB")
+    return size
 
 
 def format_size(num_bytes: float) -> str:

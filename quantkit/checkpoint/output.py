@@ -17,7 +17,15 @@ from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 
-from quantkit.checkpoint.disk import disk_errors, sync_directory, sync_tree, write_file
+from quantkit.checkpoint.disk import (
+    disk_errors,
+    open_own,
+    refuse_links,
+    sync_directory,
+    sync_tree,
+    write_file,
+)
+from quantkit.checkpoint.door import RECORD_BYTES, given_path, read_json
 from quantkit.checkpoint.journal import Journal, compare_fingerprints
 from quantkit.checkpoint.manifest import MANIFEST, write_manifest
 from quantkit.errors import OutputError
@@ -44,7 +52,7 @@ class OutputDirectory:
     """
 
     def __init__(self, out: str | Path) -> None:
-        self.out = Path(os.path.abspath(Path(out).expanduser()))
+        self.out = Path(os.path.abspath(given_path(out, error=OutputError)))
         if self.out.is_symlink():
             self.out = self.out.resolve()
         if not self.out.name:
@@ -93,10 +101,10 @@ class OutputDirectory:
         """
         path = self.out / FINGERPRINT
         try:
-            was = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            was = read_json(path, largest=RECORD_BYTES, error=OutputError)
+        except OutputError as error:
             raise OutputError(
-                f"{path}: cannot be read; choose another --out, or use --fresh to replace it"
+                f"{error}; choose another --out, or use --fresh to replace it"
             ) from error
         compare_fingerprints(self.out, was, fingerprint)
 
@@ -122,8 +130,9 @@ class OutputDirectory:
             path = self.scratch / _JOURNAL
             if fresh:
                 # An empty journal marks what is being removed as ours, and as nothing to resume.
-                with path.open("wb") as file:
-                    os.fsync(file.fileno())
+                descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+                os.fsync(descriptor)
+                os.close(descriptor)
             journal = Journal(path)
             try:
                 if journal.fingerprint is None:
@@ -179,6 +188,8 @@ class OutputDirectory:
     def _remove_replaced(self) -> None:
         """Removes the output that was replaced, its manifest last: that marks it as ours."""
         folder, name = MANIFEST.split("/")
+        if self._replaced.is_symlink():
+            return
         if _has_manifest(self._replaced):
             _clear(self._replaced, spare=folder)
             _clear(self._replaced / folder, spare=name)
@@ -194,6 +205,7 @@ class OutputDirectory:
                 f"{self.out}: exists and holds something else than a finished quantkit output; "
                 "choose another --out or remove it"
             )
+        refuse_links(self.partial)
         ours = (
             not os.path.lexists(self.partial)
             or _is_empty(self.partial, but=_SCRATCH)
@@ -210,7 +222,7 @@ class OutputDirectory:
 def _acquire(path: Path, out: Path) -> int:
     """A descriptor that holds the lock file; OutputError if another process has it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A run that just ended may have removed the file between the two calls.

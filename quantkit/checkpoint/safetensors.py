@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.door import open_plain
 from quantkit.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -83,7 +84,7 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
     Raises CheckpointError for a Git-LFS pointer, a truncated file or any damage to the header.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_plain(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             refuse_git_lfs(path, file.read(len(_GIT_LFS)))
             prefix = os.pread(file.fileno(), 8, 0)

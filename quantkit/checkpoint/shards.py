@@ -17,7 +17,7 @@ from typing import Protocol, Self
 
 import torch
 
-from quantkit.checkpoint.disk import disk_errors, reserve, sync_directory, write_file
+from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory, write_file
 from quantkit.checkpoint.safetensors import (
     DTYPE_NAMES,
     PIECE_BYTES,
@@ -283,7 +283,7 @@ class ShardWriter:
         """A descriptor of the shard's file, at full size and with its header on the disk."""
         path = self.directory / shard.file
         with self._disk():
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 if (
                     os.fstat(descriptor).st_size == shard.num_bytes

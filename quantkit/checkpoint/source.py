@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quantkit.checkpoint.door import file_sha256
 from quantkit.checkpoint.safetensors import TensorInfo, tensor_bytes
 
 # Checkpoints up to this size are fingerprinted whole, larger ones by samples of each tensor.
@@ -131,8 +132,11 @@ class Reader(ABC):
         whole = sum(info.nbytes for info in infos) <= _WHOLE_BYTES
         total = hashlib.sha256(self._config_bytes())
         for name, content in sorted(self.side_files().items()):
-            side = content if isinstance(content, bytes) else content.read_bytes()
-            total.update(json.dumps([name, hashlib.sha256(side).hexdigest()]).encode())
+            if isinstance(content, bytes):
+                digest = hashlib.sha256(content).hexdigest()
+            else:
+                digest = file_sha256(content)
+            total.update(json.dumps([name, digest]).encode())
         for info in infos:
             total.update(json.dumps([info.name, str(info.dtype), info.shape]).encode())
             step = _SAMPLE_BYTES // info.dtype.itemsize

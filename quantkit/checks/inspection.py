@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -12,18 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import format_size
+from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.errors import QuantkitError
+from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.formats.format import StoredWeight, format_of
 from quantkit.formats.gguf.file import read_gguf
 from quantkit.formats.onnx.describe import describe_onnx
 from quantkit.formats.open import container_of, is_onnx, open_source
 from quantkit.numbers.superblock import BLOCK_TYPES
 
-_REPORT = "quantkit/report.json"
 # Codes that other tools pack into the 32-bit words of this tensor.
 _PACKED = ".qweight"
 _OPTIONS = (
@@ -169,11 +169,12 @@ def inspect(path: str | Path) -> Inspection:
     Formats that quantkit does not read are summarised from their configuration.  Raises
     CheckpointError if this is no checkpoint, or an unfinished one.
     """
-    refuse_unfinished(Path(path))
-    if (file := container_of(Path(path))) is not None:
+    path = given_path(path)
+    refuse_unfinished(path)
+    if (file := container_of(path)) is not None:
         return _inspect_onnx(file) if is_onnx(file) else _inspect_gguf(file)
     source = open_source(path)
-    directory = source.path if isinstance(source, FileSource) else Path(path)
+    directory = source.path if isinstance(source, FileSource) else path
     config = source.config
     quantization = _quantization_config(config)
     notes: list[str] = []
@@ -188,7 +189,7 @@ def inspect(path: str | Path) -> Inspection:
         except QuantkitError as error:
             notes.append(f"not read by quantkit: {error}")
     return Inspection(
-        path=Path(path),
+        path=path,
         model_type=str(config.get("model_type", "unknown")),
         format=name,
         groups=_groups(source, stored, quantization or {}),
@@ -322,7 +323,9 @@ def _foreign_parameters(name: str, numel: int, bits: object) -> int:
 def _provenance(directory: Path, notes: list[str]) -> Provenance | None:
     """What quantkit's report says; None (and a note if it is damaged) without one."""
     try:
-        report = json.loads((directory / _REPORT).read_bytes())
+        report = read_report(directory)
+        if not report:
+            return None
         calibration = report["calibration"]
         told = "without data"
         if calibration is not None:
@@ -330,7 +333,7 @@ def _provenance(directory: Path, notes: list[str]) -> Provenance | None:
                 f"on {calibration['source']}: {calibration['samples']} x {calibration['seq_len']} "
                 "tokens"
             )
-        fingerprint = report.get("fingerprint", {})
+        fingerprint = report.get("fingerprint") or {}
         versions = {
             key.removesuffix(" version"): str(value)
             for key, value in fingerprint.items()
@@ -342,10 +345,11 @@ def _provenance(directory: Path, notes: list[str]) -> Provenance | None:
             calibration=told,
             versions=versions,
         )
-    except FileNotFoundError:
+    except CheckpointError as error:
+        notes.append(str(error))
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        notes.append(f"{_REPORT} cannot be read: {error!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        notes.append(f"{REPORT} cannot be read: {error!r}")
         return None
 
 

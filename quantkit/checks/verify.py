@@ -6,14 +6,15 @@ Letters: O out features, I in features, G groups per row.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import verify_manifest
+from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.checks.result import Check, VerifyResult, finite_problems, value_problems
@@ -27,8 +28,6 @@ from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.fold_vectors import folds_since
 from quantkit.pipeline.plan import FATES
-
-REPORT = "quantkit/report.json"
 
 
 def verify(
@@ -48,7 +47,7 @@ def verify(
     if there is no `out`, `against` cannot be opened, or the runtime is not installed, does not
     read this kind of checkpoint or cannot load it.
     """
-    path = Path(out)
+    path = given_path(out)
     file = container_of(path)
     if file is None and not path.is_dir():
         raise CheckpointError(
@@ -129,7 +128,7 @@ def read_entries(report: Mapping[str, Any]) -> tuple[Entry, ...]:
                 num_bytes=int(tensor["bytes"]),
                 output=tuple(str(name) for name in tensor["output"]),
             )
-            for tensor in report["tensors"]
+            for tensor in report["tensors"] or ()
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{REPORT}: its tensors cannot be read ({error!r})") from error
@@ -165,12 +164,9 @@ def _open(path: Path, checks: list[Check], reference: Path | None) -> _Opened | 
 
 
 def _report(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads((path / REPORT).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / REPORT}: cannot be read ({error})") from error
-    if not isinstance(report, dict):
-        raise CheckpointError(f"{path / REPORT}: no JSON object")
+    report = read_report(path)
+    if not report:
+        raise CheckpointError(f"{path / REPORT}: missing, or nothing in it")
     return report
 
 

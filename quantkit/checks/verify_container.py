@@ -6,18 +6,17 @@ Letters: O out features, I in features.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
+from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.checks.result import Check, finite_problems, value_problems
@@ -39,7 +38,7 @@ _LIMITS = {2: 0.9, 3: 0.7, 4: 0.4, 5: 0.2, 6: 0.1, 8: 0.03}
 # Codes are kept from a quantized source; minima are rounded to float16.
 _KEPT_LIMIT = 0.004
 _ELEMENTS = 1 << 24
-_REPORT, _HEAD = "quantkit/report.json", "lm_head.weight"
+_HEAD = "lm_head.weight"
 
 
 def container_checks(
@@ -124,19 +123,22 @@ def _described(view: Unpacked) -> str:
 def _report_problems(file: Path, view: Unpacked) -> Iterator[str]:
     """What the report beside a GGUF file says of its types that is not so."""
     source = view.packed
-    if not isinstance(source, GgufSource) or not (file.parent / _REPORT).is_file():
+    if not isinstance(source, GgufSource):
         return
     try:
-        report = json.loads((file.parent / _REPORT).read_bytes())
+        report = read_report(file.parent)
         # Reports of earlier releases had types by the file's own names.
-        types: dict[str, Any] = dict(report.get("types", {}))
+        types = report.get("types") or {}
         schemes = {
             str(tensor["output"][0]): str(tensor["scheme"])
-            for tensor in report.get("tensors", ())
-            if tensor["scheme"] is not None
+            for tensor in report.get("tensors") or ()
+            if tensor.get("scheme") is not None
         }
-    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
-        yield f"{_REPORT}: cannot be read ({error})"
+    except CheckpointError as error:
+        yield str(error)
+        return
+    except (LookupError, TypeError) as error:
+        yield f"{REPORT}: its tensors cannot be read ({error!r})"
         return
     for name, label in types.items():
         tensor = source.header.tensors.get(name)

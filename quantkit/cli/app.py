@@ -1,6 +1,7 @@
 """The command line.  Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 70 an error of
+quantkit's own, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import typer
 
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
+from quantkit.cli.crash import EXIT_CODE, command_line, report_crash
 from quantkit.cli.export import export
 from quantkit.cli.options import takes_options
 from quantkit.errors import QuantkitError
@@ -240,4 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except QuantkitError as error:
         typer.echo(f"quantkit: {error}", err=True)
         sys.exit(error.exit_code)
+    # What is left over is a fault of ours, whatever raised it.
+    except Exception as error:
+        typer.echo(report_crash(error, command_line(arguments)), err=True)
+        sys.exit(EXIT_CODE)
     sys.exit(0)

@@ -218,7 +218,7 @@ def memory_limit(text: str | None) -> int | None:
 
 def device_name(name: str) -> str:
     """The device that `auto`, `cpu` or `cuda` stands for here."""
-    from quantkit.pipeline.job import choose_device
+    from quantkit.inference.backend import choose_device
 
     return choose_device(name)
 

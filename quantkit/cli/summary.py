@@ -8,7 +8,7 @@ from typing import Any
 
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.memory import format_size, with_spare
-from quantkit.pipeline.finish import REPORT
+from quantkit.checkpoint.record import REPORT
 from quantkit.pipeline.session import Job, Outcome
 
 

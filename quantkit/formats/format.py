@@ -29,6 +29,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.methods.parts import imported
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 
@@ -249,11 +250,12 @@ def installed_formats() -> list[str]:
 def make_format(name: str) -> Format:
     """The format of that name.  Raises FormatError listing the known ones."""
     if ":" in name:
-        module, _, attribute = name.partition(":")
+        found = imported(name, "format", FormatError)
         try:
-            made = getattr(importlib.import_module(module), attribute)()
-        except (ImportError, AttributeError) as error:
-            raise FormatError(f"format {name!r} cannot be imported: {error}") from error
+            made = found()
+        # Code of others, which may fail in any way.
+        except Exception as error:
+            raise FormatError(f"format {name!r} cannot be made: {error}") from error
         return demand_writer(made)
     if name in available_formats() and (cls := _class_of(name)) is not None:
         return cls()

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.hub import download
 from quantkit.checkpoint.live import LiveSource
@@ -29,7 +30,7 @@ def open_source(
     """
     if not isinstance(model_or_path, (str, os.PathLike)):
         return LiveSource(model_or_path)
-    path = Path(model_or_path).expanduser()
+    path = given_path(model_or_path)
     if (file := container_of(path)) is not None:
         return OnnxSource(file) if is_onnx(file) else GgufSource(file)
     if path.is_dir():

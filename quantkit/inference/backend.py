@@ -6,6 +6,7 @@ Shapes: O out features, I in features.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
@@ -53,9 +54,39 @@ class Chosen:
     reason: str | None
 
 
+def choose_device(name: str) -> str:
+    """ "cpu", "cuda" or "cuda:N" as asked for; "auto" takes a GPU if torch sees one.
+
+    Raises BackendError for any other name, and for a GPU that is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,3}))?", name)
+    if match is None:
+        raise BackendError(
+            f"--device {name[:40]!r}: auto, cpu or cuda, or cuda:1 for the second GPU"
+        )
+    if name == "cpu":
+        return name
+    if not torch.cuda.is_available():
+        raise BackendError(
+            f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu"
+        )
+    if match[1] is not None and int(match[1]) >= torch.cuda.device_count():
+        raise BackendError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} GPUs, counted from cuda:0"
+        )
+    return name
+
+
 def check_backend(backend: str, device: torch.device | str) -> Backend:
     """The backend's name; BackendError if it is unknown or cannot run on the device."""
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise BackendError(f"device {str(device)[:40]!r}: {str(error).splitlines()[0]}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"device {device}: torch {torch.__version__} sees no GPU; use cpu")
     if backend not in BACKENDS:
         raise BackendError(f"backend {backend!r} is unknown; allowed: {', '.join(BACKENDS)}")
     if backend == "triton" and kind != "cuda":

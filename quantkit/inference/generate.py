@@ -11,8 +11,10 @@ from transformers import CompileConfig
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import ModelError
+from quantkit.inference.backend import choose_device
 from quantkit.inference.load import load
 
+_MOST_TOKENS = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,8 +36,9 @@ def generate_text(
     """
     if dtype not in (None, *_DTYPES):
         raise ModelError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not 1 <= max_new_tokens <= _MOST_TOKENS:
+        raise ModelError(f"{str(max_new_tokens)[:30]} new tokens: ask for 1 to {_MOST_TOKENS}")
+    device = choose_device(device)
     wanted = None if dtype is None else _DTYPES[dtype]
     model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
     tokenizer = load_tokenizer(FileSource(path))

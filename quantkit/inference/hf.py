@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def hf_config(
     again.  Raises what `quantkit.load` raises.
     """
     check_backend(backend, "cuda" if backend == "triton" else "cpu")
-    refuse_unfinished(Path(path))
+    refuse_unfinished(path)
     source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code

@@ -62,7 +62,7 @@ def load(
     device.
     """
     chosen = check_backend(backend, device)
-    refuse_unfinished(Path(path))
+    refuse_unfinished(path)
     source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
     quantized = "quantization_config" in source.config
     fmt = format_of(source) if quantized else None

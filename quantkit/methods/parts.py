@@ -30,7 +30,7 @@ from typing import (
 
 from torch import Tensor
 
-from quantkit.errors import RecipeError
+from quantkit.errors import QuantkitError, RecipeError
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import Scale
@@ -146,17 +146,28 @@ def available(kind: PartKind) -> list[str]:
 def part_class(kind: PartKind, name: str) -> type[Any]:
     """The class that `name` stands for.  Raises RecipeError listing the known names."""
     if ":" in name:
-        module_name, _, class_name = name.partition(":")
-    elif name in available(kind):
+        found: type[Any] = imported(name, kind, RecipeError)
+        return found
+    if name in available(kind):
         module_name = f"{_PACKAGES[kind]}.{name}"
         class_name = "".join(word.capitalize() for word in name.split("_"))
     else:
         known = ", ".join(available(kind))
         raise RecipeError(f"{kind} {name!r} is unknown; known: {known}, or package.module:Class")
+    built_in: type[Any] = getattr(importlib.import_module(module_name), class_name)
+    return built_in
+
+
+def imported(name: str, kind: str, error: type[QuantkitError]) -> Any:
+    """What `package.module:Name` stands for.  Raises `error` if it is no such name or not there."""
+    module, _, attribute = name.partition(":")
+    if not attribute.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise error(f"{kind} {name[:100]!r}: write package.module:Class")
     try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{kind} {name!r} cannot be imported: {error}") from error
+        return getattr(importlib.import_module(module), attribute)
+    # A module of others runs as it is imported, and fails in any way it likes.
+    except Exception as cause:
+        raise error(f"{kind} {name!r} cannot be imported: {cause}") from cause
 
 
 def code_of(kind: PartKind, name: str) -> str:
@@ -170,7 +181,7 @@ def code_of(kind: PartKind, name: str) -> str:
 def make_part(kind: PartKind, name: str, options: Mapping[str, object]) -> Any:
     """A part with these options.  Raises RecipeError for an unknown option, listing the known."""
     cls = part_class(kind, name)
-    if not dataclasses.is_dataclass(cls):
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls):
         raise RecipeError(f"{kind} {name!r} must be a dataclass whose fields are its options")
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = get_type_hints(cls)

@@ -13,10 +13,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from quantkit.errors import RecipeError
+from quantkit.checkpoint.door import RECIPE_BYTES, given_path, read_plain
+from quantkit.errors import CalibrationError, RecipeError
 from quantkit.methods.parts import PartKind, Range, Rounding, Transform, code_of, make_part
+from quantkit.methods.plain_yaml import parse_yaml
 from quantkit.methods.stats import Needs
 from quantkit.numbers.scheme import Scheme
 
@@ -34,6 +34,8 @@ _KEYS = (
 )
 _RULE_KEYS = ("match", "scheme", "keep")
 _CALIBRATION_KEYS = ("samples", "seq_len")
+# A thousand times the default; their ids alone take 2 GiB.
+MOST_TOKENS = 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,15 @@ class Recipe:
     head: Scheme | None = None
     samples: int = 128
     seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        check_size(self.samples, self.seq_len)
+        if self.transforms and not self.calibrated:
+            raise RecipeError(
+                f"transform {self.transforms[0].name} finds nothing to work on with "
+                f"{self.scheme.name}: it looks at activations that are rounded; choose a scheme "
+                "such as w8a8_row, or another method"
+            )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object], where: str) -> Recipe:
@@ -188,6 +199,23 @@ class Recipe:
         return any(self.needs(scheme) for scheme in self.schemes)
 
 
+def check_size(samples: int, seq_len: int) -> None:
+    """CalibrationError unless so many sequences of so many tokens can be asked for."""
+    if samples < 1 or seq_len < 1:
+        raise CalibrationError(
+            f"--samples {samples} x --seq-len {seq_len}: both must be at least 1"
+        )
+    if samples * seq_len > MOST_TOKENS:
+        asked = " x ".join(
+            f"{name} {value if value < 10**12 else f'10**{len(str(value)) - 1} and more'}"
+            for name, value in (("--samples", samples), ("--seq-len", seq_len))
+        )
+        raise CalibrationError(
+            f"{asked}: more than {MOST_TOKENS} tokens in all; the defaults, 128 x 2048, serve most "
+            "models"
+        )
+
+
 def builtin_recipes() -> dict[str, Path]:
     """Path of each shipped recipe by method name, sorted."""
     folder = Path(str(files("quantkit"))) / "recipes"
@@ -222,7 +250,7 @@ def load_recipe(
                 f"method {method!r} is unknown; known: {', '.join(known)}, or --recipe FILE"
             )
         path = known[method]
-    data = _read_yaml(path)
+    data = _read_yaml(given_path(path, error=RecipeError))
     if method is not None and data.get("method") != method:
         raise RecipeError(f"{path}: its method is {data.get('method')!r}, not {method!r} as asked")
     for override in overrides:
@@ -245,12 +273,10 @@ def load_recipe(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise RecipeError(f"{path}: is not YAML: {problem}") from error
+        text = read_plain(path, largest=RECIPE_BYTES, error=RecipeError).decode()
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: is no text in UTF-8: {error}") from error
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a recipe is a mapping, with the keys method, scheme, range ...")
     return data
@@ -258,14 +284,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _override_(data: dict[str, Any], text: str) -> None:
     """Applies `part.field=value`: range.steps=20, rounding.name=gptq, transforms.awq.grid=10."""
+    shown = text if len(text) <= 100 else f"{text[:100]}..."
     target, equals, raw = text.partition("=")
     keys = target.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {text!r}: write part.field=value, as in rounding.damp=0.05")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {text!r}: {raw!r} is not a YAML value") from error
+        raise RecipeError(f"--set {shown!r}: write part.field=value, as in rounding.damp=0.05")
+    value = parse_yaml(raw, f"--set {shown!r}")
     where: Any = data
     for depth, key in enumerate(keys[:-1]):
         if isinstance(where, list):
@@ -273,7 +297,9 @@ def _override_(data: dict[str, Any], text: str) -> None:
             found = [p for p in where if isinstance(p, dict) and p.get("name") == key]
             if not found:
                 names = ", ".join(str(p.get("name")) for p in where) or "none"
-                raise RecipeError(f"--set {text!r}: no part {key!r} there; the recipe has: {names}")
+                raise RecipeError(
+                    f"--set {shown!r}: no part {key!r} there; the recipe has: {names}"
+                )
             where = found[0]
             continue
         if isinstance(where.get(key), str):
@@ -281,11 +307,11 @@ def _override_(data: dict[str, Any], text: str) -> None:
         if not isinstance(where.get(key), dict | list):
             listed = ", ".join(k for k, v in data.items() if isinstance(v, dict | list))
             raise RecipeError(
-                f"--set {text!r}: {'.'.join(keys[: depth + 1])!r} is no part; parts: {listed}"
+                f"--set {shown!r}: {'.'.join(keys[: depth + 1])!r} is no part; parts: {listed}"
             )
         where = where[key]
     if isinstance(where, list):
-        raise RecipeError(f"--set {text!r}: name the part too, as in transforms.awq.grid=10")
+        raise RecipeError(f"--set {shown!r}: name the part too, as in transforms.awq.grid=10")
     if keys[-1] == "name" and where.get("name") != value:
         where.clear()
     where[keys[-1]] = value

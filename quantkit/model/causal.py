@@ -86,6 +86,9 @@ class CausalModel:
         transformers' interface), CheckpointError (a tensor is missing or misshapen).
         """
         model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=dtype)
+        for config in (model.config, model.config.get_text_config()):
+            # Kept hidden states of all blocks at once would be what streaming avoids.
+            config.output_hidden_states = False
         path, blocks = skeleton.find_blocks(model)
         if model.get_output_embeddings() is None:
             raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
@@ -102,7 +105,8 @@ class CausalModel:
             device=torch.device(device),
         )
         opened._load_outside(outside)
-        opened._trace_blocks()
+        with skeleton.model_errors(model):
+            opened._trace_blocks()
         return opened
 
     def block_path(self, index: int) -> str:
@@ -184,7 +188,8 @@ class CausalModel:
                 return hidden_BTH
             return self.run(self.load_block(index), hidden_BTH, call)
 
-        self._passes.run(ids_BT, None, compute)
+        with skeleton.model_errors(self._model):
+            self._passes.run(ids_BT, None, compute)
         hidden, calls = self.calls(ids_BT)
         for index, call in enumerate(calls):
             if not torch.equal(hidden, entered[index]):
@@ -271,7 +276,8 @@ class CausalModel:
         """
         signature = self._signatures[index]
         if signature not in self._groups:
-            self._groups[signature] = self._probe(index)
+            with skeleton.model_errors(self._model):
+                self._groups[signature] = self._probe(index)
         trace = self._traces[signature]
         keys = trace.keys()
         refs: dict[tuple[str, int | None], list[WeightRef]] = {}

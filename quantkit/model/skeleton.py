@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +26,9 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
+from quantkit.checkpoint.config import check_config, check_counts
 from quantkit.checkpoint.files import Source
-from quantkit.errors import ModelError
+from quantkit.errors import ModelError, QuantkitError
 from quantkit.model import experts
 
 
@@ -89,8 +93,10 @@ def _auto_class(config: PreTrainedConfig) -> Any:
 def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration object of a checkpoint."""
     data = source.config
+    check_config(data, "config.json")
+    check_counts(data, source.names(), "config.json")
     model_type = data.get("model_type")
-    remote = "auto_map" in data and "AutoModelForCausalLM" in data["auto_map"]
+    remote = "AutoModelForCausalLM" in (data.get("auto_map") or {})
     if remote and trust_remote_code:
         path = getattr(source, "path", None)
         if path is None:
@@ -106,11 +112,13 @@ def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         )
         raise ModelError(f"model type {model_type!r} is unknown to transformers; {hint}")
     try:
-        return CONFIG_MAPPING[model_type].from_dict(data)
+        return _configured(model_type, data)
     # Validation of configurations raises errors of several libraries.
     except Exception as error:
+        named = _culprit(model_type, data)
+        due = "" if named is None else f" (because of {named}: {ascii(data[named])[:60]})"
         raise ModelError(
-            f"config.json is no valid configuration of {model_type!r}: {_first_line(error)}"
+            f"config.json is no valid configuration of {model_type!r}: {_first_line(error)}{due}"
         ) from error
 
 
@@ -255,9 +263,62 @@ def head_sizes(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(sorted({size for size in sizes if size}))
 
 
+@contextmanager
+def model_errors(model: nn.Module) -> Iterator[None]:
+    """A context in which what a model's own code raises becomes a ModelError.
+
+    Its values may have the right types and still contradict each other.
+    """
+    try:
+        yield
+    except QuantkitError:
+        raise
+    except Exception as error:
+        if _raised_by_quantkit(error):
+            raise
+        raise ModelError(
+            f"{type(model).__name__}: its code fails on this config.json: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+
+
+def _raised_by_quantkit(error: Exception) -> bool:
+    """True if the innermost function outside of torch is one of ours."""
+    names = [
+        str(frame.f_globals.get("__name__", ""))
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    outside = [name for name in names if not f"{name}.".startswith("torch.")]
+    return not outside or outside[-1].partition(".")[0] in ("quantkit", "quantkit_eval")
+
+
+def _configured(model_type: str, data: Mapping[str, Any]) -> PreTrainedConfig:
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(data)))
+    for part in (config, config.get_text_config()):
+        # Models of today fail on the tuples that this asked older ones for.
+        part.return_dict = True
+    return config
+
+
+def _culprit(model_type: str, data: Mapping[str, Any]) -> str | None:
+    """The field of config.json without which the rest is valid; None if that is no single one."""
+    for name in data:
+        try:
+            _configured(model_type, {k: v for k, v in data.items() if k != name})
+        except Exception:
+            continue
+        return name
+    return None
+
+
 def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error says in one line; of a failed validation the field and what it takes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    shown = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # A name alone, or half of a character, is no sentence.
+    return ascii(shown)[1:-1] if isinstance(error, KeyError) or not shown.isprintable() else shown
 
 
 def _has_matrices(module: nn.Module) -> bool:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
+from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.shards import TensorWriter
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, NumericsError
@@ -31,7 +33,7 @@ from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.finish import write_finished_files
 from quantkit.pipeline.fold_vectors import copy_folds
 from quantkit.pipeline.plan import Plan, TensorFate, lay_out, open_container
-from quantkit.pipeline.provenance import EXPORT_OF, read_report
+from quantkit.pipeline.provenance import EXPORT_OF
 from quantkit.pipeline.report import build_report
 
 _SHOWN = 3
@@ -97,7 +99,8 @@ def export(
     killed run stopped.  Raises FormatError if the format cannot hold a weight, or, before anything
     is written and unless `allow_rounding`, if a number would have to be rounded.
     """
-    refuse_unfinished(Path(path))
+    path = given_path(path)
+    refuse_unfinished(path)
     source = open_source(path, trust_remote_code=trust_remote_code)
     fmt = make_format(format_name)
     whole = isinstance(fmt, WholeFormat)
@@ -106,7 +109,7 @@ def export(
     else:
         view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     model = CausalModel.open(view, trust_remote_code=trust_remote_code)
-    report = read_report(Path(path))
+    report = read_report(path)
     plan = _plan(model, view, report, fmt, max_shard_bytes, allow_unreadable)
     _check_permuted(view, plan)
     rounded = tuple(_rounded(view, plan, progress))
@@ -164,7 +167,7 @@ def export(
                     release_free_memory()
                 bar.update()
             writer.close()
-        _finish(output.partial, Path(path), model, plan, report, fingerprint, dict(rounded))
+        _finish(output.partial, path, model, plan, report, fingerprint, dict(rounded))
         output.finish()
         return exported(output, written=True)
 
@@ -205,7 +208,7 @@ def _plan(
             f"{lost[0]}: it is quantized, but is no weight that a block or the head multiplies by"
         )
     # What transforms had changed is so still; `verify --against` must know.
-    earlier = {str(t.get("name")): t for t in report.get("tensors", ()) if isinstance(t, dict)}
+    earlier = {str(t.get("name")): t for t in report.get("tensors") or ()}
     fates = tuple(
         dataclasses.replace(fate, fate="rescaled", reason=str(earlier[fate.name].get("reason")))
         if fate.fate == "kept" and earlier.get(fate.name, {}).get("fate") == "rescaled"
@@ -271,15 +274,15 @@ def _finish(
     rounded: Mapping[str, str],
 ) -> None:
     """Writes the files around the weights; what the source's report told of them is kept."""
-    provenance = {**report.get("fingerprint", {}), **fingerprint}
+    provenance = {**(report.get("fingerprint") or {}), **fingerprint}
     fresh = build_report(plan, None, [], provenance)
-    degraded = dict(report.get("degraded", {}))
+    degraded = dict(report.get("degraded") or {})
     for name, what in rounded.items():
         degraded[name] = f"{degraded[name]}; {what}" if name in degraded else what
     told = ["calibration", "folded", "weights"]
     if not any(plan.format.scale_dtype(fate.dtype) == torch.float16 for fate in plan.fates):
         told.append("notes")
-    kept = {key: report[key] for key in told if key in report}
+    kept = {key: report[key] for key in told if report.get(key) is not None}
     write_finished_files(
         partial,
         model=model,

@@ -12,11 +12,11 @@ import yaml
 
 from quantkit.checkpoint.disk import disk_errors, write_file
 from quantkit.checkpoint.manifest import RUN
+from quantkit.checkpoint.record import REPORT
 from quantkit.model.causal import CausalModel
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.report import render_html, render_markdown, render_model_card
 
-REPORT = "quantkit/report.json"
 RECIPE = "quantkit/recipe.yaml"
 
 

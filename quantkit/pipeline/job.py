@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.calibration.tokens import Calibration, load_calibration
+from quantkit.calibration.tokens import Calibration, check_seed, load_calibration
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Source
@@ -19,6 +19,7 @@ from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, ModelError
 from quantkit.formats.format import Format, WholeFormat, code_of, make_format
 from quantkit.formats.open import open_source
+from quantkit.inference.backend import choose_device
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
@@ -55,6 +56,10 @@ def prepare_all(
 
     They share the opened model and, if any recipe is calibrated, one calibration.
     """
+    for request in requests:
+        # What is wrong with them shows before a model is opened.
+        check_seed(request.seed)
+        _ = request.loaded
     first = requests[0]
     source: Source
     if isinstance(model_or_path, str):
@@ -121,9 +126,15 @@ def _calibration(
         samples=request.loaded.samples,
         seq_len=request.loaded.seq_len,
         seed=request.seed,
-        max_length=getattr(text_config, "max_position_embeddings", None),
+        max_length=positions_of(text_config),
         vocab_size=text_config.vocab_size,
     )
+
+
+def positions_of(text_config: Any) -> int | None:
+    """The positions that a model's configuration knows; None if it sets no limit."""
+    found = getattr(text_config, "max_position_embeddings", None)
+    return int(found) if isinstance(found, int | float) and found >= 1 else None
 
 
 def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dtype | None:
@@ -161,19 +172,6 @@ def _device(requests: Sequence[QuantizeOptions]) -> str:
     if name not in ("auto", "cpu"):
         raise ModelError(f"--device {name}: gguf files are quantized on the CPU")
     return "cpu"
-
-
-def choose_device(name: str) -> str:
-    """ "cpu" or "cuda" as asked for; "auto" takes a GPU if torch sees one."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ModelError(f"--device {name!r}: auto, cpu or cuda")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(
-            f"--device {name}: torch {torch.__version__} sees no GPU; use --device cpu"
-        )
-    return name
 
 
 def _fingerprint(

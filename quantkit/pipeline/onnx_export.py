@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.safetensors import TensorInfo
@@ -77,7 +78,7 @@ def export_onnx(
     """
     if accuracy_level not in ACCURACY_LEVELS:
         raise FormatError(f"accuracy level {accuracy_level}: 1 (float32) and 4 (int8) are allowed")
-    path = Path(path)
+    path = given_path(path)
     refuse_unfinished(path)
     source = open_source(path, trust_remote_code=trust_remote_code)
     view = Unpacked.open(source, trust_remote_code=trust_remote_code)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.pipeline.finish import REPORT
 from quantkit.pipeline.fold_vectors import copy_folds
 
 _TOLD = ("method", "scheme", "calibration")
@@ -41,12 +40,3 @@ def holds_numbers_of(home: Path | None, source: Source) -> bool:
     if not isinstance(made, dict) or made.get("requantize") != "True":
         return True
     return bool(made.get(EXPORT_OF) == source.fingerprint())
-
-
-def read_report(home: Path) -> dict[str, Any]:
-    """quantkit's report of a checkpoint; empty if it has none, or another file of that name."""
-    try:
-        report = json.loads((home / REPORT).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return report if isinstance(report, dict) else {}

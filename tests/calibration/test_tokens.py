@@ -342,3 +342,59 @@ def test_bad_python_sources_are_refused(
 def test_text_needs_a_tokenizer() -> None:
     with pytest.raises(CalibrationError, match="needs a tokenizer"):
         load(["row"], None)
+
+
+PARTS: dict[str, Any] = {
+    "texts": [{"type": "text", "text": "weight"}, {"type": "text", "text": "scale"}],
+    "plain strings": ["weight", "scale"],
+    "texts with empty fields": [
+        {"type": "text", "text": "weight", "image": None},
+        {"type": "text", "text": "scale", "image": None},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_message_of_text_parts_is_their_text(chat_tokenizer: Any, kind: str) -> None:
+    def conversations(content: Any) -> list[list[dict[str, Any]]]:
+        return [[{"role": "user", "content": content}] for _ in range(20)]
+
+    found = load(conversations(PARTS[kind]), chat_tokenizer)
+    expected = load(conversations("weight\nscale"), chat_tokenizer)
+    assert found.fingerprint == expected.fingerprint
+    assert "type" not in chat_tokenizer.decode(found.ids.flatten())
+
+
+def test_a_template_that_takes_parts_only_gets_parts(chat_tokenizer: Any) -> None:
+    parts_only = make_tokenizer(chat=True)
+    parts_only.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
+        "{{ part['text'] }}{% endfor %}</s>{% endfor %}"
+    )
+    conversations = [[{"role": "user", "content": f"weight {i}"}] for i in range(40)]
+    assert load(conversations, parts_only).fingerprint == (
+        load(conversations, chat_tokenizer).fingerprint
+    )
+
+
+def test_a_part_that_is_no_text_is_named(chat_tokenizer: Any) -> None:
+    content = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "weight"}]
+    with pytest.raises(CalibrationError, match="part of type 'image'"):
+        load([[{"role": "user", "content": content}]], chat_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        ({"samples": 10**20}, "--samples"),
+        ({"seq_len": 10**20}, "--seq-len"),
+        ({"seed": 2**64}, "--seed"),
+        ({"seed": -1}, "--seed"),
+    ],
+    ids=["samples", "seq_len", "large seed", "negative seed"],
+)
+def test_more_than_any_machine_can_hold_is_refused_at_once(
+    tokenizer: Any, options: dict[str, int], named: str
+) -> None:
+    with pytest.raises(CalibrationError, match=named):
+        load([TEXT], tokenizer, **options)

@@ -237,7 +237,10 @@ def test_damage_is_refused_with_a_sentence(kind: str, sharded: Path) -> None:
 def test_index_that_escapes_the_directory_is_refused(file: object, sharded: Path) -> None:
     save_file({"x": torch.zeros(1)}, sharded.parent / "outside.safetensors")
     edit_index(sharded, weight_map(sharded) | {"x": file})
-    with pytest.raises(CheckpointError, match=r"index.json: x: the shard .* is not allowed"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"index.json: (x: the shard .* is not allowed|weight_map.x: .* no valid text)",
+    ):
         FileSource(sharded)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.checkpoint.door import given_path, read_plain
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.tasks.accuracy import ALL, Item, choice_item, exact_item, example_items
 from quantkit_eval.tasks.harness_tasks import PREFIX, HarnessTask, load_harness_tasks
@@ -20,6 +21,8 @@ from quantkit_eval.tasks.harness_tasks import PREFIX, HarnessTask, load_harness_
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Questions are held in memory, tokenised.
+_LARGEST = 256 * 2**20
 _KEYS = ("prompt", "answer", "choices", "task")
 # Of each of the demo's tasks, which have no end.
 _DEMO_QUESTIONS = 200
@@ -58,7 +61,7 @@ def parse_tasks(
             found = _demo_items(name, tokenizer, count, seed)
             source = f"the demo's held-out questions, {count} of seed {seed}"
         elif name.endswith((".jsonl", ".json")):
-            found, digest = read_items(Path(name), tokenizer)
+            found, digest = read_items(given_path(name, error=EvaluationError), tokenizer)
             source = f"{Path(name).name}, sha256 {digest}"
         else:
             raise EvaluationError(
@@ -77,17 +80,17 @@ def parse_tasks(
 
 def _split(listed: str) -> list[str]:
     """Names between commas; a file's name may hold commas itself."""
-    if Path(listed).is_file():
+    if given_path(listed, error=EvaluationError).is_file():
         return [listed]
     return [name.strip() for name in listed.split(",") if name.strip()] or [listed]
 
 
 def read_items(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[Item, ...], str]:
     """A JSON lines file's questions and its sha256.  Raises EvaluationError naming the line."""
+    content = read_plain(path, largest=_LARGEST, error=EvaluationError)
     try:
-        content = path.read_bytes()
         lines = content.decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise EvaluationError(f"--tasks {path}: cannot be read: {error}") from error
     items = []
     for number, line in enumerate(lines, start=1):
@@ -115,7 +118,7 @@ def _demo_items(
 def _item(line: str, where: str, default_task: str, tokenizer: PreTrainedTokenizerBase) -> Item:
     try:
         question: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"{where}: is not JSON: {error}") from error
     if not isinstance(question, Mapping) or not isinstance(question.get("prompt"), str):
         raise EvaluationError(f'{where}: write {{"prompt": ..., "answer": ...}}')

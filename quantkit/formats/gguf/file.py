@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantkit.checkpoint.door import open_plain, read_start
 from quantkit.checkpoint.safetensors import refuse_git_lfs
 from quantkit.errors import CheckpointError
 
@@ -114,8 +115,7 @@ def is_gguf(path: Path) -> bool:
         return False
     if path.suffix == ".gguf":
         return True
-    with path.open("rb") as file:
-        return file.read(4) == MAGIC
+    return read_start(path, len(MAGIC)) == MAGIC
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -125,7 +125,7 @@ def read_gguf(path: Path) -> GgufHeader:
     ggml does not have.  Holds the header only, at most 64 MiB of it.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with os.fdopen(open_plain(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             refuse_git_lfs(path, os.pread(file.fileno(), 100, 0))
             return _Parser(path, file.fileno(), size).parse()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantkit.checkpoint.door import CONFIG_BYTES, read_json
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices
@@ -147,10 +148,10 @@ def _model_type(path: Path, names: Names | None) -> tuple[str, list[str]]:
     """The type of model by the config, or by the file beside the graph; and what is wrong there."""
     if names is not None:
         return str(names.config.get("model_type", "unknown")), []
-    try:
-        data = json.loads((path.parent / _GENAI).read_bytes())
-        return str(data["model"]["type"]), []
-    except FileNotFoundError:
+    if not os.path.lexists(path.parent / _GENAI):
         return "unknown", []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    try:
+        data = read_json(path.parent / _GENAI, largest=CONFIG_BYTES)
+        return str(data["model"]["type"]), []
+    except (CheckpointError, KeyError, TypeError) as error:
         return "unknown", [f"{_GENAI} cannot be read: {error!r}"]

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.disk import disk_errors
+from quantkit.checkpoint.disk import disk_errors, open_own
+from quantkit.checkpoint.door import read_plain
 from quantkit.checkpoint.safetensors import read_into, refuse_git_lfs, write_from
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.onnx.wire import LARGEST_GRAPH, check_graph_size
@@ -223,9 +224,7 @@ class DataWriter:
         self.folder = folder
         self._position = 0
         with disk_errors(folder / DATA):
-            self._descriptor = os.open(
-                folder / DATA, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666
-            )
+            self._descriptor = open_own(folder / DATA, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def __enter__(self) -> DataWriter:
         return self
@@ -276,18 +275,12 @@ def require_onnx() -> Any:
 
 def _parse(path: Path) -> ModelProto:
     onnx = require_onnx()
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    try:
-        size = path.stat().st_size
-        if size > LARGEST_GRAPH:
-            raise CheckpointError(
-                f"{path}: {size} bytes; graphs of at most {LARGEST_GRAPH} are read: save it with "
-                "its weights in a file beside it (onnx.save_model, save_as_external_data=True)"
-            )
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if path.is_file() and (size := path.stat().st_size) > LARGEST_GRAPH:
+        raise CheckpointError(
+            f"{path}: {size} bytes; graphs of at most {LARGEST_GRAPH} are read: save it with "
+            "its weights in a file beside it (onnx.save_model, save_as_external_data=True)"
+        )
+    data = read_plain(path, largest=LARGEST_GRAPH)
     refuse_git_lfs(path, data[:100])
     check_graph_size(path, data, onnx.ModelProto.DESCRIPTOR)
     try:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.config import check_config
+from quantkit.checkpoint.door import read_json
 from quantkit.checkpoint.safetensors import tensor_bytes
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
@@ -119,21 +121,20 @@ def find_kept(file: OnnxFile, source: Source, names: Iterable[str]) -> dict[str,
 
 def read_names(path: Path, file: OnnxFile) -> Names:
     """What names.json says, every field checked.  CheckpointError naming the field."""
+    data = read_json(path, largest=_LARGEST)
     try:
-        if path.stat().st_size > _LARGEST:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes; at most {_LARGEST}")
-        data = json.loads(path.read_bytes())
         if data["version"] != _VERSION:
             raise CheckpointError(f"{path}: version {data['version']!a}; {_VERSION} is read")
         if not isinstance(data["config"], dict):
             raise CheckpointError(f"{path}: config is no object")
+        check_config(data["config"], str(path))
         names = Names(
             config=data["config"],
             quantized={str(k): _quantized_place(v) for k, v in data["quantized"].items()},
             kept={str(k): _kept_place(v) for k, v in data["kept"].items()},
             lost=tuple(map(str, data["lost"])),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error!r}; export the model again") from (
             error
         )

@@ -23,6 +23,7 @@ CONFIG_BYTES = 16 * 2**20
 INDEX_BYTES = 64 * 2**20
 RECORD_BYTES = 64 * 2**20
 TOKENIZER_BYTES = 256 * 2**20
+FOLDS_BYTES = 256 * 2**20
 RECIPE_BYTES = 2**19
 # Nested containers; what reads them later recurses, several frames to a level.
 MAX_DEPTH = 64

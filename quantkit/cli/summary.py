@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from quantkit.checkpoint.door import RECORD_BYTES, read_json
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.memory import format_size, with_spare
-from quantkit.checkpoint.record import REPORT
+from quantkit.checkpoint.record import read_report
 from quantkit.pipeline.session import Job, Outcome
 
 
@@ -61,19 +61,13 @@ def plan_text(job: Job) -> str:
 
 def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The final summary as JSON values."""
-    report = json.loads((outcome.out / REPORT).read_bytes())
-    run = json.loads((outcome.out / RUN).read_bytes())
+    report = read_report(outcome.out)
+    told = ("method", "scheme", "format", "size", "readers", "notes", "degraded")
     return {
         "out": str(outcome.out),
         "written": outcome.written,
-        "method": report["method"],
-        "scheme": report["scheme"],
-        "format": report["format"],
-        "size": report["size"],
-        "readers": report["readers"],
-        "notes": report["notes"],
-        "degraded": report["degraded"],
-        "run": run,
+        **{key: report.get(key) for key in told},
+        "run": read_json(outcome.out / RUN, largest=RECORD_BYTES),
     }
 
 
@@ -81,8 +75,8 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     """The final summary for people."""
     if not outcome.written:
         return f"{outcome.out}: already complete, made by this very command; nothing to do"
-    run = json.loads((outcome.out / RUN).read_bytes())
-    report = json.loads((outcome.out / REPORT).read_bytes())
+    run = read_json(outcome.out / RUN, largest=RECORD_BYTES)
+    report = read_report(outcome.out)
     lines = [f"{outcome.out}: complete in {_duration(outcome.seconds)}", *_totals(job)]
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")

@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.checkpoint.door import FOLDS_BYTES, open_plain, read_plain
 from quantkit.checkpoint.safetensors import read_header, read_into
 from quantkit.errors import CheckpointError
 from quantkit.model.refs import ScaleGroup, WeightRef
@@ -44,8 +45,8 @@ def fold_shapes(
 def copy_folds(home: Path | None, partial: Path) -> None:
     """Keeps a checkpoint's vectors beside what is exported from it; nothing if it has none."""
     for name in (FOLDS_FILE, SOURCE_FOLDS_FILE):
-        if home is not None and (home / name).is_file():
-            _write(partial / name, (home / name).read_bytes())
+        if home is not None and os.path.lexists(home / name):
+            _write(partial / name, read_plain(home / name, largest=FOLDS_BYTES))
 
 
 def keep_source_folds(home: Path | None, partial: Path) -> None:
@@ -91,10 +92,10 @@ def _all_folds(home: Path | None) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """All vectors of a file; none if there is no file."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     found = {}
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = open_plain(path, largest=FOLDS_BYTES)
     try:
         for stored in read_header(path):
             buffer = torch.empty(stored.info.shape, dtype=stored.info.dtype)

@@ -118,12 +118,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("command", ["quantize", "inspect", "verify", "generate", "export", "eval"])
+COMMANDS = ["quantize", "inspect", "verify", "generate", "export", "export to", "eval", "eval to"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_path_that_no_system_takes_is_refused(
     kind: str,
     command: str,
     llama: Path,
+    finished: Path,
     refused: Refused,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,9 +142,11 @@ def test_a_path_that_no_system_takes_is_refused(
         "verify": (place,),
         "generate": (place, "--prompt", "x"),
         "export": (place, "--format", "gptq_v2", "--out", "out"),
+        "export to": (finished, "--format", "gptq_v2", "--allow-rounding", "--out", place),
         "eval": (llama, place, "--out", "out"),
+        "eval to": (llama, finished, "--out", place),
     }
-    assert "path " in refused(command, *lines[command])
+    assert "path " in refused(command.split()[0], *lines[command])
 
 
 # Fields of config.json of the wrong type, and the field that the sentence names.
@@ -318,6 +324,28 @@ def test_a_link_to_another_output_is_not_emptied_as_the_replaced_one(
     line = ("quantize", llama, "--method", "rtn", "--scheme", "w4a16_g32", "--fresh")
     assert "out.replaced" in refused(*line, "--out", tmp_path / "out")
     assert jobs.hashes(theirs) == jobs.hashes(finished)
+
+
+def test_a_link_where_an_evaluation_works_is_refused_and_left_alone(
+    llama: Path, finished: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs" / ".scratch").mkdir(parents=True)
+    (tmp_path / "theirs" / ".scratch" / "hidden.bin").write_text("years of work")
+    (tmp_path / "report.partial").symlink_to(tmp_path / "theirs")
+    assert "link" in refused("eval", llama, finished, "--out", tmp_path / "report")
+    assert (tmp_path / "theirs" / ".scratch" / "hidden.bin").read_text() == "years of work"
+    monkeypatch.chdir(llama)
+    assert "holds something else" in refused("eval", llama, finished, "--out", ".")
+
+
+def test_a_damaged_report_of_a_finished_run_is_named(
+    llama: Path, tmp_path: Path, refused: Refused
+) -> None:
+    line = ("quantize", llama, "--method", "rtn", "--scheme", "w4a16_g32", "--json")
+    line = (*line, "--out", tmp_path / "out")
+    assert jobs.command(*line) == 0
+    edit(tmp_path / "out/quantkit/report.json", {"degraded": [1]})
+    assert "degraded is [1]" in refused(*line)
 
 
 def test_a_finished_output_is_one_whatever_it_is_called(finished: Path, tmp_path: Path) -> None:

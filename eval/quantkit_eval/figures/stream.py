@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.rounded_inputs import QuantizedActivations
-from quantkit.checkpoint.disk import disk_errors
+from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
@@ -37,7 +37,7 @@ class States:
         self._path = directory / "hidden.bin"
         with disk_errors(self._path, slots * self._slot_bytes):
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            self._file = open_own(self._path, os.O_RDWR | os.O_CREAT, 0o600)
 
     def read(self, number: int, slot: int = 0) -> Tensor:
         """The states of a batch [B, T, H], fresh memory on the CPU."""

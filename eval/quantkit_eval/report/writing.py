@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantkit.checkpoint.disk import disk_errors, sync_directory, write_file
-from quantkit.errors import OutputError
+from quantkit.checkpoint.disk import disk_errors, refuse_links, sync_directory, write_file
+from quantkit.checkpoint.door import RECORD_BYTES, given_path, read_json
+from quantkit.errors import CheckpointError, OutputError
 from quantkit_eval.records import SCHEMA
 
 REPORT_JSON = "report.json"
@@ -23,8 +23,10 @@ def report_directory(out: Path) -> Iterator[Path]:
 
     Raises OutputError at once if `out` holds something else than an earlier report.
     """
+    out = Path(os.path.abspath(given_path(out, error=OutputError)))
     check_replaceable(out)
-    work = out.with_name(out.name + ".partial")
+    work = Path(f"{out}.partial")
+    refuse_links(work)
     if work.exists() and not (work / _SCRATCH).is_dir():
         raise OutputError(f"{work}: exists and is no unfinished report; remove it")
     with disk_errors(work):
@@ -43,6 +45,7 @@ def scratch(work: Path) -> Path:
 
 def publish(work: Path, out: Path, files: Mapping[str, bytes]) -> None:
     """Writes the files to `work` and puts it in the place of `out` by renaming."""
+    out = Path(os.path.abspath(given_path(out, error=OutputError)))
     check_replaceable(out)
     with disk_errors(work):
         shutil.rmtree(work / _SCRATCH, ignore_errors=True)
@@ -62,8 +65,8 @@ def check_replaceable(out: Path) -> None:
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        schema = json.loads((out / REPORT_JSON).read_bytes())["schema"]
-    except (OSError, ValueError, KeyError, TypeError):
+        schema = read_json(out / REPORT_JSON, largest=RECORD_BYTES).get("schema")
+    except CheckpointError:
         schema = None
     family = SCHEMA.partition("/")[0]
     foreign = [] if not out.is_dir() else [p.name for p in out.iterdir() if not p.match("report.*")]

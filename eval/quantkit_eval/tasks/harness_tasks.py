@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.door import given_path
 from quantkit_eval.errors import EvaluationError
 
 PREFIX = "lm-eval:"
@@ -68,7 +69,7 @@ def _load(spec: str, limit: int | None) -> list[HarnessTask]:
     from lm_eval.tasks import TaskManager
 
     name, metric, filter_name = _split(spec)
-    path = Path(name).expanduser()
+    path = given_path(name, error=EvaluationError)
     if path.is_dir():
         manager = TaskManager(include_path=str(path), include_defaults=False)
         wanted = list(manager.all_subtasks)

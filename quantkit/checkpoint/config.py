@@ -40,6 +40,8 @@ _BLOCKS = frozenset(
 )
 # So many blocks are built on no memory worth speaking of; missing weights then show by name.
 _FEW_BLOCKS = 1024
+# Tokenizers write 10**30 where there is no limit, and nothing computes with it.
+_WITHOUT_LIMIT = frozenset({"model_max_length", "max_length"})
 # Labels become a dictionary, and no language model has classes.
 _MOST_LABELS = 100_000
 _NUMBER = re.compile(r"(?<![0-9])[0-9]{1,9}(?![0-9])")
@@ -47,6 +49,10 @@ _NUMBER = re.compile(r"(?<![0-9])[0-9]{1,9}(?![0-9])")
 
 def _is_ids(value: Any) -> bool:
     return is_integer(value) or list_of(is_integer)(value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return is_number(value) or list_of(is_number)(value)
 
 
 def _is_code(value: Any) -> bool:
@@ -63,10 +69,10 @@ def _is_code(value: Any) -> bool:
 _FIELDS: Fields = {
     **dict.fromkeys(("model_type", "torch_dtype", "dtype"), (is_text, "a text")),
     **dict.fromkeys(("transformers_version", "_name_or_path"), (is_text, "a text")),
-    **dict.fromkeys(("architectures", "layer_types"), (list_of(is_text), "a list of texts")),
+    "architectures": (list_of(is_text), "a list of texts"),
     "auto_map": (_is_code, "an object of class names"),
     **dict.fromkeys(("quantization_config", "compression_config"), (is_object, "an object")),
-    **dict.fromkeys(("id2label", "label2id", *_PARTS), (is_object, "an object")),
+    **dict.fromkeys(("id2label", "label2id", "text_config"), (is_object, "an object")),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), (is_object, "an object")),
     **dict.fromkeys(
         (
@@ -90,7 +96,8 @@ _FIELDS: Fields = {
     **dict.fromkeys(
         ("pad_token_id", "bos_token_id", "eos_token_id"), (_is_ids, "a token id or a list of them")
     ),
-    **dict.fromkeys(("max_position_embeddings", "rope_theta"), (is_number, "a number")),
+    "max_position_embeddings": (is_number, "a number"),
+    "rope_theta": (_is_numbers, "a number or a list of them"),
 }
 
 
@@ -101,6 +108,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """
     for path, part in _parts(config):
         check_fields(part, _FIELDS, f"{where}: {path}", needed=frozenset({"model_type"}))
+        for name, value in part.items():
+            if is_integer(value) and abs(value) >= 2**64 and name not in _WITHOUT_LIMIT:
+                raise CheckpointError(f"{where}: {path}{name}: an integer beyond 64 bits")
 
 
 def check_counts(config: Mapping[str, Any], names: Iterable[str], where: str) -> None:

@@ -63,7 +63,7 @@ class FileSource(Reader):
             )
         config = _contained(self.path, "config.json")
         self._config_content = read_plain(config, largest=CONFIG_BYTES)
-        check_config(parse_json(self._config_content, str(config)), str(config))
+        check_config(parse_json(self._config_content, str(config), wide=True), str(config))
         self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
         for file, wanted in _weight_files(self.path).items():

@@ -17,7 +17,7 @@ import typer
 
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
-from quantkit.cli.crash import EXIT_CODE, command_line, report_crash
+from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_crash
 from quantkit.cli.export import export
 from quantkit.cli.options import takes_options
 from quantkit.errors import QuantkitError
@@ -242,8 +242,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except QuantkitError as error:
         typer.echo(f"quantkit: {error}", err=True)
         sys.exit(error.exit_code)
-    # What is left over is a fault of ours, whatever raised it.
+    # What is left over is the machine's fault or ours, whatever raised it.
     except Exception as error:
+        if (told := machine_error(error)) is not None:
+            typer.echo(f"quantkit: {told}", err=True)
+            sys.exit(QuantkitError.exit_code)
         typer.echo(report_crash(error, command_line(arguments)), err=True)
         sys.exit(EXIT_CODE)
     sys.exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -15,6 +16,12 @@ from quantkit.checkpoint.version import __version__
 EXIT_CODE = 70
 # Set to anything but 0, the traceback is printed too.
 SHOW = "QUANTKIT_TRACEBACK"
+_MACHINE = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE,
+        errno.ENFILE, errno.ENOMEM, errno.ESTALE,
+    }
+)  # fmt: skip
 
 
 def report_crash(error: BaseException, command: str) -> str:
@@ -30,6 +37,16 @@ def report_crash(error: BaseException, command: str) -> str:
     what = f"{type(error).__name__}: {ascii(reason)[1:-1][:200]}"
     kept = "" if place is None else f"; its traceback is in {place}"
     return f"{shown}quantkit: internal error: {what}{kept}; please report it"
+
+
+def machine_error(error: BaseException) -> str | None:
+    """The sentence for an error that is the machine's: no permission, no room, no memory."""
+    if isinstance(error, MemoryError):
+        return "the machine has no memory left; --max-ram says how much may be used"
+    if not isinstance(error, OSError) or error.errno not in _MACHINE:
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}; mend that and run the same command again"
 
 
 def _save(text: str) -> str | None:

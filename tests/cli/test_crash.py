@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import tempfile
 from pathlib import Path
@@ -39,6 +40,32 @@ def test_an_internal_error_ends_with_one_line_and_a_saved_traceback(
     text = saved.read_text()
     assert "Traceback (most recent call last)" in text and "second line" in text
     assert "quantkit 'inspect' 'some where'" in text
+
+
+@pytest.mark.parametrize(
+    "error,named",
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/x/config.json"), "/x/config.json"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
+        (MemoryError(), "--max-ram"),
+    ],
+    ids=["permission", "space", "memory"],
+)
+def test_an_error_of_the_machine_is_a_sentence(
+    error: Exception,
+    named: str,
+    broken: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(quantkit.checks.inspection, "inspect", fail)
+    assert jobs.command("inspect", "x") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("quantkit: ") and named in line
+    assert not list(broken.iterdir())
 
 
 def test_the_traceback_is_shown_where_it_is_asked_for(

@@ -415,6 +415,13 @@ def test_a_tokenizer_with_code_of_its_own_is_not_run_unasked(copy: Path, refused
     assert jobs.command(*line, "--trust-remote-code") == 0
 
 
+def test_a_tokenizer_that_llama_cpp_does_not_load_is_refused(
+    finished: Path, tmp_path: Path, refused: Refused
+) -> None:
+    pytest.importorskip("gguf", reason="the extra [gguf] writes the file")
+    assert "no merges" in refused("export", finished, "--format", "gguf", "--out", tmp_path / "out")
+
+
 def test_a_folder_that_would_be_a_pattern_is_refused(
     llama: Path, tmp_path: Path, refused: Refused
 ) -> None:

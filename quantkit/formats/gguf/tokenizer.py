@@ -64,6 +64,11 @@ def describe_tokenizer(source: Source, vocab_size: int) -> tuple[Entry, ...]:
     entries = [Entry(key="tokenizer.ggml.tokens", kind="strings", value=tuple(texts))]
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if byte_level:
+        if not merges:
+            raise FormatError(
+                "tokenizer.json: there are no merges, and llama.cpp loads no tokenizer of bytes "
+                "without; write another --format"
+            )
         name = _pre_tokenizer(data)
         entries.insert(0, Entry(key="tokenizer.ggml.model", kind="str", value="gpt2"))
         entries.append(Entry(key="tokenizer.ggml.pre", kind="str", value=name))

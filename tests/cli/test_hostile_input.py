@@ -121,6 +121,15 @@ PLACES = {
 COMMANDS = ["quantize", "inspect", "verify", "generate", "export", "export to", "eval", "eval to"]
 
 
+def test_a_name_without_room_for_an_ending_is_refused(
+    llama: Path, finished: Path, refused: Refused, tmp_path: Path
+) -> None:
+    out = tmp_path / ("y" * 250)
+    line = ("quantize", llama, "--method", "rtn", "--scheme", "w4a16_g32", "--out", out)
+    assert "too long" in refused(*line)
+    assert "too long" in refused("eval", llama, finished, "--out", out)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", PLACES)
 def test_a_path_that_no_system_takes_is_refused(

@@ -26,10 +26,10 @@ def report_directory(out: Path) -> Iterator[Path]:
     out = Path(os.path.abspath(given_path(out, error=OutputError)))
     check_replaceable(out)
     work = Path(f"{out}.partial")
-    refuse_links(work)
-    if work.exists() and not (work / _SCRATCH).is_dir():
-        raise OutputError(f"{work}: exists and is no unfinished report; remove it")
     with disk_errors(work):
+        refuse_links(work)
+        if work.exists() and not (work / _SCRATCH).is_dir():
+            raise OutputError(f"{work}: exists and is no unfinished report; remove it")
         shutil.rmtree(work, ignore_errors=True)
         (work / _SCRATCH).mkdir(parents=True)
     try:

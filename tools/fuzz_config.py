@@ -283,11 +283,16 @@ def _damaged_line(stage: Stage, rng: random.Random, out: str) -> tuple[str, ...]
             "--prompts": "0",
             "--device": "cpu",
         }
+    if command == "compare":
+        options = {"--methods": "int8", "--calib": text, "--text": text, "--samples": "4"}
+        options |= {"--seq-len": "16", "--windows": "2", "--prompts": "0", "--device": "cpu"}
+    if command == "bench":
+        options = {"--batches": "1", "--prompt-tokens": "4", "--new-tokens": "2", "--repeats": "1"}
     if command == "generate":
         options = {"--prompt": "all", "--max-new-tokens": "2"}
     if command == "export":
         options = {"--format": "gptq_v2"}
-    if command in ("quantize", "export", "eval"):
+    if command in ("quantize", "export", "eval", "compare"):
         options["--out"] = out
     place = (
         stage.finished if command in ("verify", "inspect", "generate", "export") else stage.plain

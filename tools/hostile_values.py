@@ -103,6 +103,8 @@ KIND_OF = {
     "--text": "place", "--tasks": "place", "--fail-if": "text", "--questions": "number",
     "--windows": "number", "--stride": "number", "--protocol": "text", "--prompts": "number",
     "--methods": "text", "--bits": "text",
+    "--batches": "number", "--prompt-tokens": "number", "--new-tokens": "number",
+    "--repeats": "number",
 }  # fmt: skip
 _PLANNED = (
     "--method", "--scheme", "--format", "--calib", "--samples", "--seq-len", "--seed",
@@ -115,6 +117,11 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "inspect": (),
     "verify": (
         "--against", "--runtime-python",
+    ),
+    "bench": ("--batches", "--prompt-tokens", "--new-tokens", "--repeats", "--device", "--backend"),
+    "compare": (
+        "--methods", "--bits", "--calib", "--text", "--tasks", "--samples", "--seq-len",
+        "--windows", "--fail-if", "--prompts", "--max-ram", "--device", "--seed", "--out",
     ),
     "generate": (
         "--prompt", "--max-new-tokens", "--backend", "--dtype", "--device",

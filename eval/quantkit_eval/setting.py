@@ -68,7 +68,7 @@ class EvaluationRequest:
             ("--seq-len", self.seq_len, 2, 2**24),
             ("--windows", self.windows, 1, 2**24),
             ("--stride", self.stride, 1, 2**24),
-            ("--questions", self.task_questions, 1, 10**6),
+            ("--questions", self.task_questions, 1, 10**5),
             ("--prompts", self.prompts, 0, 1000),
         ):
             if value is not None and not smallest <= value <= largest:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCHEMA = "quantkit.speed/2"
+_MOST_SEQUENCES, _MOST_REPEATS = 4096, 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,12 @@ def measure_speed(
     Raises EvaluationError for a context that the model cannot hold.
     """
     refuse_unfinished(path)
-    if not batches or min(batches) < 1:
-        raise EvaluationError(f"--batches {list(batches)}: give sizes of at least 1")
+    if not batches or min(batches) < 1 or max(batches) > _MOST_SEQUENCES:
+        raise EvaluationError(
+            f"--batches {str(list(batches))[:60]}: give sizes from 1 to {_MOST_SEQUENCES}"
+        )
+    if not 1 <= repeats <= _MOST_REPEATS:
+        raise EvaluationError(f"--repeats {str(repeats)[:30]}: from 1 to {_MOST_REPEATS}")
     began = time.perf_counter()
     model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
     load_seconds = time.perf_counter() - began
@@ -135,7 +140,7 @@ def measure_speed(
     on_gpu = device.startswith("cuda")
     return Speed(
         schema=SCHEMA,
-        name=path.name,
+        name=path.resolve().name,
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         backend=backend,

@@ -50,6 +50,9 @@ def open_corpus(
         return _demo_corpus(seed)
     path = given_path(source, error=CalibrationError)
     suffix = path.suffix.lower()
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        # A FIFO or a device; the error says which.
+        os.close(open_plain(path, error=CalibrationError))
     if path.is_file() and suffix not in (".txt", *BUILDERS):
         raise CalibrationError(
             f"calibration file {source}: {suffix or 'no'} extension; "

@@ -85,10 +85,14 @@ def run_compare(
     from quantkit_eval.command import run_comparison
     from quantkit_eval.setting import EvaluationRequest, check_wishes
 
+    from quantkit.checkpoint.door import given_path
     from quantkit.checkpoint.memory import return_large_blocks
+    from quantkit.errors import OutputError
     from quantkit.pipeline.job import prepare_all
     from quantkit.pipeline.together import candidates, run_together
 
+    # Found out before the work, as all that follows.
+    given_path(out, error=OutputError)
     if options.max_ram is not None:
         return_large_blocks()
     wishes = EvaluationRequest(

@@ -41,7 +41,8 @@ def report_crash(error: BaseException, command: str) -> str:
 
 def machine_error(error: BaseException) -> str | None:
     """The sentence for an error that is the machine's: no permission, no room, no memory."""
-    if isinstance(error, MemoryError):
+    # torch says it in a RuntimeError, with no class of its own on CPUs.
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
         return "the machine has no memory left; --max-ram says how much may be used"
     if not isinstance(error, OSError) or error.errno not in _MACHINE:
         return None

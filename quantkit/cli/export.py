@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quantkit.checkpoint.door import given_path
 from quantkit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -105,5 +106,5 @@ def _target(path: Path, format_name: str, out: Path | None, repository: Path | N
     if out is not None and repository is None:
         return out
     if repository is not None and out is None:
-        return repository / path.resolve().name
+        return repository / given_path(path).resolve().name
     raise OutputError("give either --out or, with --format onnx, --triton-repository")

@@ -80,7 +80,7 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     lines = [f"{outcome.out}: complete in {_duration(outcome.seconds)}", *_totals(job)]
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
-    lines.extend(f"note: {note}" for note in report["notes"])
+    lines += [f"note: {note}" for note in report["notes"] if note not in job.plan.notes]
     for name, note in report["degraded"].items():
         lines.append(f"degraded   {name}: {note}")
     lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")

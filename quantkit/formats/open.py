@@ -35,9 +35,10 @@ def open_source(
         return OnnxSource(file) if is_onnx(file) else GgufSource(file)
     if path.is_dir():
         return FileSource(path, trust_remote_code=trust_remote_code)
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError(
-            f"{path}: this is a file, and no GGUF or ONNX; give the directory of the model"
+            f"{path}: this is a file, and no GGUF or ONNX, or a link to nothing; give the model's "
+            "directory"
         )
     name = os.fspath(model_or_path)
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):

@@ -38,11 +38,17 @@ def generate_text(
         raise ModelError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
     if not 1 <= max_new_tokens <= _MOST_TOKENS:
         raise ModelError(f"{str(max_new_tokens)[:30]} new tokens: ask for 1 to {_MOST_TOKENS}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the prompt {ascii(prompt)[:60]} is no valid text: {error}") from error
     device = choose_device(device)
     wanted = None if dtype is None else _DTYPES[dtype]
     model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
     tokenizer = load_tokenizer(FileSource(path))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not inputs["input_ids"].numel():
+        raise ModelError("the prompt holds no tokens; write what the model shall continue")
     with torch.no_grad():
         ids = model.generate(
             input_ids=inputs["input_ids"],

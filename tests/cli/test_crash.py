@@ -48,8 +48,9 @@ def test_an_internal_error_ends_with_one_line_and_a_saved_traceback(
         (PermissionError(errno.EACCES, "Permission denied", "/x/config.json"), "/x/config.json"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left"),
         (MemoryError(), "--max-ram"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to"), "--max-ram"),
     ],
-    ids=["permission", "space", "memory"],
+    ids=["permission", "space", "memory", "memory of tensors"],
 )
 def test_an_error_of_the_machine_is_a_sentence(
     error: Exception,

@@ -118,7 +118,37 @@ PLACES = {
 }
 
 
-COMMANDS = ["quantize", "inspect", "verify", "generate", "export", "export to", "eval", "eval to"]
+COMMANDS = [
+    "quantize",
+    "inspect",
+    "verify",
+    "generate",
+    "export",
+    "export triton",
+    "export to",
+    "eval",
+    "eval to",
+    "compare to",
+]
+
+
+@pytest.mark.parametrize("prompt,named", [("", "no tokens"), ("a\udcff", "no valid text")])
+def test_a_prompt_that_is_no_text_is_refused(
+    prompt: str, named: str, finished: Path, refused: Refused
+) -> None:
+    assert named in refused("generate", finished, "--prompt", prompt)
+
+
+def test_what_is_there_is_never_looked_up_on_the_hub(
+    llama: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fifo(Path("pipe"))
+    Path("gone").symlink_to("nothing")
+    line = ("plan", llama, "--method", "gptq", "--scheme", "w4a16_g32", "--calib", "pipe")
+    assert "this is a FIFO" in refused(*line)
+    assert "this is a file" in refused("plan", "pipe", "--method", "rtn")
+    assert "a link to nothing" in refused("plan", "gone", "--method", "rtn")
 
 
 def test_a_name_without_room_for_an_ending_is_refused(
@@ -151,6 +181,8 @@ def test_a_path_that_no_system_takes_is_refused(
         "verify": (place,),
         "generate": (place, "--prompt", "x"),
         "export": (place, "--format", "gptq_v2", "--out", "out"),
+        "export triton": (place, "--format", "onnx", "--triton-repository", "r"),
+        "compare to": (llama, "--methods", "rtn", "--out", place),
         "export to": (finished, "--format", "gptq_v2", "--allow-rounding", "--out", place),
         "eval": (llama, place, "--out", "out"),
         "eval to": (llama, finished, "--out", place),

@@ -83,6 +83,9 @@ def open_plain(
         # Opening a device may do something, and opening a FIFO may wait: look first.
         _demand_plain(path, os.stat(path), largest, error)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as cause:
+        what = "this is a link to nothing" if path.is_symlink() else "there is no such file"
+        raise error(f"{path}: {what}") from cause
     except OSError as cause:
         raise error(f"{path}: cannot be read: {cause.strerror}") from cause
     try:

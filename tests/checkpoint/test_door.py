@@ -62,7 +62,8 @@ KINDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "socket": (listener, "this is a socket"),
     "giant": (giant, "1099511627776 bytes"),
     "links in a circle": (circle, "cannot be read"),
-    "a link to nothing": (nowhere, "cannot be read"),
+    "a link to nothing": (nowhere, "a link to nothing"),
+    "nothing": (lambda path: None, "no such file"),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.disk import disk_errors, reserve, sync_directory
+from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory
 from quantkit.checkpoint.safetensors import write_from
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, ResumeError
@@ -127,7 +127,7 @@ class GgufWriter:
             size = fresh.stat().st_size
             fresh.unlink()
             self._offsets = {tensor.name: tensor.offset for tensor in placed}
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
             try:
                 whole = os.fstat(self._descriptor).st_size == size
                 if not whole or os.pread(self._descriptor, len(header), 0) != header:

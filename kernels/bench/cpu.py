@@ -86,16 +86,15 @@ def products(rows: int, columns: int) -> dict[str, Product]:
     float8 = fp8a16.pack(floats, scale[:, :1], None, "cpu")
     floats8 = fp8a8.pack(floats, scale[:, 0])
     nothing = (None, None, None)
-    ops = torch.ops.quantkit
     made: dict[str, Product] = {
         "bf16": lambda x: torch.nn.functional.linear(x, plain),
         "fp32": lambda x: torch.nn.functional.linear(x.float(), wide),
-        "w4a16": lambda x: ops.w4a16(x, int4.packed, int4.scale, None, None, 128, rows),
-        "w8a16": lambda x: ops.w8a16(x, int8.packed, int8.scale, None, 0, rows),
-        "w8a8": lambda x: ops.w8a8(x, *both, None, rows),
-        "fp8a16": lambda x: ops.fp8a16(x, float8.packed, float8.scale, None, 0, rows),
-        "fp8a8": lambda x: ops.fp8a8(x, *floats8, None, rows),
-        "nf4": lambda x: ops.nf4(x, normal.packed, normal.scale, *nothing, None, rows),
+        "w4a16": lambda x: w4a16.product(x, int4.packed, int4.scale, None, None, 128, rows),
+        "w8a16": lambda x: w8a16.product(x, int8.packed, int8.scale, None, 0, rows),
+        "w8a8": lambda x: w8a8.product(x, *both, None, rows),
+        "fp8a16": lambda x: fp8a16.product(x, float8.packed, float8.scale, None, 0, rows),
+        "fp8a8": lambda x: fp8a8.product(x, *floats8, None, rows),
+        "nf4": lambda x: nf4.product(x, normal.packed, normal.scale, *nothing, None, rows),
     }
     if reason := int8_dot.unavailable():
         print(f"int8_dot: {reason}", flush=True)
@@ -113,8 +112,7 @@ def products(rows: int, columns: int) -> dict[str, Product]:
 def _rounded(dot: int8_dot.Packed, rows: int, x: Tensor) -> Tensor:
     parts = (dot.packed, dot.scale, dot.zero, dot.table, None)
     numbers = (dot.bits, dot.floats, dot.group_size, rows)
-    found: Tensor = torch.ops.quantkit.int8_dot(x, *parts, *numbers)
-    return found
+    return int8_dot.product(x, *parts, *numbers)
 
 
 def timed(made: dict[str, Product], x: Tensor, rounds: int) -> dict[str, list[float]]:

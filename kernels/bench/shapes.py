@@ -72,7 +72,7 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
 
         def multiply8(x: Tensor) -> Tensor:
             if device.type == "cuda":
-                found: Tensor = torch.ops.quantkit.w8a8(x, packed8, padded, None, shape[0])
+                found: Tensor = w8a8.product(x, packed8, padded, None, shape[0])
                 return found
             from quantkit_kernels.gpu import w8a8 as w8a8_triton
 
@@ -88,7 +88,7 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
         size8, words8, scale8 = eight.group_size, eight.packed, eight.scale
         return Sample(
             multiply=_multiply(
-                lambda x: torch.ops.quantkit.w8a16(x, words8, scale8, None, size8, shape[0]),
+                lambda x: w8a16.product(x, words8, scale8, None, size8, shape[0]),
                 {"kind": "int8", "packed": words8, "scale": scale8, "zero": None, "group": size8},
                 shape,
             ),
@@ -99,7 +99,7 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
     size4, words4, scale4, zero4 = four.group_size, four.packed, four.scale, four.zero
     return Sample(
         multiply=_multiply(
-            lambda x: torch.ops.quantkit.w4a16(x, words4, scale4, zero4, None, size4, shape[0]),
+            lambda x: w4a16.product(x, words4, scale4, zero4, None, size4, shape[0]),
             {"kind": "int4", "packed": words4, "scale": scale4, "zero": zero4, "group": size4},
             shape,
         ),
@@ -160,7 +160,7 @@ def _fp8(
         size, words, stored = packed.group_size, packed.packed, packed.scale
         return Sample(
             multiply=_multiply(
-                lambda x: torch.ops.quantkit.fp8a16(x, words, stored, None, size, shape[0]),
+                lambda x: fp8a16.product(x, words, stored, None, size, shape[0]),
                 {"kind": "fp8", "packed": words, "scale": stored, "zero": None, "group": size},
                 shape,
             ),
@@ -175,7 +175,7 @@ def _fp8(
 
     def multiply(x: Tensor) -> Tensor:
         if device.type == "cuda":
-            found: Tensor = torch.ops.quantkit.fp8a8(x, both, padded, None, shape[0])
+            found: Tensor = fp8a8.product(x, both, padded, None, shape[0])
             return found
         from quantkit_kernels.gpu import fp8 as fp8_triton
 
@@ -247,7 +247,7 @@ def _nf4(
     book = torch.tensor(NF4, device=device, dtype=torch.float64)
     return Sample(
         multiply=_multiply(
-            lambda x: torch.ops.quantkit.nf4(x, packed.packed, packed.scale, *nest, None, shape[0]),
+            lambda x: nf4.product(x, packed.packed, packed.scale, *nest, None, shape[0]),
             {
                 "kind": "nf4",
                 "packed": packed.packed,

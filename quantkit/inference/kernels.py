@@ -49,7 +49,9 @@ class PackedKernel(StoredModule, ABC):
         )
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x."""
+        """x [..., I] -> [..., O] in the dtype of x; ShapeError for another number of columns."""
+        if x.shape[-1] != self.shape[1]:
+            raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
         columns = self._buffers["columns"]
         if columns is not None:
             # The weight stays in the order of its groups: the input follows it.
@@ -103,7 +105,7 @@ class Int4Kernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.w4a16(
+        return w4a16.product(
             x,
             self.packed,
             self.kernel_scale,
@@ -112,7 +114,6 @@ class Int4Kernel(PackedKernel):
             self.group_size,
             self.shape[0],
         )
-        return out
 
 
 class Int8Kernel(PackedKernel):
@@ -145,10 +146,9 @@ class Int8Kernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.w8a16(
+        return w8a16.product(
             x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
         )
-        return out
 
 
 class RoundedInputKernel(PackedKernel):
@@ -199,20 +199,9 @@ class RoundedInputKernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        if x.shape[-1] != self.shape[1]:
-            raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
         weight = (self.packed, self.kernel_scale, self.kernel_zero, self.table)
         numbers = (self.stored_bits, self.floats, self.group_size)
-        out: Any = torch.ops.quantkit.int8_dot(x, *weight, bias, *numbers, self.shape[0])
-        if torch.is_grad_enabled() and (
-            x.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            # Straight through the rounding: the value of the op, the gradient of the plain product.
-            decoded = int8_dot.dequantize(*weight, *numbers, self.shape).to(x.dtype)
-            wide = None if bias is None else bias.to(x.dtype)
-            plain = torch.nn.functional.linear(x, decoded, wide)
-            return plain + (out - plain).detach()
-        return out
+        return int8_dot.product(x, *weight, bias, *numbers, self.shape[0])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Another process may not have built the op, or cannot.
@@ -244,8 +233,7 @@ class Int8ActivationKernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.w8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
-        return out
+        return w8a8.product(x, self.packed, self.kernel_scale, bias, self.shape[0])
 
 
 class Float8Kernel(PackedKernel):
@@ -273,10 +261,9 @@ class Float8Kernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.fp8a16(
+        return fp8a16.product(
             x, self.packed, self.kernel_scale, bias, self.group_size, self.shape[0]
         )
-        return out
 
 
 class Float8ActivationKernel(PackedKernel):
@@ -303,8 +290,7 @@ class Float8ActivationKernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        out: Any = torch.ops.quantkit.fp8a8(x, self.packed, self.kernel_scale, bias, self.shape[0])
-        return out
+        return fp8a8.product(x, self.packed, self.kernel_scale, bias, self.shape[0])
 
 
 class Nf4Kernel(PackedKernel):
@@ -341,7 +327,7 @@ class Nf4Kernel(PackedKernel):
         nest: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(scale, NestedScale):
             nest = (scale.table, scale.absmax, scale.offset)
-        out: Any = torch.ops.quantkit.nf4(
+        return nf4.product(
             x,
             self.packed,
             self.kernel_scale,
@@ -349,7 +335,6 @@ class Nf4Kernel(PackedKernel):
             bias,
             self.shape[0],
         )
-        return out
 
 
 def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:

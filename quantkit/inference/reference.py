@@ -106,7 +106,8 @@ class ReferenceKernel(StoredModule):
         if self.scheme.activation_bits == 8:
             integers = self.scheme.kind == "int"
             run = self._forward_int8 if integers else self._forward_fp8
-            return run(x, values, bias)
+            out = run(x.detach(), values, None if bias is None else bias.detach())
+            return out if not _wants_gradient(x, bias) else self._straight_through(out, x, bias)
         if self.columns is not None:
             # The weight stays in the order of its groups: the input follows it.
             x = x.index_select(-1, self.columns)
@@ -130,6 +131,12 @@ class ReferenceKernel(StoredModule):
         )
         bias = None if bias is None else bias[rows].to(x.dtype)
         return nn.functional.linear(x, part.dequantize(x.dtype), bias)
+
+    def _straight_through(self, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`out` with the gradient of the plain product: rounding x has no slope to follow."""
+        weight = self.quantized_tensor.dequantize(x.dtype)
+        plain = nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return out + (plain - plain.detach())
 
     def _forward_int8(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         x_codes, x_scale = quantize_activation(x)
@@ -155,6 +162,11 @@ class ReferenceKernel(StoredModule):
         if bias is not None:
             out += bias.to(torch.float32)
         return out.to(x.dtype)
+
+
+def _wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    needed = x.requires_grad or (bias is not None and bias.requires_grad)
+    return needed and torch.is_grad_enabled()
 
 
 def int8_matmul(x_TI: Tensor, codes_OI: Tensor) -> Tensor:

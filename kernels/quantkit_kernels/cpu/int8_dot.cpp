@@ -453,4 +453,7 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) { m.impl("int8_dot", TORCH_BOX(&int8_dot)); }
+STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
+  m.impl("int8_dot", TORCH_BOX(&int8_dot));
+  m.impl("int8_dot_fixed", TORCH_BOX(&int8_dot));
+}

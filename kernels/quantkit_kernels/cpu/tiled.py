@@ -18,11 +18,12 @@ ELEMENTS = 1 << 20
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to multiply in: bfloat16 where oneDNN has instructions for it, else float32.
+    """What to multiply in: bfloat16 where oneDNN has instructions for it, else at least float32.
 
     Without them torch multiplies 16-bit matrices in scalar loops, some hundred times slower.
     """
-    return dtype if dtype == torch.bfloat16 and isa.fast_bfloat16() else torch.float32
+    as_it_is = dtype == torch.float64 or (dtype == torch.bfloat16 and isa.fast_bfloat16())
+    return dtype if as_it_is else torch.float32
 
 
 def tiled_linear(

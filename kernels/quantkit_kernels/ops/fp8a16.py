@@ -7,6 +7,7 @@ Codes are the bytes of torch.float8_e4m3fn, none of them NaN.  `packed` depends 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +15,11 @@ from torch import Tensor
 from quantkit_kernels.cpu.tiled import tiled_linear
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
 
-torch.library.define(
-    "quantkit::fp8a16",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size, int out_features) "
-    "-> Tensor",
-)
+if TYPE_CHECKING:
+    from quantkit_kernels.gpu.fused import Weight
 
 # Where float32 has sign, exponent and mantissa of e4m3, its byte shifted left by 20 with its sign
 # extended; what they make is 2^-120 of the number.
@@ -74,6 +73,17 @@ def decode(codes: Tensor) -> Tensor:
     return bits.view(torch.float32).mul_(_POWER)
 
 
+def dequantize(
+    packed: Tensor, scale: Tensor, group_size: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight [N, K] from the layouts of `pack`: float32 arithmetic, rounded once."""
+    rows, columns = shape
+    numbers = unpack(packed, shape).view(torch.float8_e4m3fn).to(torch.float32)
+    scale_NG = scale.t()[:rows] if packed.dtype == torch.int32 else scale
+    index = torch.arange(columns, device=packed.device) // (group_size or columns)
+    return (numbers * scale_NG.to(torch.float32)[:, index]).to(dtype)
+
+
 def reference(
     x: Tensor,
     packed: Tensor,
@@ -82,12 +92,8 @@ def reference(
     group_size: int,
     out_features: int,
 ) -> Tensor:
-    """The op in plain PyTorch: the weight decoded in float32, rounded to the dtype of x."""
-    columns = x.shape[-1]
-    numbers = unpack(packed, (out_features, columns)).view(torch.float8_e4m3fn).to(torch.float32)
-    scale_NG = scale.t()[:out_features] if packed.dtype == torch.int32 else scale
-    index = torch.arange(columns, device=x.device) // (group_size or columns)
-    weight = (numbers * scale_NG.to(torch.float32)[:, index]).to(x.dtype)
+    """The op in plain PyTorch: the decoded weight times x, in the dtype of x."""
+    weight = dequantize(packed, scale, group_size, (out_features, x.shape[-1]), x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -123,23 +129,30 @@ def _cuda(
     group_size: int,
     out_features: int,
 ) -> Tensor:
+    return weight_only.run_triton(
+        "fp8a16", x, _weight(packed, scale, group_size), bias, out_features
+    )
+
+
+def _weight(packed: Tensor, scale: Tensor, group_size: int) -> Weight:
     from quantkit_kernels.gpu.fused import Weight
 
-    weight = Weight(kind="fp8", packed=packed, scale=scale, zero=None, group=group_size)
-    return weight_only.run_triton("fp8a16", x, weight, bias, out_features)
+    return Weight(kind="fp8", packed=packed, scale=scale, zero=None, group=group_size)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:
+    if packed.dtype == torch.int8:
+        return packed.shape[1], 1
+    return layout.COLUMNS * packed.shape[0], layout.COLUMNS
 
 
-torch.library.impl("quantkit::fp8a16", "CPU", _cpu)
-torch.library.impl("quantkit::fp8a16", "CUDA", _cuda)
-torch.library.register_fake("quantkit::fp8a16", _fake)
+product = Product(
+    "fp8a16",
+    tensors="Tensor packed, Tensor scale",
+    numbers="int group_size",
+    columns=_columns,
+    dequantize=dequantize,
+    dequantize_cuda=weight_only.decoder(_weight),
+    cpu=_cpu,
+    cuda=_cuda,
+)

@@ -13,12 +13,8 @@ from quantkit_kernels.cpu.tiled import tiled_linear, wide_dtype
 from quantkit_kernels.ops import layout
 from quantkit_kernels.ops.device import Device, needs_triton
 from quantkit_kernels.ops.fp8a16 import decode
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-torch.library.define(
-    "quantkit::fp8a8",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features) -> Tensor",
-)
 
 # The largest number of e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
 LARGEST = 448.0
@@ -63,6 +59,12 @@ def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(dim=-1, keepdim=True) / LARGEST
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return (x / scale).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] from the layout of `pack`: float32 arithmetic, rounded once."""
+    rows, columns = shape
+    return decode(weight[:rows, :columns]).mul_(scale[:rows, None]).to(dtype)
 
 
 def reference(
@@ -122,12 +124,16 @@ def _cuda(
     return out.view(out_shape)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(weight: Tensor, *rest: object) -> tuple[int, int]:
+    return weight.shape[1], 32
 
 
-torch.library.impl("quantkit::fp8a8", "CPU", _cpu)
-torch.library.impl("quantkit::fp8a8", "CUDA", _cuda)
-torch.library.register_fake("quantkit::fp8a8", _fake)
+product = Product(
+    "fp8a8",
+    tensors="Tensor weight, Tensor scale",
+    numbers="",
+    columns=_columns,
+    dequantize=dequantize,
+    cpu=_cpu,
+    cuda=_cuda,
+)

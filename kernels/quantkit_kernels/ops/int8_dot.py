@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantkit_kernels.cpu import isa, native
 from quantkit_kernels.ops import layout
+from quantkit_kernels.ops.product import Product
 
 BLOCK = 32
 # Rows of the weight side by side.
@@ -29,12 +30,6 @@ _LANES = 8
 _STEPS = 2**13 - 1
 # Smaller than any activation that matters, and 127 / x is finite above it.
 _TINY = 2.0**-100
-
-torch.library.define(
-    "quantkit::int8_dot",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? table, Tensor? bias, int bits, "
-    "bool floats, int group_size, int out_features) -> Tensor",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +167,9 @@ def dequantize(
     floats: bool,
     group_size: int,
     shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The weight float32 [N, K] that the op multiplies by."""
+    """The weight [N, K] that the op multiplies by, in float32, rounded to `dtype`."""
     rows, columns = shape
     codes = unpack(packed, shape)
     if floats:
@@ -184,7 +180,8 @@ def dequantize(
     group = torch.arange(columns) // (group_size or columns)
     middle = 0.0 if floats else float(2 ** (bits - 1) if table is None else _STEPS + 1)
     offset = middle if zero is None else _rows(zero, rows).to(torch.float32)[:, group]
-    return (codes.to(torch.float32) - offset) * _rows(scale, rows).to(torch.float32)[:, group]
+    scale_NK = _rows(scale, rows).to(torch.float32)[:, group]
+    return ((codes.to(torch.float32) - offset) * scale_NK).to(dtype)
 
 
 def reference(
@@ -231,20 +228,17 @@ def _rows(lanes: Tensor, out_features: int) -> Tensor:
     return lanes.transpose(1, 2).flatten(0, 1)[:out_features]
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    table: Tensor | None,
-    bias: Tensor | None,
-    bits: int,
-    floats: bool,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:
+    return BLOCK * packed.shape[1], BLOCK
 
 
 # The CPU implementation is int8_dot.cpp's: `native.load` registers it.
-torch.library.register_fake("quantkit::int8_dot", _fake)
+product = Product(
+    "int8_dot",
+    tensors="Tensor packed, Tensor scale, Tensor? zero, Tensor? table",
+    numbers="int bits, bool floats, int group_size",
+    columns=_columns,
+    dequantize=dequantize,
+    cpu=None,
+    cuda=None,
+)

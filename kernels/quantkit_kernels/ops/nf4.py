@@ -7,6 +7,7 @@ G = K/64 blocks per row.  weight = codebook[code] · absmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,17 +16,15 @@ from quantkit_kernels.cpu.tiled import tiled_linear
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.codebook import NF4
 from quantkit_kernels.ops.device import Device
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
+
+if TYPE_CHECKING:
+    from quantkit_kernels.gpu.fused import Weight
 
 BLOCK = 64
 # Blocks that share an outer scale.
 OUTER = 256
-
-torch.library.define(
-    "quantkit::nf4",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? table, Tensor? absmax, Tensor? offset, "
-    "Tensor? bias, int out_features) -> Tensor",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +92,25 @@ def scales(
     return table[scale_NG.to(torch.int64)] * outer + offset
 
 
+def dequantize(
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, K] from the layouts of `pack`: float32 arithmetic, rounded once."""
+    rows, columns = shape
+    codes = unpack(packed, shape).to(torch.int32)
+    if packed.dtype == torch.int32:
+        scale = scale.t()[:rows, : columns // BLOCK]
+    book = torch.tensor(NF4, device=packed.device)
+    value = scales(scale, 0, table, absmax, offset).repeat_interleave(BLOCK, dim=1)
+    return (book[codes] * value).to(dtype)
+
+
 def reference(
     x: Tensor,
     packed: Tensor,
@@ -103,14 +121,9 @@ def reference(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
-    """The op in plain PyTorch: the weight decoded in float32, rounded to the dtype of x."""
-    columns = x.shape[-1]
-    codes = unpack(packed, (out_features, columns)).to(torch.int64)
-    if packed.dtype == torch.int32:
-        scale = scale.t()[:out_features, : columns // BLOCK]
-    book = torch.tensor(NF4, device=x.device)
-    value = scales(scale, 0, table, absmax, offset).repeat_interleave(BLOCK, dim=1)
-    weight = (book[codes] * value).to(x.dtype)
+    """The op in plain PyTorch: the decoded weight times x, in the dtype of x."""
+    shape = (out_features, x.shape[-1])
+    weight = dequantize(packed, scale, table, absmax, offset, shape, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -152,9 +165,20 @@ def _cuda(
     bias: Tensor | None,
     out_features: int,
 ) -> Tensor:
+    weight = _weight(packed, scale, table, absmax, offset)
+    return weight_only.run_triton("nf4", x, weight, bias, out_features)
+
+
+def _weight(
+    packed: Tensor,
+    scale: Tensor,
+    table: Tensor | None,
+    absmax: Tensor | None,
+    offset: Tensor | None,
+) -> Weight:
     from quantkit_kernels.gpu.fused import Weight
 
-    weight = Weight(
+    return Weight(
         kind="nf4",
         packed=packed,
         scale=scale,
@@ -164,22 +188,21 @@ def _cuda(
         absmax=absmax,
         offset=offset,
     )
-    return weight_only.run_triton("nf4", x, weight, bias, out_features)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    table: Tensor | None,
-    absmax: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:
+    if packed.dtype == torch.uint8:
+        return 2 * packed.shape[1], 1
+    return layout.COLUMNS * packed.shape[0], layout.COLUMNS
 
 
-torch.library.impl("quantkit::nf4", "CPU", _cpu)
-torch.library.impl("quantkit::nf4", "CUDA", _cuda)
-torch.library.register_fake("quantkit::nf4", _fake)
+product = Product(
+    "nf4",
+    tensors="Tensor packed, Tensor scale, Tensor? table, Tensor? absmax, Tensor? offset",
+    numbers="",
+    columns=_columns,
+    dequantize=dequantize,
+    dequantize_cuda=weight_only.decoder(_weight),
+    cpu=_cpu,
+    cuda=_cuda,
+)

@@ -7,6 +7,7 @@ columns, G groups per row.  weight = (code - zero) · scale, zero 8 where none i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,11 @@ from torch import Tensor
 from quantkit_kernels.cpu import int4pack
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
 
-torch.library.define(
-    "quantkit::w4a16",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int group_size, "
-    "int out_features) -> Tensor",
-)
+if TYPE_CHECKING:
+    from quantkit_kernels.gpu.fused import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,24 +156,31 @@ def _cuda(
     group_size: int,
     out_features: int,
 ) -> Tensor:
+    return weight_only.run_triton(
+        "w4a16", x, _weight(packed, scale, zero, group_size), bias, out_features
+    )
+
+
+def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Weight:
     from quantkit_kernels.gpu.fused import Weight
 
-    weight = Weight(kind="int4", packed=packed, scale=scale, zero=zero, group=group_size)
-    return weight_only.run_triton("w4a16", x, weight, bias, out_features)
+    return Weight(kind="int4", packed=packed, scale=scale, zero=zero, group=group_size)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bias: Tensor | None,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def columns(packed: Tensor, *rest: Any) -> tuple[int, int]:
+    """(columns that the layout has room for, the multiple that they are padded to)."""
+    if packed.dtype == torch.uint8:
+        return 2 * packed.shape[1], rest[-2]
+    return layout.COLUMNS * packed.shape[0], layout.COLUMNS
 
 
-torch.library.impl("quantkit::w4a16", "CPU", _cpu)
-torch.library.impl("quantkit::w4a16", "CUDA", _cuda)
-torch.library.register_fake("quantkit::w4a16", _fake)
+product = Product(
+    "w4a16",
+    tensors="Tensor packed, Tensor scale, Tensor? zero",
+    numbers="int group_size",
+    columns=columns,
+    dequantize=dequantize,
+    dequantize_cuda=weight_only.decoder(_weight),
+    cpu=_cpu,
+    cuda=_cuda,
+)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,11 @@ from quantkit_kernels.cpu import isa
 from quantkit_kernels.cpu.tiled import tiled_linear
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
 
-torch.library.define(
-    "quantkit::w8a16",
-    "(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int group_size, int out_features) "
-    "-> Tensor",
-)
+if TYPE_CHECKING:
+    from quantkit_kernels.gpu.fused import Weight
 
 # Rows of x up to which aten's kernel, which converts weights every four rows, beats converting
 # once; see int4pack.FEW_ROWS.
@@ -81,6 +80,17 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     return signed.view(torch.uint8) ^ 0x80
 
 
+def dequantize(
+    packed: Tensor, scale: Tensor, group_size: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The weight [N, K] from the layouts of `pack`: float32 arithmetic, rounded once."""
+    rows, columns = shape
+    signed = (unpack(packed, shape) ^ 0x80).view(torch.int8)
+    scale_NG = scale.t() if packed.dtype == torch.int32 else scale.view(scale.shape[0], -1)
+    index = torch.arange(columns, device=packed.device) // (group_size or columns)
+    return (signed.to(torch.float32) * scale_NG.to(torch.float32)[:rows, index]).to(dtype)
+
+
 def reference(
     x: Tensor,
     packed: Tensor,
@@ -89,13 +99,8 @@ def reference(
     group_size: int,
     out_features: int,
 ) -> Tensor:
-    """The op in plain PyTorch: the weight decoded in float32, rounded to the dtype of x."""
-    columns = x.shape[-1]
-    signed = (unpack(packed, (out_features, columns)) ^ 0x80).view(torch.int8)
-    scale_NG = scale.t() if packed.dtype == torch.int32 else scale.view(scale.shape[0], -1)
-    index = torch.arange(columns, device=x.device) // (group_size or columns)
-    scale_NK = scale_NG.to(torch.float32)[:out_features, index]
-    weight = (signed.to(torch.float32) * scale_NK).to(x.dtype)
+    """The op in plain PyTorch: the decoded weight times x, in the dtype of x."""
+    weight = dequantize(packed, scale, group_size, (out_features, x.shape[-1]), x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -140,23 +145,30 @@ def _cuda(
     group_size: int,
     out_features: int,
 ) -> Tensor:
+    return weight_only.run_triton(
+        "w8a16", x, _weight(packed, scale, group_size), bias, out_features
+    )
+
+
+def _weight(packed: Tensor, scale: Tensor, group_size: int) -> Weight:
     from quantkit_kernels.gpu.fused import Weight
 
-    weight = Weight(kind="int8", packed=packed, scale=scale, zero=None, group=group_size)
-    return weight_only.run_triton("w8a16", x, weight, bias, out_features)
+    return Weight(kind="int8", packed=packed, scale=scale, zero=None, group=group_size)
 
 
-def _fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    group_size: int,
-    out_features: int,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(packed: Tensor, *rest: Any) -> tuple[int, int]:
+    if packed.dtype == torch.int8:
+        return packed.shape[1], 1 if rest[-2] else 32
+    return layout.COLUMNS * packed.shape[0], layout.COLUMNS
 
 
-torch.library.impl("quantkit::w8a16", "CPU", _cpu)
-torch.library.impl("quantkit::w8a16", "CUDA", _cuda)
-torch.library.register_fake("quantkit::w8a16", _fake)
+product = Product(
+    "w8a16",
+    tensors="Tensor packed, Tensor scale",
+    numbers="int group_size",
+    columns=_columns,
+    dequantize=dequantize,
+    dequantize_cuda=weight_only.decoder(_weight),
+    cpu=_cpu,
+    cuda=_cuda,
+)

@@ -11,12 +11,8 @@ from torch import Tensor
 from quantkit_kernels.cpu import isa
 from quantkit_kernels.ops import layout
 from quantkit_kernels.ops.device import Device, needs_triton
+from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-torch.library.define(
-    "quantkit::w8a8",
-    "(Tensor x, Tensor weight, Tensor scale, Tensor? bias, int out_features) -> Tensor",
-)
 
 # 127 · 127 · 1024 < 2^24: sums of that many products are exact in float32, in any order.
 _EXACT_COLUMNS = 1024
@@ -57,6 +53,12 @@ def quantize_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     scale = x.abs().amax(dim=-1, keepdim=True) / 127.0
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return torch.round(x / scale).clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantize(weight: Tensor, scale: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] from the layout of `pack`: float32 arithmetic, rounded once."""
+    rows, columns = shape
+    return (weight[:rows, :columns].to(torch.float32) * scale[:rows, None]).to(dtype)
 
 
 def reference(
@@ -136,12 +138,16 @@ def _cuda(
     return out.view(out_shape)
 
 
-def _fake(
-    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _columns(weight: Tensor, *rest: object) -> tuple[int, int]:
+    return weight.shape[1], 32
 
 
-torch.library.impl("quantkit::w8a8", "CPU", _cpu)
-torch.library.impl("quantkit::w8a8", "CUDA", _cuda)
-torch.library.register_fake("quantkit::w8a8", _fake)
+product = Product(
+    "w8a8",
+    tensors="Tensor weight, Tensor scale",
+    numbers="",
+    columns=_columns,
+    dequantize=dequantize,
+    cpu=_cpu,
+    cuda=_cuda,
+)

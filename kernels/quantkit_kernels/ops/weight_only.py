@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,19 @@ def run_triton(
         return _run(op, x, weight, bias, out_features)
 
 
+def decoder(weight: Callable[..., Weight]) -> Callable[..., Tensor]:
+    """What decodes on a GPU: the weight [N, K] of what `weight` is made of, (N, K) and a dtype."""
+
+    def dequantize(*arguments: Any) -> Tensor:
+        from quantkit_kernels.gpu import fused as fused_triton
+
+        *parts, shape, dtype = arguments
+        with torch.cuda.device(parts[0].device):
+            return fused_triton.dequantize(weight(*parts), shape, dtype)
+
+    return dequantize
+
+
 def _run(op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
     from quantkit_kernels.gpu import fused as fused_triton
 
@@ -53,7 +67,7 @@ def _run(op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: 
     if rows == 0:
         return x.new_empty(out_shape)
     tile = None
-    if x.dtype != torch.float32:
+    if x.dtype in (torch.bfloat16, torch.float16):
         problem = tuning.Problem(
             op=op,
             dtype=str(x.dtype).removeprefix("torch."),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantkit_kernels.gpu import tuning
 from quantkit_kernels.gpu.tuning import Problem, Tile
-from quantkit_kernels.ops import fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.ops import device, fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16, weight_only
 
 TILE = Tile(rows=64, tokens=16, split=2, warps=4, stages=2)
 ROWS, COLUMNS = 37, 192
@@ -116,3 +116,37 @@ def test_w8a8(asked: list[Problem]) -> None:
     assert cases.relative_error(found, wanted.double()) < 2**-11
     assert asked[0].op == "w8a8" and asked[0].tokens == 6
     assert w8a8._cuda(x[:0], weight, padded, None, ROWS).shape == (0, 3, ROWS)
+
+
+@pytest.mark.parametrize("asked", [None], indirect=True, ids=["decoded"])
+def test_what_a_gradient_multiplies_by_is_decoded_by_the_kernel(asked: list[Problem]) -> None:
+    codes, scale, zero = cases.int_weight((ROWS, COLUMNS), 64, asym=True)
+    four = w4a16.pack(codes, scale, zero, 64, "triton")
+    eight = w8a16.pack(codes, scale, 64, "triton")
+    floats = fp8a16.pack(codes, scale, 64, "triton")
+    normal = nf4.pack(codes, scale, "triton")
+    for op, parts in (
+        (w4a16, (four.packed, four.scale, four.zero, 64)),
+        (w8a16, (eight.packed, eight.scale, 64)),
+        (fp8a16, (floats.packed, floats.scale, 64)),
+        (nf4, (normal.packed, normal.scale, None, None, None)),
+    ):
+        found = weight_only.decoder(op._weight)(*parts, (ROWS, COLUMNS), torch.float32)
+        wanted = op.dequantize(*parts, (ROWS, COLUMNS), torch.float32)
+        # The interpreter's codebook is that of float32.
+        assert cases.relative_error(found, wanted.double()) < 2**-20
+
+
+def test_rocm_is_not_taken_for_an_nvidia_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its devices are called cuda, with a capability of 9 and more.
+    monkeypatch.setattr(torch.version, "hip", "7.1.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 4))
+    device.needs_triton.cache_clear()
+    reasons = [
+        w4a16.supported(bits=4, group_size=128, dtype=torch.bfloat16, device="triton"),
+        w8a8.supported(dtype=torch.bfloat16, device="triton"),
+        fp8a8.supported(dtype=torch.bfloat16, device="triton"),
+    ]
+    device.needs_triton.cache_clear()
+    assert all("ROCm" in str(reason) for reason in reasons)

@@ -209,7 +209,13 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for place, value, word in (
         (0, torch.randn(2, 0), "x has 0 columns"),
         (1, weight.packed[:, :, :64], "packed is not what"),
+        (1, weight.packed.flatten(), "packed has 1 dimensions"),
         (2, weight.scale.double(), "scale must be"),
+        # As many numbers, but what is read by the place of a group would lie behind them.
+        (2, weight.scale.view(1, 6, 8), "scale must be"),
+        (2, weight.scale.view(6, 1, 8), "scale must be"),
+        (2, weight.scale.flatten(), "scale must be"),
+        (3, weight.zero.view(6, 8), "zero must be"),
         (3, weight.zero[:1], "zero must be"),
         (4, torch.zeros(16, dtype=torch.uint8), "table must be"),
         (5, torch.zeros(2), "bias must have 9 numbers"),
@@ -317,6 +323,97 @@ def test_what_the_compiler_says_is_handed_on(
     fake.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'x: fatal error: no' >&2; exit 1; }\n")
     fake.chmod(0o755)
     assert "fatal error: no" in refused(tmp_path, monkeypatch, str(fake))
+
+
+def test_a_compiler_that_does_not_end_is_stopped_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "c++"
+    slow.write_text("#!/bin/sh\n[ $1 = --version ] || sleep 1000\n")
+    slow.chmod(0o755)
+    # --version has the same limit, and a busy machine takes its time to start a shell.
+    monkeypatch.setattr(native, "_SECONDS", 3.0)
+    assert "did not end in 3 s" in refused(tmp_path, monkeypatch, str(slow))
+
+
+def test_no_home_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QUANTKIT_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    assert "there is no home folder" in str(reason) and "$QUANTKIT_CACHE" in str(reason)
+
+
+def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A library that is there already, under the name that ours would have."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    compiler = native._compiler()
+    assert isinstance(compiler, list)
+    path = native._library_path(Path(native.__file__).with_name("int8_dot.cpp"), compiler, ())
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"")
+    path.chmod(0o700)
+    return path
+
+
+def reason_of(monkeypatch: pytest.MonkeyPatch) -> str:
+    def no_library(path: str) -> None:
+        raise AssertionError(f"{path} was loaded")
+
+    monkeypatch.setattr(torch.ops, "load_library", no_library)
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    return str(reason)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_compiled_code_that_others_can_write_is_not_run(
+    where: str, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = planted(tmp_path, monkeypatch)
+    (path if where == "file" else path.parent).chmod(mode)
+    reason = reason_of(monkeypatch)
+    assert f"may be written by others (mode {mode:o})" in reason and "not run" in reason
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_compiled_code_of_others_is_not_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = planted(tmp_path, monkeypatch)
+    owned = (path if where == "file" else path.parent).stat
+    other = os.stat_result((*owned()[:4], 12345, *owned()[5:]))
+    plain, name = Path.stat, path.name if where == "file" else path.parent.name
+    monkeypatch.setattr(
+        Path, "stat", lambda self, **how: other if self.name == name else plain(self, **how)
+    )
+    assert "belongs to user 12345: what others compiled is not run" in reason_of(monkeypatch)
+
+
+def test_what_is_built_belongs_to_the_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "c++"
+    fake.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit\n"
+        'while [ "$1" != -o ]; do shift; done\n: > "$2"; chmod 777 "$2"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    native.load.cache_clear()
+    reason = native.load("int8_dot")
+    native.load.cache_clear()
+    assert reason is None
+    (library,) = (tmp_path / "cache").iterdir()
+    assert [oct(one.stat().st_mode & 0o777) for one in (library, library.parent)] == ["0o700"] * 2
 
 
 def test_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,107 @@ def test_other_schemes_and_dtypes_are_never_near() -> None:
     assert table.find(replace(PROBLEM, group=64)) is None
     assert table.find(replace(PROBLEM, dtype="float16")) is None
     assert table.find(replace(PROBLEM, op="w8a16")) is None
+
+
+def test_the_next_count_of_rows_is_taken_and_none_behind_the_last() -> None:
+    table = Table((entry(split=2, tokens=32), entry(split=4, tokens=64)))
+    for tokens, split in ((20, 2), (32, 2), (33, 4), (40, 4), (64, 4)):
+        found = table.find(replace(PROBLEM, tokens=tokens))
+        assert found is not None and found.tile == replace(TILE, split=split)
+    for tokens in (1, 16, 65, 8192):
+        assert table.find(replace(PROBLEM, tokens=tokens)) is None
+
+
+def test_a_far_shape_is_not_taken() -> None:
+    table = Table((entry(),))
+    for rows, columns in ((8192, 4096), (2048, 4096), (4096, 8192), (5120, 5120)):
+        assert table.find(replace(PROBLEM, rows=rows, columns=columns)) is not None
+    for rows, columns in ((128256, 4096), (8192, 8192), (1024, 4096), (4096, 14336)):
+        assert table.find(replace(PROBLEM, rows=rows, columns=columns)) is None
+
+
+@pytest.fixture
+def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the tables made here; a GPU called "gpu" is device 0."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "made"))
+    monkeypatch.setattr(tuning, "device_name", lambda device: "gpu")
+    monkeypatch.setattr(tuning, "_device", lambda device: (132, 90))
+    caches = (tuning.tuned, tuning.choose, tuning.choose_eight)
+    for cache in caches:
+        cache.cache_clear()
+    yield tmp_path / "made"
+    for cache in caches:
+        cache.cache_clear()
+
+
+RULE = tuning.heuristic(PROBLEM, 132, 90)
+
+
+def test_a_table_that_was_made_here_is_used(tables: Path) -> None:
+    tuning.write_table(tuning.cache_path("gpu"), Table((entry(),)))
+    assert tuning.choose(PROBLEM, 0) == TILE != RULE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[{",
+        "{}",
+        "[1]",
+        '{"entries": []}',
+        '[{"problem": {"op": "w4a16"}, "tile": null, "microseconds": 1}]',
+        '[{"tile": null}]',
+        "\udcff",
+    ],
+    ids=["empty", "cut", "object", "number", "newer", "older", "short", "bytes"],
+)
+def test_a_damaged_table_leaves_the_rule(
+    text: str, tables: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tuning.cache_path("gpu")
+    tables.mkdir()
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    assert tuning.choose(PROBLEM, 0) == RULE
+    assert tuning.choose(replace(PROBLEM, tokens=2), 0) == tuning.heuristic(
+        replace(PROBLEM, tokens=2), 132, 90
+    )
+    # "{}" is an empty table.
+    assert caplog.text.count("the tuned table of gpu is passed over") == (text != "{}")
+
+
+def test_a_tile_that_no_kernel_can_take_leaves_the_rule(tables: Path) -> None:
+    tables.mkdir()
+    good = Table((entry(),)).to_json()
+    for wrong in ('"rows": 0,', '"rows": "64",', '"rows": 64.5,'):
+        tuning.cache_path("gpu").write_text(good.replace('"rows": 64,', wrong))
+        tuning.tuned.cache_clear()
+        tuning.choose.cache_clear()
+        assert tuning.choose(PROBLEM, 0) == RULE
+
+
+def test_a_table_that_cannot_be_read_leaves_the_rule(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    assert tuning.choose(PROBLEM, 0) == RULE
+    assert "Permission denied" in caplog.text
+
+
+def test_no_home_leaves_the_rule(
+    tables: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("QUANTKIT_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert tuning.choose(PROBLEM, 0) == RULE
+    assert "there is no home folder" in caplog.text
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 64, 200])

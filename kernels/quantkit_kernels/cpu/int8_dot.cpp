@@ -372,35 +372,42 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
   if (rounded.codes.size() > kKept) rounded = Rounded{};
 }
 
-// The op can be called with anything: what would be read out of bounds is refused.
-void check_weight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
+// The number of groups.  The op can be called with anything: what would be read out of bounds is
+// refused.
+int64_t check_weight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero,
                   const std::optional<Tensor>& table, const std::optional<Tensor>& bias,
                   int64_t bits, bool floats, int64_t group_size, int64_t n) {
   const auto bytes = [](const Tensor& t) {
     return t.scalar_type() == ScalarType::Byte && t.is_contiguous();
   };
+  STD_TORCH_CHECK(packed.dim() == 3, "quantkit::int8_dot: packed has ", packed.dim(),
+                  " dimensions, not 3");
   const int64_t panels = packed.size(0), blocks = packed.size(1);
   STD_TORCH_CHECK((bits == 4 || bits == 8) && group_size >= 0 && group_size % kBlock == 0,
                   "quantkit::int8_dot: ", bits, " bits in groups of ", group_size);
-  STD_TORCH_CHECK(bytes(packed) && packed.dim() == 3 && packed.size(2) == kBlock * bits &&
+  STD_TORCH_CHECK(bytes(packed) && packed.size(2) == kBlock * bits &&
                       n > (panels - 1) * kLanes && n <= panels * kLanes,
                   "quantkit::int8_dot: packed is not what int8_dot.pack gives for ", n, " rows");
   const int64_t per_group = group_size ? group_size / kBlock : blocks;
   const int64_t groups = (blocks + per_group - 1) / per_group;
+  const auto per_group_of = [&](const Tensor& t) {
+    return t.dim() == 3 && t.size(0) == panels && t.size(1) == groups && t.size(2) == kLanes;
+  };
   const ScalarType dtype = scale.scalar_type();
   STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::BFloat16 ||
                    dtype == ScalarType::Half) &&
-                      scale.is_contiguous() && scale.numel() == panels * groups * kLanes,
-                  "quantkit::int8_dot: scale must be contiguous floats, 8 for each of ", groups,
-                  " groups of ", panels, " panels");
-  STD_TORCH_CHECK(!zero || (bytes(*zero) && zero->numel() == scale.numel()),
-                  "quantkit::int8_dot: zero must be contiguous bytes, as many as scales");
+                      scale.is_contiguous() && per_group_of(scale),
+                  "quantkit::int8_dot: scale must be contiguous floats [", panels, ", ", groups,
+                  ", 8]");
+  STD_TORCH_CHECK(!zero || (bytes(*zero) && per_group_of(*zero)),
+                  "quantkit::int8_dot: zero must be contiguous bytes of the shape of scale");
   STD_TORCH_CHECK(!table || (bits == 4 && bytes(*table) && table->numel() == 32),
                   "quantkit::int8_dot: table must be contiguous bytes [2, 16], for 4 bits");
   STD_TORCH_CHECK(!floats || (bits == 8 && !zero),
                   "quantkit::int8_dot: floats have 8 bits and no zero");
   STD_TORCH_CHECK(!bias || bias->numel() == n, "quantkit::int8_dot: bias must have ", n,
                   " numbers");
+  return groups;
 }
 
 }  // namespace
@@ -409,11 +416,12 @@ void check_weight(const Tensor& packed, const Tensor& scale, const std::optional
 Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero,
                 std::optional<Tensor> table, std::optional<Tensor> bias, int64_t bits, bool floats,
                 int64_t group_size, int64_t out_features) {
+  const int64_t groups =
+      check_weight(packed, scale, zero, table, bias, bits, floats, group_size, out_features);
   const int64_t columns = x.dim() ? x.size(-1) : 0, blocks = packed.size(1);
   STD_TORCH_CHECK(columns > 0 && (columns + kBlock - 1) / kBlock == blocks,
                   "quantkit::int8_dot: x has ", columns, " columns, the weight ", blocks,
                   " blocks of 32");
-  check_weight(packed, scale, zero, table, bias, bits, floats, group_size, out_features);
   const int64_t rows = x.numel() / columns;
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
@@ -429,7 +437,7 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   };
   const float middle = table ? 8192.0f : floats ? 0.0f : bits == 4 ? 8.0f : 128.0f;
   const Weight weight{bytes(packed), scale.const_data_ptr(), bytes(zero), bytes(table), middle,
-                      blocks, group_size ? group_size / kBlock : blocks, scale.size(1)};
+                      blocks, group_size ? group_size / kBlock : blocks, groups};
   std::vector<float> added;
   if (bias) {
     const Tensor wide = torch::stable::to(*bias, ScalarType::Float);

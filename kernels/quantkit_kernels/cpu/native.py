@@ -13,6 +13,8 @@ import os
 import platform
 import shlex
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,8 @@ _LOG = logging.getLogger(__name__)
 # torch's stable ABI has had parallel_for since then.
 _FIRST_TORCH = (2, 10)
 _COMPILERS = ("c++", "g++", "clang++")
+# A build takes some ten seconds of one core.
+_SECONDS = 600.0
 
 
 @functools.cache
@@ -52,11 +56,17 @@ def load(name: str, flags: tuple[str, ...] = ()) -> str | None:
 
 def _load(source: Path, compiler: list[str], flags: tuple[str, ...]) -> str | None:
     library = _library_path(source, compiler, flags)
+    # What lies in the folder is run: nobody else may put anything there.
+    library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if reason := _written_by_others(library.parent):
+        return reason
     for attempt in range(2):
         if not library.exists():
             reason = _build(source, library, compiler, flags)
             if reason is not None:
                 return reason
+        if reason := _written_by_others(library):
+            return reason
         try:
             torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         except OSError as error:
@@ -70,9 +80,32 @@ def _load(source: Path, compiler: list[str], flags: tuple[str, ...]) -> str | No
 
 
 def cache_folder() -> Path:
-    """Where what was made on this machine is kept: $QUANTKIT_CACHE, else ~/.cache/quantkit."""
-    folder = os.environ.get("QUANTKIT_CACHE")
-    return Path(folder) if folder else Path.home() / ".cache" / "quantkit"
+    """Where what was made on this machine is kept: $QUANTKIT_CACHE, else ~/.cache/quantkit.
+
+    Raises OSError where there is neither.
+    """
+    if folder := os.environ.get("QUANTKIT_CACHE"):
+        return Path(folder)
+    try:
+        return Path.home() / ".cache" / "quantkit"
+    except RuntimeError as error:
+        raise OSError("there is no home folder to keep it in") from error
+
+
+def _written_by_others(path: Path) -> str | None:
+    """Why a file or folder of compiled code is not to be trusted, or None."""
+    found = path.stat()
+    # In a folder with the sticky bit nobody can replace what belongs to another user.
+    open_to_all = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (
+        stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    )
+    if found.st_uid not in (0, os.geteuid()):
+        reason = f"belongs to user {found.st_uid}"
+    elif open_to_all:
+        reason = f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})"
+    else:
+        return None
+    return f"{path} {reason}: what others compiled is not run; name another $QUANTKIT_CACHE"
 
 
 def _compiler() -> list[str] | str:
@@ -87,11 +120,11 @@ def _compiler() -> list[str] | str:
 
 def _library_path(source: Path, compiler: list[str], flags: tuple[str, ...]) -> Path:
     command = [*compiler, "--version"]
-    version = subprocess.run(command, capture_output=True, text=True, check=False)
+    _, version, _ = _run(command)
     parts = (
         source.read_text(encoding="utf-8"),
         *compiler,
-        version.stdout,
+        version,
         torch.__version__,
         platform.machine(),
         _processor_flags(),
@@ -113,7 +146,6 @@ def _processor_flags() -> str:
 def _build(source: Path, library: Path, compiler: list[str], flags: tuple[str, ...]) -> str | None:
     _LOG.info("building %s with %s, once for this machine", source.name, compiler[0])
     torch_folder = Path(torch.__file__).parent
-    library.parent.mkdir(parents=True, exist_ok=True)
     # Two processes may build at once: each writes a file of its own, and the last one stays.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         partial = Path(folder) / library.name
@@ -122,12 +154,34 @@ def _build(source: Path, library: Path, compiler: list[str], flags: tuple[str, .
             f"-I{torch_folder / 'include'}", str(source), "-o", str(partial),
             f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            return f"{compiler[0]} cannot build {source.name}: {(errors or [done.stderr])[0][:300]}"
+        code, _, said = _run(command)
+        if code:
+            errors = [line for line in said.splitlines() if "error" in line]
+            return f"{compiler[0]} cannot build {source.name}: {(errors or [said])[0][:300]}"
+        partial.chmod(0o700)
         # On the disk before it has its name: after a power cut it is whole or not there.
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, library)
     return None
+
+
+def _run(command: list[str]) -> tuple[int, str, str]:
+    """Exit status, output and errors of a program; OSError if it takes too long."""
+    # A group of its own: a compiler is several processes, and all of them must end.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OSError(f"{command[0]} did not end in {_SECONDS:.0f} s") from error
+            raise
+    return process.returncode, output, errors

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -18,9 +19,10 @@ import torch
 
 from quantkit_kernels.cpu.native import cache_folder
 
+_LOG = logging.getLogger(__name__)
 # Above this many rows the tensor cores are busy whatever the weight's width: decode once instead.
 DECODE_ROWS = 256
-# Row counts that are tuned; others use the nearest.
+# Row counts that are tuned; others use the next one.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -36,6 +38,11 @@ class Tile:
     split: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"a tile's {name} is {value!r}; allowed: whole numbers from 1 on")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +73,24 @@ class Table:
     entries: tuple[Entry, ...]
 
     def find(self, problem: Problem) -> Entry | None:
-        """The entry of this problem, else that of the nearest shape of the same kind, else None."""
-        alike = [
+        """The entry of this problem, else of a near one of the same kind, else None.
+
+        Near is a weight whose sizes differ by at most a factor of two together, and the next count
+        of rows that was measured, less than twice as many.
+        """
+        near = [
             entry
             for entry in self.entries
             if (entry.problem.op, entry.problem.dtype, entry.problem.group)
             == (problem.op, problem.dtype, problem.group)
+            and problem.tokens <= entry.problem.tokens < 2 * problem.tokens
+            and _distance(entry.problem, problem) <= 1
         ]
-        return min(alike, key=lambda entry: _distance(entry.problem, problem), default=None)
+        return min(
+            near,
+            key=lambda entry: (_distance(entry.problem, problem), entry.problem.tokens),
+            default=None,
+        )
 
     def to_json(self) -> str:
         """The table as `read_table` reads it."""
@@ -137,26 +154,36 @@ def heuristic(problem: Problem, multiprocessors: int, capability: int, *, expert
 
 @functools.cache
 def tuned(device: int) -> Table:
-    """What `quantkit tune` measured for a CUDA device, else the table we ship, or an empty one."""
+    """What `quantkit tune` measured for a CUDA device, else the table we ship, or an empty one.
+
+    A table that cannot be read is passed over, and logged: forward passes ask for it.
+    """
     name = device_name(device)
-    for path in (cache_path(name), shipped_path(name)):
-        if path.is_file():
-            return read_table(path)
+    for find in (cache_path, shipped_path):
+        try:
+            path = find(name)
+            if path.is_file():
+                return read_table(path)
+        except (OSError, ValueError) as error:
+            _LOG.warning("the tuned table of %s is passed over: %s", name, error)
     return Table(())
 
 
 def read_table(path: Path) -> Table:
-    """The table of a JSON file."""
-    return Table(
-        tuple(
-            Entry(
-                problem=Problem(**item["problem"]),
-                tile=None if item["tile"] is None else Tile(**item["tile"]),
-                microseconds=float(item["microseconds"]),
+    """The table of a JSON file; ValueError if it is none."""
+    try:
+        return Table(
+            tuple(
+                Entry(
+                    problem=Problem(**item["problem"]),
+                    tile=None if item["tile"] is None else Tile(**item["tile"]),
+                    microseconds=float(item["microseconds"]),
+                )
+                for item in json.loads(path.read_text(encoding="utf-8"))
             )
-            for item in json.loads(path.read_text(encoding="utf-8"))
         )
-    )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no table of this version: {error}") from error
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -208,11 +235,8 @@ def candidates(problem: Problem, multiprocessors: int, capability: int) -> Seque
 
 
 def _distance(entry: Problem, problem: Problem) -> float:
-    pairs = (
-        (entry.rows, problem.rows),
-        (entry.columns, problem.columns),
-        (entry.tokens, problem.tokens),
-    )
+    """How many times twice as large the sizes of one weight are."""
+    pairs = ((entry.rows, problem.rows), (entry.columns, problem.columns))
     return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in pairs)
 
 

@@ -16,6 +16,9 @@ def needs_triton() -> str | None:
     """Why Triton kernels cannot run on this machine's GPU, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if torch.version.hip is not None:
+        # Its devices are called cuda too, but the kernels decode with NVIDIA's instructions.
+        return "torch is built for ROCm: the kernels need an NVIDIA GPU"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     capability = torch.cuda.get_device_capability()

@@ -10,11 +10,12 @@ from quantkit.errors import QuantkitError
 from quantkit.extend import MovedModules
 
 if TYPE_CHECKING:
+    from quantkit.inference.adapters import prepare_lora
     from quantkit.inference.hf import hf_config
     from quantkit.inference.load import load
     from quantkit.pipeline.api import quantize
 
-__all__ = ["QuantkitError", "__version__", "hf_config", "load", "quantize"]
+__all__ = ["QuantkitError", "__version__", "hf_config", "load", "prepare_lora", "quantize"]
 
 
 def __getattr__(name: str) -> object:
@@ -31,6 +32,10 @@ def __getattr__(name: str) -> object:
         from quantkit.inference.hf import hf_config
 
         return hf_config
+    if name == "prepare_lora":
+        from quantkit.inference.adapters import prepare_lora
+
+        return prepare_lora
     raise AttributeError(f"module 'quantkit' has no attribute {name!r}")
 
 

@@ -74,6 +74,11 @@ class FusedLinear(nn.Module):
         return None if whole is None else whole.detach()[self.shared.span(self.index)].clone()
 
     @property
+    def weight(self) -> Tensor:
+        """As `QuantLinear.weight`: a shape, a dtype and a device."""
+        return self.shared.stacked.weight[self.shared.span(self.index)]
+
+    @property
     def quantized_tensor(self) -> QuantizedTensor:
         """The tensor this part was made of, bit for bit; unpacks the codes into fresh memory."""
         whole, rows = self.shared.stacked.quantized_tensor, self.shared.span(self.index)

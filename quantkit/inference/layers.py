@@ -61,6 +61,16 @@ class QuantLinear(nn.Module):
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device of the decoded weight, for who asks for those; all NaN.
+
+        Takes no memory.  `quantized_tensor.dequantize()` has the numbers.
+        """
+        device = next(cast(nn.Module, self.kernel).buffers()).device
+        nothing = torch.full((), torch.nan, dtype=self.activation_dtype, device=device)
+        return nothing.expand(self.out_features, self.in_features)
+
+    @property
     def quantized_tensor(self) -> QuantizedTensor:
         """The tensor this layer was made of, bit for bit; unpacks the codes into fresh memory."""
         return self.kernel.quantized_tensor

@@ -87,8 +87,8 @@ class QuantkitQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """False: codes have no gradients."""
-        return False
+        """True: adapters are trained through the codes, which stay as they are."""
+        return True
 
 
 def attach_quantizer_(
@@ -162,7 +162,9 @@ def find_module(model: nn.Module, path: str) -> nn.Module:
             raise ModelError(
                 f"{path}: the model has no such module any more; save it before changing its layers"
             )
-        module = child
+        # An adapter stands in the layer's place and holds it.
+        base = getattr(child, "base_layer", None)
+        module = base if isinstance(base, (QuantLinear, FusedLinear)) else child
     return module
 
 

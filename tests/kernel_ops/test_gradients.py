@@ -210,25 +210,16 @@ def test_experts_have_the_gradient_of_a_loop(asym: bool, device: Device) -> None
         assert torch.autograd.gradgradcheck(lambda x: run(x, *both), (x,), fast_mode=True)
 
 
-class Decoded(nn.Module):
-    """nn.Linear on the numbers that a quantized layer stands for."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        self.register_buffer("weight", layer.quantized_tensor.dequantize(torch.float32))
-        self.bias = layer.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.get_buffer("weight").to(x.dtype), bias)
-
-
 def decode_(model: nn.Module) -> None:
-    """Puts Decoded where quantized layers are."""
+    """Puts nn.Linear on the numbers that quantized layers stand for where those are."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, QuantLinear):
-                setattr(parent, name, Decoded(child))
+                weight = child.quantized_tensor.dequantize(child.activation_dtype)
+                plain = nn.Linear(*reversed(weight.shape), bias=False, dtype=weight.dtype)
+                plain.weight = nn.Parameter(weight, requires_grad=False)
+                plain.bias = child.bias
+                setattr(parent, name, plain)
 
 
 def embeds_gradient(model: Any, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,9 @@
 // codes cannot overflow them within a block (8 · 2 · 15 · 127 < 2^15); 8-bit codes are taken as |w|
 // and x with the sign of w (2 · 128 · 127 < 2^15), and widened after every product.
 //
-// Codes of a codebook (NF4) are looked up as two digits of 7 bits, high · 128 + low, and each digit
-// is multiplied: 2 · 127 · 127 < 2^15.
+// Codes of a codebook are looked up.  Values that are whole twelfths of the largest (MXFP4, NVFP4)
+// are one digit of 0..24, exactly; four pairs of them stay in 16 bits: 4 · 2 · 24 · 127 < 2^15.
+// Others (NF4) are two digits of 7 bits, high · 128 + low, each multiplied: 2 · 127 · 127 < 2^15.
 //
 // e4m3 numbers, bytes as 8-bit codes are, are counted in sixteenths, up to 7168: numbers from 1/2 on
 // exactly, smaller ones rounded half up.  Their products with x need 16 bits to multiply in.
@@ -151,13 +152,14 @@ struct Weight {
   const uint8_t* packed;  // [N/8, K/32, bytes]
   const void* scale;      // [N/8, G, 8]
   const uint8_t* zero;    // [N/8, G, 8], or null where all are `middle`
-  const uint8_t* table;   // [2, 16]: the high and low digits of a codebook, or null
+  const uint8_t* table;   // [1 or 2, 16]: the digits of a codebook, high ones first, or null
   float middle;
   int64_t blocks, group_blocks, groups;
 };
 
 // Eight rows by 32 columns of the weight in registers; their products are with code - kShift.
-template <int kBits>
+// kMost is the largest 4-bit code, or what it stands for.
+template <int kBits, int kMost = 15>
 struct Integers {
   static constexpr int64_t kBytes = 32 * kBits;
 #ifdef QUANTKIT_DOT
@@ -189,20 +191,36 @@ struct Integers {
     for (int j = 0; j < 8; ++j) sum = QUANTKIT_DOT(sum, part[j], four_columns(x + 4 * j));
     return sum;
 #else
+    // Pairs of products that can be added in 16 bits.
+    constexpr int kPairs = 32767 / (2 * kMost * 127) >= 8 ? 8 : 4;
+    static_assert(kPairs * 2 * kMost * 127 < 32768);
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = _mm256_setzero_si256();
+    __m256i sum = _mm256_setzero_si256(), pairs16 = _mm256_setzero_si256();
     for (int j = 0; j < 8; ++j) {
       const __m256i four = four_columns(x + 4 * j);
       if constexpr (kBits == 4) {
-        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(part[j], four));
+        pairs16 = _mm256_add_epi16(pairs16, _mm256_maddubs_epi16(part[j], four));
+        if ((j + 1) % kPairs == 0) {
+          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs16, ones));
+          pairs16 = _mm256_setzero_si256();
+        }
       } else {
         const __m256i size = _mm256_abs_epi8(part[j]), signed_x = _mm256_sign_epi8(four, part[j]);
         const __m256i pairs = _mm256_maddubs_epi16(size, signed_x);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
       }
     }
-    return kBits == 4 ? _mm256_madd_epi16(sum, ones) : sum;
+    return sum;
 #endif
+  }
+};
+
+// The same with codes that stand for sixteen values, which lie in 0..24.
+struct Digit : Integers<4, 24> {
+  Digit(const Weight& w, const uint8_t* packed) : Integers<4, 24>(w, packed) {
+    const __m128i* table = reinterpret_cast<const __m128i*>(w.table);
+    const __m256i digits = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
+    for (__m256i& one : part) one = _mm256_shuffle_epi8(digits, one);
   }
 };
 
@@ -401,8 +419,9 @@ int64_t check_weight(const Tensor& packed, const Tensor& scale, const std::optio
                   ", 8]");
   STD_TORCH_CHECK(!zero || (bytes(*zero) && per_group_of(*zero)),
                   "quantkit::int8_dot: zero must be contiguous bytes of the shape of scale");
-  STD_TORCH_CHECK(!table || (bits == 4 && bytes(*table) && table->numel() == 32),
-                  "quantkit::int8_dot: table must be contiguous bytes [2, 16], for 4 bits");
+  STD_TORCH_CHECK(!table || (bits == 4 && bytes(*table) && table->dim() == 2 &&
+                             (table->size(0) == 1 || table->size(0) == 2) && table->size(1) == 16),
+                  "quantkit::int8_dot: table must be contiguous bytes [1 or 2, 16], for 4 bits");
   STD_TORCH_CHECK(!floats || (bits == 8 && !zero),
                   "quantkit::int8_dot: floats have 8 bits and no zero");
   STD_TORCH_CHECK(!bias || bias->numel() == n, "quantkit::int8_dot: bias must have ", n,
@@ -435,7 +454,8 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   const auto bytes = [](const std::optional<Tensor>& tensor) {
     return tensor ? static_cast<const uint8_t*>(tensor->const_data_ptr()) : nullptr;
   };
-  const float middle = table ? 8192.0f : floats ? 0.0f : bits == 4 ? 8.0f : 128.0f;
+  const bool one_digit = table && table->size(0) == 1;
+  const float middle = one_digit ? 12.0f : table ? 8192.0f : floats ? 0.0f : bits == 4 ? 8.0f : 128.0f;
   const Weight weight{bytes(packed), scale.const_data_ptr(), bytes(zero), bytes(table), middle,
                       blocks, group_size ? group_size / kBlock : blocks, groups};
   std::vector<float> added;
@@ -446,7 +466,8 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
     added.assign(from, from + out_features);
   }
   const ScalarType scales = scale.scalar_type();
-  const Multiply* products = table       ? by_scale<Codebook>(scales)
+  const Multiply* products = one_digit   ? by_scale<Digit>(scales)
+                             : table     ? by_scale<Codebook>(scales)
                              : floats    ? by_scale<Floats>(scales)
                              : bits == 4 ? by_scale<Integers<4>>(scales)
                                          : by_scale<Integers<8>>(scales);
@@ -461,7 +482,11 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(quantkit, CPU, m) {
+#ifndef QUANTKIT_LIBRARY
+#define QUANTKIT_LIBRARY quantkit  // another name to load two builds into one process
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(QUANTKIT_LIBRARY, CPU, m) {
   m.impl("int8_dot", TORCH_BOX(&int8_dot));
   m.impl("int8_dot_fixed", TORCH_BOX(&int8_dot));
 }

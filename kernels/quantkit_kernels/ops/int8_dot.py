@@ -6,8 +6,9 @@ ONNX Runtime's MatMulNBits with accuracy level 4 do the same.  Finer than W8A8's
 
 M rows of x, N rows of the weight, K columns, G groups per row.
 weight = (code - zero) · scale, zero 2^(bits - 1) where none is stored.  Codes lie in 4 or 8 bits.
-Four-bit codes of a codebook: weight = (digits - 8192) · scale, where the codebook's values are
-rounded to 14 bits, finer than bfloat16 for all but its smallest.
+Four-bit codes of a codebook: weight = (digit - 12) · scale where its values are twelfths of the
+largest (MXFP4, NVFP4), else (digits - 8192) · scale, where they are whole numbers of steps (FP4) or
+rounded to 14 bits (NF4), finer than bfloat16 for all but its smallest.
 e4m3 numbers: weight = sixteenths / 16 · scale, exact from 1/2 on, smaller ones rounded half up.
 """
 
@@ -26,7 +27,10 @@ from quantkit_kernels.ops.product import Product
 BLOCK = 32
 # Rows of the weight side by side.
 _LANES = 8
-# A codebook's largest value in steps of its digits.
+# A codebook's largest value in steps of its digits: of one, and at most of two.
+_FEW_STEPS = 12
+# 42 times the 192 steps of bitsandbytes' FP4, whose smallest value is 1/192 of its largest.
+_WHOLE_STEPS = 8064
 _STEPS = 2**13 - 1
 # Smaller than any activation that matters, and 127 / x is finite above it.
 _TINY = 2.0**-100
@@ -38,8 +42,9 @@ class Packed:
 
     `packed` uint8 [N/8, K/32, 32 · bits]; `scale` [N/8, G, 8] in 16 bits where that is exact, else
     float32; `zero` uint8 [N/8, G, 8], or None for 2^(bits - 1).  N and K are filled up to whole
-    panels and blocks.  `table` uint8 [2, 16] are the high and low seven bits of a codebook's
-    values, or None.  `bits` are those that a code lies in, 4 or 8.  `floats`: codes are e4m3.
+    panels and blocks.  `table` uint8 [1, 16] holds the digits of a codebook's values, [2, 16]
+    their high and low seven bits, or None.  `bits` are those that a code lies in, 4 or 8.
+    `floats`: codes are e4m3.
     """
 
     packed: Tensor
@@ -100,16 +105,29 @@ def pack_codebook(
 ) -> Packed:
     """A weight values[code] · scale of codes uint8 [N, K] below 16."""
     numbers = torch.tensor(values, dtype=torch.float64)
-    largest = numbers.abs().max()
-    digits = torch.round(numbers / largest * _STEPS).to(torch.int64) + _STEPS + 1
+    shares = numbers / numbers.abs().max()
+    steps = _steps(shares)
+    digits = torch.round(shares * steps).to(torch.int64)
+    if steps == _FEW_STEPS:
+        table = (digits + _FEW_STEPS)[None]
+    else:
+        table = torch.stack(((digits + _STEPS + 1) >> 7, (digits + _STEPS + 1) & 127))
     return Packed(
         packed=_pack(codes_NK, 4),
-        scale=_lanes((scale_NG.double() * (largest / _STEPS)).to(torch.float32)),
+        scale=_lanes(_short((scale_NG.double() * (numbers.abs().max() / steps)).float())),
         zero=None,
-        table=torch.stack((digits >> 7, digits & 127)).to(torch.uint8),
+        table=table.to(torch.uint8),
         bits=4,
         group_size=group_size,
     )
+
+
+def _steps(shares: Tensor) -> int:
+    """Into how many steps the largest value is cut: so that all are whole numbers, if they can."""
+    for steps in (_FEW_STEPS, _WHOLE_STEPS):
+        if torch.allclose(shares * steps, torch.round(shares * steps), rtol=0, atol=1e-5):
+            return steps
+    return _STEPS
 
 
 def pack_floats(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None) -> Packed:
@@ -176,9 +194,12 @@ def dequantize(
         numbers = codes.view(torch.float8_e4m3fn).to(torch.float32)
         codes = torch.floor(numbers.abs() * 16 + 0.5).copysign(numbers)
     elif table is not None:
-        codes = (table[0].to(torch.int16) * 128 + table[1])[codes.long()]
+        wide = table.to(torch.int16)
+        codes = (wide[0] if len(wide) == 1 else wide[0] * 128 + wide[1])[codes.long()]
     group = torch.arange(columns) // (group_size or columns)
-    middle = 0.0 if floats else float(2 ** (bits - 1) if table is None else _STEPS + 1)
+    middle = 0 if floats else 2 ** (bits - 1)
+    if table is not None:
+        middle = _FEW_STEPS if len(table) == 1 else _STEPS + 1
     offset = middle if zero is None else _rows(zero, rows).to(torch.float32)[:, group]
     scale_NK = _rows(scale, rows).to(torch.float32)[:, group]
     return ((codes.to(torch.float32) - offset) * scale_NK).to(dtype)

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,11 +180,12 @@ def rows(
     device: torch.device,
     config: LlamaConfig,
     length: Length,
+    schemes: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """One row per scheme: tokens per second, seconds to the first token, peak memory on a GPU."""
+    """bfloat16, then those of `schemes` that are compared: tokens and seconds, peak memory."""
     old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
     for name in SCHEMES:
-        if old and name == "fp8a8_row":
+        if (old and name == "fp8a8_row") or (name is not None and name not in schemes):
             continue
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -15,6 +15,8 @@ from quantkit_kernels.gpu.tuning import Entry, Problem, Tile
 # More than any L2 cache holds: weights must come from memory, as they do in a model.
 ROTATED_BYTES = 256 << 20
 _REPLAYS = 20
+# Cycles, some fifth of a millisecond.
+_QUEUEING = 400_000
 
 # One call of a kernel with a tile; None decodes the weight and multiplies with cuBLAS.
 Call = Callable[[Tile | None], object]
@@ -30,7 +32,12 @@ class Candidate:
 
 
 def graph_microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """The median time of one call in microseconds: all calls captured in a CUDA graph, replayed."""
+    """The median time of one call in microseconds; see `graph_times`."""
+    return statistics.median(graph_times(calls))
+
+
+def graph_times(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Microseconds of one call in each replay of a CUDA graph that has captured all calls."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -44,12 +51,14 @@ def graph_microseconds(calls: Sequence[Callable[[], object]]) -> float:
     times = []
     for _ in range(_REPLAYS + 3):
         start, stop = _event(), _event()
+        # The GPU is busy until all three are queued: launching takes no part in the time.
+        torch.cuda._sleep(_QUEUEING)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
         times.append(float(start.elapsed_time(stop)) * 1000 / len(calls))
-    return statistics.median(times[3:])
+    return times[3:]
 
 
 def best(candidate: Candidate, multiprocessors: int, capability: int, measure: Measure) -> Entry:

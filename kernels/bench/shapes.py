@@ -13,7 +13,7 @@ from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
 
 SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g64", "w4a16_g32", "w4a16_row")
-SCHEMES += ("w8a16_row", "w8a16_g128", "w8a8_row", "nf4_b64", "nf4_b64_dq")
+SCHEMES += ("w8a16_row", "w8a16_g128", "w8a8_row", "nf4_b64")
 SCHEMES += ("fp8a16_row", "fp8a16_g128", "fp8a8_row")
 # Experts of `w4a16_experts`, and how many each token goes to.
 EXPERTS, CHOSEN = 8, 2
@@ -46,7 +46,7 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
     if scheme.startswith("fp8"):
         return _fp8(scheme, shape, device, draw)
     if scheme.startswith("nf4"):
-        return _nf4(scheme.endswith("dq"), shape, device, draw)
+        return _nf4(shape, device, draw)
     bits = int(scheme[1])
     size = scheme.split("_")[1]
     group = None if size == "row" else int(size[1:])
@@ -228,38 +228,20 @@ def experts(shape: tuple[int, int], device: torch.device, seed: int) -> Sample:
     )
 
 
-def _nf4(
-    nested: bool, shape: tuple[int, int], device: torch.device, draw: torch.Generator
-) -> Sample:
+def _nf4(shape: tuple[int, int], device: torch.device, draw: torch.Generator) -> Sample:
     codes = torch.randint(0, 16, shape, generator=draw, device=device, dtype=torch.uint8)
     groups = shape[1] // nf4.BLOCK
-    stored = torch.rand(shape[0], groups, generator=draw, device=device) * 0.1 + 0.01
-    nest: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    if nested:
-        stored = torch.randint(
-            0, 256, (shape[0], groups), generator=draw, device=device, dtype=torch.uint8
-        )
-        table = torch.linspace(-1, 1, 256, device=device)
-        outer = torch.rand(-(-stored.numel() // 256), generator=draw, device=device) * 0.05
-        nest = (table, outer, torch.tensor(0.06, device=device))
-    packed = nf4.pack(codes, stored, "triton")
-    values = nf4.scales(stored, 0, *nest).double().repeat_interleave(nf4.BLOCK, 1)
+    scale = torch.rand(shape[0], groups, generator=draw, device=device) * 0.1 + 0.01
+    packed = nf4.pack(codes, scale, "triton")
+    words, stored = packed.packed, packed.scale
+    values = scale.double().repeat_interleave(nf4.BLOCK, 1)
     book = torch.tensor(NF4, device=device, dtype=torch.float64)
     return Sample(
         multiply=_multiply(
-            lambda x: nf4.product(x, packed.packed, packed.scale, *nest, None, shape[0]),
-            {
-                "kind": "nf4",
-                "packed": packed.packed,
-                "scale": packed.scale,
-                "zero": None,
-                "group": nf4.BLOCK,
-                "table": nest[0],
-                "absmax": nest[1],
-                "offset": nest[2],
-            },
+            lambda x: nf4.product(x, words, stored, *packed.nest, None, shape[0]),
+            {"kind": "nf4", "packed": words, "scale": stored, "zero": None, "group": nf4.BLOCK},
             shape,
         ),
         exact=lambda x: x.double() @ (book[codes.long()] * values).t(),
-        nbytes=packed.packed.nbytes + packed.scale.nbytes,
+        nbytes=words.nbytes + stored.nbytes,
     )

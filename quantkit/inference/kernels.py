@@ -294,7 +294,7 @@ class Float8ActivationKernel(PackedKernel):
 
 
 class Nf4Kernel(PackedKernel):
-    """NF4 weights on `quantkit::nf4`; nested scales are decoded by the kernel."""
+    """NF4 weights on `quantkit::nf4`; on CPUs nested scales are decoded by the op."""
 
     decodes_always = True
     packed: Tensor
@@ -303,8 +303,13 @@ class Nf4Kernel(PackedKernel):
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
         scale, groups = tensor.scale, tensor.shape[1] // nf4.BLOCK
-        stored = scale.codes if isinstance(scale, NestedScale) else scale.values()
-        weight = nf4.pack(tensor.codes, stored.view(-1, groups), device)
+        nested = None
+        if isinstance(scale, NestedScale):
+            stored = scale.codes
+            nested = nf4.Nested(table=scale.table, absmax=scale.absmax, offset=scale.offset)
+        else:
+            stored = scale.values()
+        weight = nf4.pack(tensor.codes, stored.view(-1, groups), device, nested)
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
 
@@ -325,7 +330,7 @@ class Nf4Kernel(PackedKernel):
         """The product with x, whose columns are in the order of the codes."""
         scale = self.scale.get()
         nest: tuple[Tensor | None, ...] = (None, None, None)
-        if isinstance(scale, NestedScale):
+        if isinstance(scale, NestedScale) and self.kernel_scale.dtype == torch.uint8:
             nest = (scale.table, scale.absmax, scale.offset)
         return nf4.product(
             x,

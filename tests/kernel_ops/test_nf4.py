@@ -42,16 +42,10 @@ def test_the_kernels_equal_float64(nested: bool, monkeypatch: pytest.MonkeyPatch
     from quantkit_kernels.gpu.fused import Weight, dequantize, matmul
 
     codes, stored, parts, exact = make(nested)
-    packed = nf4.pack(codes, stored, "triton")
+    packed = nf4.pack(codes, stored, "triton", parts)
+    assert packed.nested is None
     weight = Weight(
-        kind="nf4",
-        packed=packed.packed,
-        scale=packed.scale,
-        zero=None,
-        group=nf4.BLOCK,
-        table=parts.table if parts else None,
-        absmax=parts.absmax if parts else None,
-        offset=parts.offset if parts else None,
+        kind="nf4", packed=packed.packed, scale=packed.scale, zero=None, group=nf4.BLOCK
     )
     x, bias = cases.activations((3, SHAPE[1]), torch.float16), torch.randn(SHAPE[0])
     cases.poison(monkeypatch)
@@ -76,13 +70,13 @@ def test_the_cpu_op_equals_float64(
     # Tiles of a few rows: nested scales count from the tile's first row.
     monkeypatch.setattr("quantkit_kernels.cpu.tiled.ELEMENTS", 3 * SHAPE[1])
     codes, stored, parts, exact = make(nested)
-    packed = nf4.pack(codes, stored, "cpu")
+    packed = nf4.pack(codes, stored, "cpu", parts)
+    assert packed.nested is parts
     x, bias = cases.activations((2, 3, SHAPE[1]), dtype), torch.randn(SHAPE[0])
-    nest = (parts.table, parts.absmax, parts.offset) if parts else (None, None, None)
-    found = torch.ops.quantkit.nf4(x, packed.packed, packed.scale, *nest, bias, SHAPE[0])
+    found = torch.ops.quantkit.nf4(x, packed.packed, packed.scale, *packed.nest, bias, SHAPE[0])
     bound = 2**-7 if dtype == torch.bfloat16 else 1e-5
     assert cases.relative_error(found, cases.expected(x, exact, bias)) < bound
-    empty = torch.ops.quantkit.nf4(x[:0], packed.packed, packed.scale, *nest, bias, SHAPE[0])
+    empty = torch.ops.quantkit.nf4(x[:0], packed.packed, packed.scale, *packed.nest, bias, SHAPE[0])
     assert empty.shape == (0, 3, SHAPE[0])
 
 
@@ -90,10 +84,9 @@ def test_the_cpu_op_equals_float64(
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_the_op_is_well_formed(nested: bool, device: Any) -> None:
     codes, stored, parts, exact = make(nested)
-    packed = nf4.pack(codes, stored, device)
-    nest = (parts.table, parts.absmax, parts.offset) if parts else (None, None, None)
+    packed = nf4.pack(codes, stored, device, parts)
     x = cases.activations((2, SHAPE[1]), torch.bfloat16)
-    arguments = (x, packed.packed, packed.scale, *nest, None, SHAPE[0])
+    arguments = (x, packed.packed, packed.scale, *packed.nest, None, SHAPE[0])
     torch.library.opcheck(torch.ops.quantkit.nf4.default, arguments)
     found = nf4.reference(*arguments)
     # Weights and result rounded to bfloat16.

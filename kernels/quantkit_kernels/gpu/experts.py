@@ -71,26 +71,20 @@ def experts_kernel(
         blocks = tl.cdiv(K, 128)
         share = tl.cdiv(blocks, SPLIT)
         first = split * share
-        own = scale + expert.to(tl.int64) * stride_scale
         acc = accumulate(
             x + token[None, :].to(tl.int64) * stride_x,
             present,
             packed + expert.to(tl.int64) * stride_packed,
-            own,
+            scale + expert.to(tl.int64) * stride_scale,
             zero + expert.to(tl.int64) * stride_scale,
-            own,
-            own,
-            own,
             rows,
             first,
             tl.minimum(first + share, blocks),
-            N,
             N_PAD,
             K,
             "int4",
             GROUP,
             HAS_ZERO,
-            False,
             EVEN_K,
             BN,
             BM,

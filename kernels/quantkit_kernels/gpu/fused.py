@@ -25,10 +25,9 @@ class Weight:
 
     kind    "int4", "int8", "fp8" or "nf4"
     packed  int32 [K'/128, N', 16 or 32]
-    scale   [G', N'], or with `table` its uint8 codes
-    zero    uint8 [G', N'] or None (8 for int4)
+    scale   [G', N']
+    zero    [G', N'] or None (8 for int4)
     group   columns that share a scale; 0 means the row
-    table, absmax, offset   nested scales: value = table[code] · absmax[(n·G + g) / 256] + offset
     """
 
     kind: str
@@ -36,33 +35,12 @@ class Weight:
     scale: Tensor
     zero: Tensor | None
     group: int
-    table: Tensor | None = None
-    absmax: Tensor | None = None
-    offset: Tensor | None = None
 
 
 @triton.jit
-def _scales(
-    scale,
-    table,
-    absmax,
-    offset,
-    group,
-    rows,
-    N,
-    N_PAD,
-    K,
-    GROUP: tl.constexpr,
-    NESTED: tl.constexpr,
-):
+def _scales(scale, group, rows, N_PAD):
     """Scales of a group [BN, 1], or of a row of groups [BN, P], as stored."""
-    s = tl.load(scale + group * N_PAD + rows[:, None])
-    if NESTED:
-        flat = rows[:, None] * (K // GROUP) + group
-        # Padded rows have no outer scale; padded columns meet zeros of x.
-        outer = tl.load(absmax + flat // 256, mask=flat < N * (K // GROUP), other=0.0)
-        s = tl.load(table + s.to(tl.int32)) * outer + tl.load(offset)
-    return s
+    return tl.load(scale + group * N_PAD + rows[:, None])
 
 
 @triton.jit
@@ -93,19 +71,14 @@ def accumulate(
     packed,
     scale,
     zero,
-    table,
-    absmax,
-    offset,
     rows,
     first,
     last,
-    N,
     N_PAD,
     K,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    NESTED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -115,36 +88,38 @@ def accumulate(
 ):
     """Float32 [BN, BM]: rows of the weight times `present` rows of x, blocks `first` to `last`."""
     acc = tl.zeros((BN, BM), tl.float32)
+    if GROUP == 0:
+        row_scale = tl.load(scale + rows).to(tl.float32)[:, None]
     for block in tl.range(first, last, num_stages=STAGES):
         values = decode(packed, zero, block, rows, N_PAD, KIND, GROUP, HAS_ZERO, BN, DTYPE, ASM)
         # Scales of 64 columns and more go on the float32 product: integer codes are never rounded.
+        # Products are added outside: an accumulator beside operands in registers makes wgmma wait
+        # for each of its steps.
         if GROUP == 64:
             low, high = tl.split(tl.permute(tl.reshape(values, (BN, 2, 64)), (0, 2, 1)))
             first_x = _x_tile(x_row, block * 128, present, K, 64, EVEN_K, ASM)
-            s = _scales(scale, table, absmax, offset, 2 * block, rows, N, N_PAD, K, 64, NESTED)
+            s = _scales(scale, 2 * block, rows, N_PAD)
             acc += tl.dot(low.to(first_x.dtype), first_x) * s.to(tl.float32)
             second_x = _x_tile(x_row, block * 128 + 64, present, K, 64, EVEN_K, ASM)
-            s = _scales(scale, table, absmax, offset, 2 * block + 1, rows, N, N_PAD, K, 64, NESTED)
+            s = _scales(scale, 2 * block + 1, rows, N_PAD)
             acc += tl.dot(high.to(second_x.dtype), second_x) * s.to(tl.float32)
         else:
             x_KM = _x_tile(x_row, block * 128, present, K, 128, EVEN_K, ASM)
             if GROUP == 0:
-                acc = tl.dot(values, x_KM, acc)
+                acc += tl.dot(values, x_KM) * row_scale
             elif GROUP >= 128:
                 group = block // (GROUP // 128)
-                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                s = _scales(scale, group, rows, N_PAD)
                 acc += tl.dot(values, x_KM) * s.to(tl.float32)
             else:
                 group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
-                s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+                s = _scales(scale, group, rows, N_PAD)
                 grouped = tl.reshape(values, (BN, 128 // GROUP, GROUP))
                 if s.dtype == values.dtype:
                     grouped = grouped * s[:, :, None]
                 else:
                     grouped = grouped.to(tl.float32) * s.to(tl.float32)[:, :, None]
-                acc = tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM, acc)
-    if GROUP == 0:
-        acc *= tl.load(scale + rows).to(tl.float32)[:, None]
+                acc += tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM)
     return acc
 
 
@@ -154,9 +129,6 @@ def fused_kernel(
     packed,
     scale,
     zero,
-    table,
-    absmax,
-    offset,
     bias,
     out,
     M,
@@ -167,7 +139,6 @@ def fused_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    NESTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -191,19 +162,14 @@ def fused_kernel(
         packed,
         scale,
         zero,
-        table,
-        absmax,
-        offset,
         rows,
         first,
         tl.minimum(first + share, blocks),
-        N,
         N_PAD,
         K,
         KIND,
         GROUP,
         HAS_ZERO,
-        NESTED,
         EVEN_K,
         BN,
         BM,
@@ -223,9 +189,6 @@ def decode_kernel(
     packed,
     scale,
     zero,
-    table,
-    absmax,
-    offset,
     out,
     N,
     N_PAD,
@@ -233,7 +196,6 @@ def decode_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
-    NESTED: tl.constexpr,
     BN: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -248,7 +210,7 @@ def decode_kernel(
         group = tl.arange(0, 1)[None, :]
     else:
         group = (block * 128 // GROUP + tl.arange(0, PER_BLOCK))[None, :]
-    s = _scales(scale, table, absmax, offset, group, rows, N, N_PAD, K, GROUP, NESTED)
+    s = _scales(scale, group, rows, N_PAD)
     grouped = tl.reshape(values, (BN, PER_BLOCK, 128 // PER_BLOCK))
     weight = tl.reshape(grouped * s.to(tl.float32)[:, :, None], (BN, 128))
     columns = block * 128 + tl.arange(0, 128)
@@ -282,9 +244,6 @@ def matmul(
         weight.packed,
         weight.scale,
         unused if weight.zero is None else weight.zero,
-        unused if weight.table is None else weight.table,
-        unused if weight.absmax is None else weight.absmax,
-        unused if weight.offset is None else weight.offset,
         bias if whole and bias is not None else unused,
         target,
         rows,
@@ -295,7 +254,6 @@ def matmul(
         KIND=weight.kind,
         GROUP=weight.group,
         HAS_ZERO=weight.zero is not None,
-        NESTED=weight.table is not None,
         HAS_BIAS=whole and bias is not None,
         EVEN_K=columns % 128 == 0,
         SPLIT=tile.split,
@@ -324,9 +282,6 @@ def dequantize(
         weight.packed,
         weight.scale,
         unused if weight.zero is None else weight.zero,
-        unused if weight.table is None else weight.table,
-        unused if weight.absmax is None else weight.absmax,
-        unused if weight.offset is None else weight.offset,
         out,
         shape[0],
         padded,
@@ -334,7 +289,6 @@ def dequantize(
         KIND=weight.kind,
         GROUP=weight.group,
         HAS_ZERO=weight.zero is not None,
-        NESTED=weight.table is not None,
         BN=block_rows,
         ASM=use_asm,
         num_warps=4,

@@ -126,7 +126,7 @@ def candidate(problem: Problem, device: torch.device) -> Candidate:
     words = {"w8a16": 32, "fp8a16": 32, "w4a16": 16, "nf4": 16}[problem.op]
     kind = {"w8a16": "int8", "fp8a16": "fp8", "w4a16": "int4", "nf4": "nf4"}[problem.op]
     groups = 1 if problem.group == 0 else columns // problem.group
-    scale_dtype = torch.float32 if kind == "nf4" else torch.bfloat16
+    scale_dtype = torch.float32 if problem.group >= 64 else torch.bfloat16
 
     def fused(weight: Weight) -> Call:
         def call(tile: Tile | None) -> object:

@@ -149,6 +149,8 @@ def heuristic(problem: Problem, multiprocessors: int, capability: int, *, expert
     # At least four blocks a program, or the pipeline never fills.
     split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
     few_warps = tokens == 16 and (capability < 100 or problem.op in ("w8a16", "fp8a16"))
+    # Sums of 8-bit floats leave the tensor core after every block: four warps wait for each step.
+    few_warps = few_warps and problem.op != "fp8a8"
     return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
 
 

@@ -52,7 +52,9 @@ def pack(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None, device: Dev
     group = group_size or 0
     signed = codes_NK.view(torch.int8)
     if device == "triton":
-        scale = layout.pad_groups(weight_only.short_scale(scale_NG), signed.shape[1], group)
+        scale = layout.pad_groups(
+            weight_only.kernel_scale(scale_NG, group_size), signed.shape[1], group
+        )
         return Packed(packed=layout.pack_qk8(signed), scale=scale, group_size=group)
     return Packed(packed=signed, scale=scale_NG.to(torch.float32), group_size=group)
 

@@ -40,12 +40,19 @@ class Nested:
 class Packed:
     """A weight in the layout of one device.
 
-    triton: `packed` qk4 with adjacent pairs int32 [K'/128, N', 16]; `scale` float32 or, nested,
-    its uint8 codes [G', N'].  cpu: `packed` uint8 [N, K/2], first code low; `scale` [N, G].
+    triton: `packed` qk4 with adjacent pairs int32 [K'/128, N', 16]; `scale` float32 [G', N'].
+    cpu: `packed` uint8 [N, K/2], first code low; `scale` [N, G], float32 or, `nested`, uint8 codes.
     """
 
     packed: Tensor
     scale: Tensor
+    nested: Nested | None
+
+    @property
+    def nest(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The op's table, absmax and offset."""
+        found = self.nested
+        return (found.table, found.absmax, found.offset) if found else (None, None, None)
 
 
 def supported(
@@ -59,13 +66,22 @@ def supported(
     return weight_only.unsupported(dtype, device)
 
 
-def pack(codes_NK: Tensor, scale_NG: Tensor, device: Device) -> Packed:
-    """A supported weight of codes uint8 [N, K]; the scale is float32, or its uint8 codes."""
+def pack(
+    codes_NK: Tensor, scale_NG: Tensor, device: Device, nested: Nested | None = None
+) -> Packed:
+    """A supported weight of codes uint8 [N, K]; the scale is float32, or `nested` its uint8 codes.
+
+    GPUs read scales and not their codes, which would be three loads in each block, none of them in
+    the pipeline: 0.37 bits per weight more.
+    """
     if device == "triton":
+        if nested is not None:
+            scale_NG = scales(scale_NG, 0, nested.table, nested.absmax, nested.offset)
         scale = layout.pad_groups(scale_NG, codes_NK.shape[1], BLOCK)
-        return Packed(packed=layout.pack_qk4(codes_NK, adjacent=True), scale=scale)
+        words = layout.pack_qk4(codes_NK, adjacent=True)
+        return Packed(packed=words, scale=scale, nested=None)
     packed = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
-    return Packed(packed=packed, scale=scale_NG.contiguous())
+    return Packed(packed=packed, scale=scale_NG.contiguous(), nested=nested)
 
 
 def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -178,16 +194,9 @@ def _weight(
 ) -> Weight:
     from quantkit_kernels.gpu.fused import Weight
 
-    return Weight(
-        kind="nf4",
-        packed=packed,
-        scale=scale,
-        zero=None,
-        group=BLOCK,
-        table=table,
-        absmax=absmax,
-        offset=offset,
-    )
+    if table is not None:
+        raise ValueError("quantkit::nf4: GPUs read scales, not their codes; see `pack`")
+    return Weight(kind="nf4", packed=packed, scale=scale, zero=None, group=BLOCK)
 
 
 def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:

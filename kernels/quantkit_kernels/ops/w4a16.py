@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Packed:
     """A weight in the layout of one device; group_size 0 means one group per row.
 
-    triton: `packed` qk4 int32 [K'/128, N', 16]; `scale` [G', N']; `zero` uint8 [G', N'] or None.
+    triton: `packed` qk4 int32 [K'/128, N', 16]; `scale` [G', N']; `zero` [G', N'] or None.
     cpu: `packed` uint8 [N', K'/2], aten's own; `scale` bfloat16 [G', N', 2]; `zero` is in it.
     Primes are sizes padded to whole tiles.
     """
@@ -63,11 +63,12 @@ def pack(
     columns = codes_NK.shape[1]
     if device == "triton":
         group = group_size or 0
-        scale = weight_only.short_scale(scale_NG)
+        scale = weight_only.kernel_scale(scale_NG, group_size)
+        zero = weight_only.kernel_zero(zero_NG, group_size)
         return Packed(
             packed=layout.pack_qk4(codes_NK),
             scale=layout.pad_groups(scale, columns, group),
-            zero=None if zero_NG is None else layout.pad_groups(zero_NG, columns, group),
+            zero=None if zero is None else layout.pad_groups(zero, columns, group),
             group_size=group,
         )
     group = group_size or 32

@@ -59,7 +59,7 @@ def pack(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None, device: Dev
     signed = (codes_NK ^ 0x80).view(torch.int8)
     rows, columns = signed.shape
     if device == "triton":
-        scale = layout.pad_groups(weight_only.short_scale(scale_NG), columns, group)
+        scale = layout.pad_groups(weight_only.kernel_scale(scale_NG, group_size), columns, group)
         return Packed(packed=layout.pack_qk8(signed), scale=scale, group_size=group)
     if group:
         return Packed(packed=signed, scale=scale_NG.to(torch.float32), group_size=group)

@@ -31,10 +31,22 @@ def unsupported_group(group_size: int | None) -> str | None:
     return None
 
 
-def short_scale(scale: Tensor) -> Tensor:
-    """The scale in bfloat16 if that holds it exactly, else as it is: halves what kernels load."""
+def kernel_scale(scale: Tensor, group_size: int | None) -> Tensor:
+    """The scale as the Triton kernels load it: short where that is exact, and as fast.
+
+    Groups of 64 and more have one scale in each row of a block.  It takes four bytes: cp.async
+    moves no fewer, and what it cannot move stalls every block.
+    """
+    if group_size is not None and group_size >= 64:
+        return scale.to(torch.float32)
     short = scale.to(torch.bfloat16)
     return short if torch.equal(short.to(torch.float32), scale.to(torch.float32)) else scale
+
+
+def kernel_zero(zero: Tensor | None, group_size: int | None) -> Tensor | None:
+    """The zero points as the Triton kernels load them: four bytes where the scales have four."""
+    wide = zero is not None and group_size is not None and group_size >= 64
+    return zero.to(torch.int32) if zero is not None and wide else zero
 
 
 def run_triton(

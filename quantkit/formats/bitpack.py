@@ -34,7 +34,9 @@ def unpack_rows(words_RW: Tensor, bits: int, columns: int) -> Tensor:
     """uint8 codes [R, columns] from int32 words: the inverse of `pack_rows`."""
     rows = words_RW.shape[0]
     assert words_RW.shape[1] == num_words(columns, bits)
-    raw = words_RW.contiguous().view(torch.uint8)
+    # Flattened first: a column of one word counts as contiguous whatever its stride, and no view
+    # of its bytes exists then.
+    raw = words_RW.reshape(-1).view(torch.uint8).view(rows, -1)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     step = max(1, _CHUNK_CODES // max(columns, 1))
     for start in range(0, rows, step):

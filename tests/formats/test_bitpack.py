@@ -27,3 +27,13 @@ def test_chunks_of_rows_join_without_a_seam() -> None:
     assert torch.equal(words[599:], pack_rows(codes[599:], 3))
     assert torch.equal(words[255:257], pack_rows(codes[255:257], 3))
     assert torch.equal(unpack_rows(words, 3, 4097), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_transposed_row_of_words_unpacks_as_its_copy(bits: int) -> None:
+    # How compressed-tensors keeps the zeros of few rows: one word for each of the groups.
+    words = torch.tensor([[0x03020100, 0x07060504]], dtype=torch.int32).T
+    assert words.is_contiguous() and words.stride(-1) == 2
+    columns = 32 // bits
+    assert torch.equal(unpack_rows(words, bits, columns), unpack_rows(words.clone(), bits, columns))
+    assert unpack_rows(words, 8, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

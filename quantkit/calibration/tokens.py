@@ -113,7 +113,7 @@ def load_calibration(
     if max_length is not None and seq_len > max_length:
         notes.append(f"seq_len {seq_len} cut to the model's {max_length} positions")
         seq_len = max_length
-    if isinstance(spec, Tensor) or _holds_token_ids(spec):
+    if holds_token_ids(spec):
         packed = pack_token_rows(spec, samples, seq_len, _pad_id(tokenizer))
         origin = Origin(source="python")
     else:
@@ -136,6 +136,23 @@ def check_seed(seed: int) -> None:
     """CalibrationError unless every generator takes the seed."""
     if not 0 <= seed < 2**63:
         raise CalibrationError(f"--seed {str(seed)[:30]}: write a whole number from 0 to 2**63 - 1")
+
+
+def holds_token_ids(spec: object) -> bool:
+    """True for a calibration source of token ids, which needs no tokenizer."""
+    if isinstance(spec, Tensor):
+        return True
+    if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
+        return False
+    first = spec[0]
+    if isinstance(first, Tensor):
+        return True
+    return (
+        isinstance(first, Sequence)
+        and not isinstance(first, str)
+        and bool(first)
+        and not isinstance(first[0], Mapping | str)
+    )
 
 
 # No tokenizer packs this many characters into a token on average; bounds what is read of a text.
@@ -169,20 +186,6 @@ def _tokens_sha256(ids_NT: Tensor, mask_NT: Tensor) -> str:
     digest.update(ids_NT.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     digest.update(mask_NT.to(torch.uint8).contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _holds_token_ids(spec: object) -> bool:
-    if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
-        return False
-    first = spec[0]
-    if isinstance(first, Tensor):
-        return True
-    return (
-        isinstance(first, Sequence)
-        and not isinstance(first, str)
-        and bool(first)
-        and not isinstance(first[0], Mapping | str)
-    )
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase | None) -> int:

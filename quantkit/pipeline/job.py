@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.calibration.tokens import Calibration, check_seed, load_calibration
+from quantkit.calibration.tokens import (
+    Calibration,
+    check_seed,
+    holds_token_ids,
+    load_calibration,
+)
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Source
@@ -120,9 +125,11 @@ def _calibration(
     model: CausalModel, source: Source, request: QuantizeOptions, tokenizer: Any
 ) -> Calibration:
     text_config = model.text_config
+    if tokenizer is None and not holds_token_ids(request.calibration):
+        tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
     return load_calibration(
         request.calibration,
-        tokenizer=tokenizer or load_tokenizer(source, trust_remote_code=request.trust_remote_code),
+        tokenizer=tokenizer,
         samples=request.loaded.samples,
         seq_len=request.loaded.seq_len,
         seed=request.seed,

@@ -109,6 +109,18 @@ def test_calibration_may_be_texts_or_tokens(llama: Path, tmp_path: Path) -> None
         assert report["calibration"]["tokens"] == 8 * 32
 
 
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    model = jobs.build("llama", tmp_path / "llama")
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    tokens = torch.arange(3, 3 + 8 * 32).view(8, 32) % 300
+    out = quantkit.quantize(
+        model, "gptq", out=tmp_path / "out", calibration=tokens, samples=8, seq_len=32,
+        progress=False,
+    )  # fmt: skip
+    assert (out / "quantkit/report.json").exists()
+
+
 def test_mistakes_are_refused_before_anything_changes(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="say where with out="):
         quantkit.quantize(llama, "rtn")  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ def plan_json(job: Job) -> dict[str, Any]:
     return {
         "method": plan.recipe.method,
         "scheme": plan.recipe.scheme.name,
+        "fitted": plan.fitted,
         "format": plan.format.name,
         "readers": dict(plan.readers),
         "notes": list(plan.notes),
@@ -106,6 +107,8 @@ def _totals(job: Job) -> list[str]:
         f"bits       {plan.bits_per_weight:.3f} per weight, "
         f"{plan.bits_per_quantized_weight:.3f} among the quantized",
     ]
+    if plan.fitted is not None:
+        lines.append(f"groups     {plan.fitted}")
     for runtime, reason in plan.readers.items():
         lines.append(f"{runtime:<20} {'reads it' if reason is None else 'no: ' + reason}")
     if job.calibration is not None:

@@ -24,6 +24,7 @@ _KEYS = (
     "method",
     "summary",
     "scheme",
+    "fit",
     "range",
     "rounding",
     "transforms",
@@ -84,11 +85,15 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A method, ready to plan: every option has its value and every name has been looked up."""
+    """A method, ready to plan: every option has its value and every name has been looked up.
+
+    `fit` lets the groups of `scheme` shrink where they do not divide a weight's columns.
+    """
 
     method: str
     summary: str
     scheme: Scheme
+    fit: bool = False
     range: PartSpec
     rounding: PartSpec
     transforms: tuple[PartSpec, ...] = ()
@@ -126,10 +131,14 @@ class Recipe:
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
+        fit = data.get("fit", False)
+        if not isinstance(fit, bool):
+            raise RecipeError(f"{where}: fit is true or false, not {fit!r}")
         return cls(
             method=str(data["method"]),
             summary=str(data.get("summary", "")),
             scheme=Scheme.parse(str(data["scheme"])),
+            fit=fit,
             range=PartSpec.from_value("range", data["range"]),
             rounding=PartSpec.from_value("rounding", data["rounding"]),
             transforms=tuple(PartSpec.from_value("transform", t) for t in transforms),
@@ -153,9 +162,15 @@ class Recipe:
             "rounding": self.rounding.to_value(),
             "rules": [r.to_value() for r in self.rules],
         }
+        if self.fit:
+            data["fit"] = True
         if self.head is not None:
             data["head"] = self.head.name
         return data
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches the checkpoint name; None if none does."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
 
     def make_range(self) -> Range:
         """The range part."""
@@ -241,7 +256,8 @@ def load_recipe(
     `default_scheme` stands for a built-in method's own where `scheme` is None.
 
     `overrides` are `part.field=value` with YAML values; `skip` globs keep weights and come before
-    the recipe's own rules.  Raises RecipeError or SchemeError.
+    the recipe's own rules; a `scheme` given here is taken as it is, never fitted.  Raises
+    RecipeError or SchemeError.
     """
     if path is None:
         known = builtin_recipes()
@@ -253,12 +269,15 @@ def load_recipe(
     data = _read_yaml(given_path(path, error=RecipeError))
     if method is not None and data.get("method") != method:
         raise RecipeError(f"{path}: its method is {data.get('method')!r}, not {method!r} as asked")
+    named = scheme
     for override in overrides:
         _override_(data, override)
-    if scheme is None and method is not None:
-        scheme = default_scheme
-    if scheme is not None:
-        data["scheme"] = scheme
+        if override.partition("=")[0] == "scheme":
+            named = named or str(data["scheme"])
+    if named is None and method is not None:
+        named = default_scheme
+    if named is not None:
+        data.update(scheme=named, fit=False)
     if head is not None:
         data["head"] = head
     recipe = Recipe.from_dict(data, str(path.name))

@@ -65,7 +65,8 @@ class QuantizeOptions:
             "--scheme",
             (
                 r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, for gguf "
-                "`q4_k_m`...; see [recipes](recipes.md#schemes)"
+                "`q4_k_m`...; see [recipes](recipes.md#schemes). What you name is taken as it "
+                "is; the recipe's own is fitted to the shapes"
             ),
             shown="the recipe's",
         ),

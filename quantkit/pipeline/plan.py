@@ -12,7 +12,7 @@ import torch
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
-from quantkit.errors import FormatError, RecipeError, SchemeError
+from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import (
     Container,
     Format,
@@ -24,8 +24,18 @@ from quantkit.formats.format import (
 )
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
+from quantkit.model.fitting import fitted_line
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.decide import (
+    check_rules,
+    check_shared,
+    decide,
+    fit,
+    head_name,
+    planned,
+    spread,
+)
 from quantkit.pipeline.fold_vectors import fold_shapes
 
 Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
@@ -128,6 +138,11 @@ class Plan:
         return ((key, tuple(refs)) for key, groups in found.items() for refs in groups.values())
 
     @property
+    def fitted(self) -> str | None:
+        """A line on groups that are smaller than the method's own, as they would not divide."""
+        return fitted_line(self.recipe, self.weights)
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per parameter of the source: scales, zeros, unquantized tensors and all."""
         parameters = sum(torch.Size(fate.shape).numel() for fate in self.fates)
@@ -155,23 +170,25 @@ def make_plan(
     ShapeError, FormatError (a scheme or shape the format cannot hold, or no runtime reads it).
     """
     refs = _block_weights(model)
-    _check_rules(recipe, model)
+    check_rules(recipe, model)
     fmt = None if format_name is None else make_format(format_name)
     if fmt is None and recipe.scheme.kind == "ggml":
         fmt = make_format(default_format(recipe.scheme))
     container = None if fmt is None else open_container(model, fmt)
-    decisions = {ref.name: _decide(recipe, ref) for block in refs for ref in block}
+    decisions = {ref.name: decide(recipe, ref) for block in refs for ref in block}
     if fmt is not None and container is not None:
         if max_shard_bytes != DEFAULT_SHARD_BYTES:
             raise FormatError(f"--max-shard-size: {fmt.name} is one file; leave it out")
-        decisions |= _spread(recipe, container, fmt, refs)
+        decisions |= spread(recipe, container, fmt, refs)
+    if recipe.head is not None:
+        head = model.head.name if container is not None else head_name(model)
+        decisions[head] = recipe.head, "--lm-head"
     if container is None:
         # A container says itself what it keeps in one tensor, and its reader fuses nothing.
+        if recipe.fit:
+            decisions = fit(model, recipe, decisions, fmt)
         for block in refs:
-            _check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
-    if recipe.head is not None:
-        head = model.head.name if container is not None else _head_name(model)
-        decisions[head] = recipe.head, "--lm-head"
+            check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
     return lay_out(
         model,
         recipe,
@@ -208,9 +225,9 @@ def lay_out(
     """
     refs = _block_weights(model)
     schemes = {name: scheme for name, (scheme, _) in decisions.items()}
-    weights = [_planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
-    head_name = _head_name(model) if container is None else model.head.name
-    head_scheme = schemes.get(head_name)
+    weights = [planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
+    head_is = head_name(model) if container is None else model.head.name
+    head_scheme = schemes.get(head_is)
     head = model.head if head_scheme is not None else None
     unties = head is not None and model.head_tied and container is None
     outside = {} if container is None else container.matrices()
@@ -218,14 +235,14 @@ def lay_out(
         (
             _table(name, shape)
             for name, shape in outside.items()
-            if name != head_name and schemes.get(name) is not None
+            if name != head_is and schemes.get(name) is not None
         ),
         None,
     )
     if embedding is not None:
-        weights.append(_planned(model, embedding, schemes[embedding.name]))
-    planned_head = _planned(model, model.head, head_scheme)
-    weights.append(dataclasses.replace(planned_head, name=head_name))
+        weights.append(planned(model, embedding, schemes[embedding.name]))
+    planned_head = planned(model, model.head, head_scheme)
+    weights.append(dataclasses.replace(planned_head, name=head_is))
     for weight in weights:
         if weight.scheme is not None:
             weight.scheme.check_shape(weight.name, weight.shape)
@@ -291,84 +308,6 @@ def _block_weights(model: CausalModel) -> tuple[tuple[WeightRef, ...], ...]:
     return tuple(model.weights(index) for index in range(model.num_blocks))
 
 
-def _head_name(model: CausalModel) -> str:
-    """The head's name in the output: its own, even where it shares the embedding's tensor."""
-    return model.head.parameter if model.head_tied else model.head.name
-
-
-def _check_rules(recipe: Recipe, model: CausalModel) -> None:
-    names = model.source.names()
-    for rule in recipe.rules:
-        if not any(rule.matches(name) for name in names):
-            raise RecipeError(
-                f"rule or --skip {rule.match!r} matches no tensor; names look like "
-                f"{', '.join(ref.name for ref in model.weights(0)[:2])}"
-            )
-
-
-def _decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
-    """The weight's scheme (None: kept) and the reason."""
-    if ref.role == "router":
-        return None, "router"
-    if ref.role == "read":
-        return None, "the model's code reads this weight outside its layer"
-    for rule in recipe.rules:
-        if rule.matches(ref.name):
-            return rule.scheme, f"rule {rule.match!r}"
-    return recipe.scheme, f"method {recipe.method}"
-
-
-def _spread(
-    recipe: Recipe, container: Container, fmt: Format, refs: Sequence[Sequence[WeightRef]]
-) -> dict[str, tuple[Scheme | None, str]]:
-    """Decisions of a mix, for the matrices that no rule speaks of."""
-    if (reason := fmt.supports(recipe.scheme)) is not None:
-        raise SchemeError(f"--scheme {recipe.scheme.name}: with --format {fmt.name} {reason}")
-    shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role != "router"}
-    found = container.spread(recipe.scheme, shapes)
-    for name in found:
-        for rule in recipe.rules:
-            if rule.matches(name):
-                found[name] = rule.scheme, f"rule {rule.match!r}"
-                break
-    return found
-
-
-def _check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None]) -> None:
-    """Weights that share an input, and the experts of one layer, are fused by serving runtimes."""
-    first: dict[str, WeightRef] = {}
-    for ref in refs:
-        if ref.role in ("router", "read"):
-            continue
-        key = "experts" if ref.role == "expert" else ref.input
-        other = first.setdefault(key, ref)
-        if schemes[ref.name] != schemes[other.name]:
-            mine, its = (_spelled(schemes[r.name]) for r in (ref, other))
-            shared = "are experts of one layer" if key == "experts" else "read the same input"
-            raise RecipeError(
-                f"{ref.name} ({mine}) and {other.name} ({its}) {shared}, which vLLM fuses: give "
-                "both the same scheme or keep both"
-            )
-
-
-def _spelled(scheme: Scheme | None) -> str:
-    return "kept" if scheme is None else scheme.name
-
-
-def _planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> PlannedWeight:
-    path = (
-        f"{model.block_path(ref.block)}.{ref.parameter}" if ref.block is not None else ref.parameter
-    )
-    return PlannedWeight(
-        name=ref.name,
-        module=path.removesuffix(".weight"),
-        shape=ref.shape,
-        scheme=scheme,
-        transposed=ref.transposed and ref.expert is None,
-        expert=ref.role == "expert",
-    )
-
-
 def _table(name: str, shape: tuple[int, int]) -> WeightRef:
     """The table of embeddings as a weight: it multiplies nothing and reads tokens."""
     return WeightRef(name=name, block=None, shape=shape, parameter=name, input="tokens")
@@ -403,7 +342,7 @@ def _fates(
     """One fate for every tensor of the source in the output's order: outside first, then blocks."""
     planned = {weight.name: weight for weight in weights}
     block_of = {n: i for i in range(model.num_blocks) for n in model.block_tensors(i)}
-    head_name = model.head.name
+    head_is = model.head.name
     found: list[TensorFate] = []
     for name in sorted(model.source.names(), key=lambda n: (block_of.get(n, -1), n)):
         info = model.source.info(name)
@@ -420,10 +359,10 @@ def _fates(
             fate, reason = "rescaled", "folded by " + reasons["transforms"]
         elif name in model.unmapped:
             fate, reason = "copied", "no parameter of the model class takes it"
-        elif weight is not None and name != head_name:
+        elif weight is not None and name != head_is:
             reason = reasons.get(name, "as stored")
         else:
-            reason = "output head" if name == head_name else _kept_reason(info, name in block_of)
+            reason = "output head" if name == head_is else _kept_reason(info, name in block_of)
         found.append(
             TensorFate(
                 name=name,

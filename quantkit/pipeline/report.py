@@ -33,6 +33,7 @@ def build_report(
         "version": VERSION,
         "method": plan.recipe.method,
         "scheme": plan.recipe.scheme.name,
+        "fitted": plan.fitted,
         "format": plan.format.name,
         "model_type": plan.model_type,
         "recipe": plan.recipe.to_dict(),
@@ -137,6 +138,9 @@ _SUMMARY = """\
 | | |
 |---|---|
 | method | {{ report.method }}, scheme {{ report.scheme }} |
+{% if report.fitted %}
+| groups | {{ report.fitted }} |
+{% endif %}
 | format | {{ report.format }} |
 | size | {{ size(report.size.bytes) }}, {{ "%.2f" | format(ratio) }}x smaller than {{ size(report.size.source_bytes) }} |
 | bits per weight | {{ report.size.bits_per_weight }} in all, {{ report.size.bits_per_quantized_weight }} among quantized weights |

@@ -47,10 +47,9 @@ def candidates(
     found: list[tuple[str, Recipe]] = []
     for method in dict.fromkeys(methods):
         own = load_recipe(method, samples=samples, seq_len=seq_len)
-        widths = _widths(own.scheme, bits)
-        for scheme in widths:
-            recipe = load_recipe(method, scheme=scheme, samples=samples, seq_len=seq_len)
-            found.append((method, dataclasses.replace(recipe, propagate=False)))
+        for scheme in _widths(own.scheme, bits):
+            recipe = dataclasses.replace(own, scheme=Scheme.parse(scheme), propagate=False)
+            found.append((method, recipe))
     if not found:
         raise RecipeError("name at least one method with --methods, as in rtn,awq,gptq")
     once = {m for m, _ in found if sum(m == other for other, _ in found) == 1}

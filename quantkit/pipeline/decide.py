@@ -1,0 +1,125 @@
+"""What becomes of each weight: the recipe's scheme, a rule's, a fitted one, or none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence, Set
+
+from quantkit.errors import RecipeError, SchemeError
+from quantkit.formats.format import (
+    Container,
+    Format,
+    PlannedWeight,
+    default_format,
+    make_format,
+)
+from quantkit.methods.recipe import Recipe
+from quantkit.model.causal import CausalModel
+from quantkit.model.fitting import Decisions, fit_groups, shared_inputs
+from quantkit.model.refs import WeightRef
+from quantkit.numbers.scheme import Scheme
+
+
+def head_name(model: CausalModel) -> str:
+    """The head's name in the output: its own, even where it shares the embedding's tensor."""
+    return model.head.parameter if model.head_tied else model.head.name
+
+
+def check_rules(recipe: Recipe, model: CausalModel) -> None:
+    """RecipeError if a rule matches no tensor."""
+    names = model.source.names()
+    for rule in recipe.rules:
+        if not any(rule.matches(name) for name in names):
+            raise RecipeError(
+                f"rule or --skip {rule.match!r} matches no tensor; names look like "
+                f"{', '.join(ref.name for ref in model.weights(0)[:2])}"
+            )
+
+
+def decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
+    """The weight's scheme (None: kept) and the reason."""
+    if ref.role == "router":
+        return None, "router"
+    if ref.role == "read":
+        return None, "the model's code reads this weight outside its layer"
+    rule = recipe.rule_for(ref.name)
+    if rule is not None:
+        return rule.scheme, f"rule {rule.match!r}"
+    return recipe.scheme, f"method {recipe.method}"
+
+
+def spread(
+    recipe: Recipe, container: Container, fmt: Format, refs: Sequence[Sequence[WeightRef]]
+) -> dict[str, tuple[Scheme | None, str]]:
+    """Decisions of a mix, for the matrices that no rule speaks of."""
+    if (reason := fmt.supports(recipe.scheme)) is not None:
+        raise SchemeError(f"--scheme {recipe.scheme.name}: with --format {fmt.name} {reason}")
+    shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role != "router"}
+    found = container.spread(recipe.scheme, shapes)
+    for name in found:
+        if (rule := recipe.rule_for(name)) is not None:
+            found[name] = rule.scheme, f"rule {rule.match!r}"
+    return found
+
+
+def fit(
+    model: CausalModel, recipe: Recipe, decisions: Decisions, fmt: Format | None
+) -> dict[str, tuple[Scheme | None, str]]:
+    """The decisions with groups that divide what has the recipe's own scheme: see `fit_groups`."""
+    refs = [model.weights(index) for index in range(model.num_blocks)]
+    own = [
+        [
+            ref
+            for ref in block
+            if ref.role not in ("router", "read") and recipe.rule_for(ref.name) is None
+        ]
+        for block in refs
+    ]
+    model_type = str(model.source.config.get("model_type", ""))
+
+    def served(schemes: Mapping[str, Scheme | None]) -> Set[str] | None:
+        weights = [planned(model, ref, schemes[ref.name]) for block in refs for ref in block]
+        name = head_name(model)
+        weights.append(
+            dataclasses.replace(planned(model, model.head, schemes.get(name)), name=name)
+        )
+        chosen = fmt or make_format(default_format(recipe.scheme))
+        if chosen.supports_together(weights) is not None:
+            return None
+        readers = chosen.readers(weights, model_type)
+        return {runtime for runtime, reason in readers.items() if reason is None}
+
+    return fit_groups(recipe.scheme, own, decisions, served)
+
+
+def check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None]) -> None:
+    """Weights that share an input, and the experts of one layer, are fused by serving runtimes."""
+    for first, *others in shared_inputs(refs):
+        for ref in others:
+            if schemes[ref.name] == schemes[first.name]:
+                continue
+            mine, its = (_spelled(schemes[r.name]) for r in (ref, first))
+            shared = "are experts of one layer" if ref.role == "expert" else "read the same input"
+            raise RecipeError(
+                f"{ref.name} ({mine}) and {first.name} ({its}) {shared}, which vLLM fuses: give "
+                "both the same scheme or keep both"
+            )
+
+
+def _spelled(scheme: Scheme | None) -> str:
+    return "kept" if scheme is None else scheme.name
+
+
+def planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> PlannedWeight:
+    """The weight as formats know it."""
+    path = (
+        f"{model.block_path(ref.block)}.{ref.parameter}" if ref.block is not None else ref.parameter
+    )
+    return PlannedWeight(
+        name=ref.name,
+        module=path.removesuffix(".weight"),
+        shape=ref.shape,
+        scheme=scheme,
+        transposed=ref.transposed and ref.expert is None,
+        expert=ref.role == "expert",
+    )

@@ -54,7 +54,8 @@ def spread(
     """Decisions of a mix, for the matrices that no rule speaks of."""
     if (reason := fmt.supports(recipe.scheme)) is not None:
         raise SchemeError(f"--scheme {recipe.scheme.name}: with --format {fmt.name} {reason}")
-    shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role != "router"}
+    kept = ("router", "read")
+    shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role not in kept}
     found = container.spread(recipe.scheme, shapes)
     for name in found:
         if (rule := recipe.rule_for(name)) is not None:

@@ -1,11 +1,13 @@
 """Hidden states between two blocks, in two generations of files that outlive a kill.
 
 Read and written in ranges (never memory-mapped: mapped pages would count as resident memory).
-Letters: N sequences, T tokens, H hidden size.
+Letters: N sequences, T tokens, H hidden size; where a model has several streams, T stands for
+tokens and streams.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +22,7 @@ from quantkit.checkpoint.safetensors import read_into, write_from
 class HiddenStore:
     """Hidden states [N, T, H]; generation i enters block i, even and odd share two files."""
 
-    def __init__(self, directory: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.shape, self.dtype = shape, dtype
         self._paths = tuple(directory / f"hidden-{parity}.bin" for parity in (0, 1))
         with disk_errors(directory, self.num_bytes):
@@ -34,7 +36,7 @@ class HiddenStore:
 
     @property
     def _stride(self) -> int:
-        return self.shape[1] * self.shape[2] * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def read(self, generation: int, start: int, stop: int) -> Tensor:
         """Sequences start..stop [stop - start, T, H], fresh memory."""

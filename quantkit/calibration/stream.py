@@ -53,8 +53,7 @@ class CalibrationStream:
         self.scratch, self.gram_budget = scratch, gram_budget
         with torch.no_grad():
             first, _ = model.calls(calibration.ids[:1])
-        samples, tokens = calibration.ids.shape
-        shape = (samples, tokens, first.shape[-1])
+        shape = (len(calibration.ids), *first.shape[1:])
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
         self.batches = list(_batches(calibration, device))
         self._calls: dict[int, tuple[BlockCall, ...]] = {}

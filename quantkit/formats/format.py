@@ -361,7 +361,7 @@ def demand_writer(reader: FormatReader) -> Format:
 def expert_name(name: str, expert: int) -> str:
     """What one expert of the fused tensor `name` is called by itself, a weight [O, I]."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.{expert}.{leaf}.weight"
+    return f"{path}.{expert}.weight" if leaf == "weight" else f"{path}.{expert}.{leaf}.weight"
 
 
 def named_as_weight(weight: PlannedWeight) -> str | None:

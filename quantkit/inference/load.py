@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -348,7 +349,7 @@ def _untie_(model: PreTrainedModel, names: NameMap, quantized: frozenset[str]) -
             for key, value in model.all_tied_weights_keys.items()
             if paths[0] not in (key, value)
         }
-    return NameMap(pieces=pieces, unmapped=names.unmapped, tied=tied, shapes=names.shapes)
+    return dataclasses.replace(names, pieces=pieces, tied=tied)
 
 
 def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:

@@ -14,14 +14,23 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.files import Source
-from quantkit.errors import ModelError, NumericsError
+from quantkit.errors import ModelError, NumericsError, QuantkitError
 from quantkit.model import skeleton
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
-from quantkit.model.passes import Passes, as_float, call_block, lazy_paths
+from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
-from quantkit.model.trace import BlockTrace, Tap, TapCallback, discover, make_noise, sketch_
+from quantkit.model.trace import (
+    OUTSIDE,
+    SHARED,
+    BlockTrace,
+    Tap,
+    TapCallback,
+    discover,
+    noise_like,
+    sketch_,
+)
 from quantkit.model.watched import watched
 
 __all__ = ["BlockCall", "CausalModel", "Folded", "ScaleGroup", "TapCallback", "WeightRef"]
@@ -68,6 +77,7 @@ class CausalModel:
             outputs=lambda index: self._traces[self._signatures[index]].outputs,
         )
         inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
+        self._shared = self._shared_tensors()
         rest = set(source.names()) - inside - set(names.unmapped)
         self.outside = tuple(sorted(rest))
 
@@ -155,10 +165,11 @@ class CausalModel:
 
     def run(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The block's hidden states [B, T, H]; no gradients."""
+        axis = self._passes.layout.sequences
         with torch.no_grad():
-            output = call_block(block, hidden_BTH, call)
+            output = call_block(block, hidden_BTH.movedim(0, axis), call)
         hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
-        return hidden
+        return hidden.movedim(axis, 0)
 
     def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
         """Raises ModelError unless running block by block equals the model's own forward.
@@ -216,6 +227,7 @@ class CausalModel:
                 role = "read"
             for piece in self._pieces(index, use.path, use.expert):
                 rows = piece.rows or (0, use.shape[0])
+                shared = piece.name in self._shared and role == "linear"
                 refs.append(
                     WeightRef(
                         name=piece.name,
@@ -223,13 +235,27 @@ class CausalModel:
                         shape=(rows[1] - rows[0], use.shape[1]),
                         parameter=use.path,
                         input=keys[use.key],
-                        role=role,
+                        role="read" if shared else role,
                         expert=use.expert,
                         rows=piece.rows,
                         transposed=use.transposed,
+                        kept=SHARED if shared else OUTSIDE if role == "read" else None,
                     )
                 )
         return tuple(refs)
+
+    def kept(self, index: int) -> dict[str, str]:
+        """Checkpoint name -> reason, of the block's matrices that cannot be quantized.
+
+        What they read, if anything, cannot be told: `trace.UNREACHED` or another reason.
+        """
+        trace = self._traces[self._signatures[index]]
+        pieces = self._names.under(self.block_path(index))
+        return {
+            piece.name: reason
+            for path, reason in sorted(trace.kept.items())
+            for piece in pieces.get(path, ())
+        }
 
     def weight(self, block: nn.Module, ref: WeightRef) -> torch.Tensor:
         """The weight as [O, I]: a view of the block's parameter (writes go through)."""
@@ -261,6 +287,11 @@ class CausalModel:
         not keep or change it.
         """
         trace = self._traces[self._signatures[index]]
+        if mask_BT is not None and self._passes.layout != Layout():
+            raise ModelError(
+                f"{self.block_path(index)}: hidden states do not have a row for each token, so "
+                "padding cannot be told apart; calibrate on windows without padding"
+            )
         mode = Tap(block, trace.keys(), mask_BT, callback)
         handle = block.register_forward_pre_hook(lambda _module, _args: mode.start())
         try:
@@ -275,6 +306,9 @@ class CausalModel:
         Probes once per kind of block.
         """
         signature = self._signatures[index]
+        if self._passes.layout.sequences:
+            # Probes compare sequences row by row, which must then follow one another.
+            return ()
         if signature not in self._groups:
             with skeleton.model_errors(self._model):
                 self._groups[signature] = self._probe(index)
@@ -285,7 +319,10 @@ class CausalModel:
             refs.setdefault((ref.parameter, ref.expert), []).append(ref)
         groups = []
         for found in self._groups[signature]:
+            names = self._producer_names(index, found)
             readers = tuple(ref for reader in found.readers for ref in refs[reader])
+            if self._shared.intersection(names, (ref.name for ref in readers)):
+                continue
             groups.append(
                 ScaleGroup(
                     kind=found.kind,
@@ -299,7 +336,7 @@ class CausalModel:
                     channel_map=found.channel_map,
                     inputs=tuple(dict.fromkeys(keys[reader] for reader in found.readers)),
                     readers=readers,
-                    producer_names=self._producer_names(index, found),
+                    producer_names=names,
                 )
             )
         return tuple(groups)
@@ -341,6 +378,17 @@ class CausalModel:
         """
         return self._passes.finish_rows(hidden_BTH, rows_VH, start)
 
+    def _shared_tensors(self) -> frozenset[str]:
+        """Checkpoint names of what several blocks hold, as zamba's do."""
+        prefix = f"{self._blocks_path}."
+        tied = ((path, origin) for path, origin in self._names.tied.items())
+        return frozenset(
+            piece.name
+            for path, origin in tied
+            if path.startswith(prefix) and origin.startswith(prefix)
+            for piece in self._names.of(path)
+        )
+
     def _empty_block(self, index: int) -> nn.Module:
         block = skeleton.clone(self._blocks[index])
         skeleton.fill_buffers(self._model, block, self.block_path(index))
@@ -379,24 +427,34 @@ class CausalModel:
             signature = self._signatures[index]
             if signature not in self._traces:
                 drawn = sketch_(self._empty_block(index))
-                noise = make_noise(_TRACE_TOKENS, hidden_BTH.shape[-1], seed=0)[None]
+                noise = noise_like(hidden_BTH, 1)
                 self._traces[signature] = discover(
                     drawn,
                     lambda block: call_block(block, noise, as_float(call)),
                     batch=1,
-                    tokens=_TRACE_TOKENS,
                 )
             return hidden_BTH
 
         ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.int64)
         with watched(self._blocks) as read:
-            self._passes.run(ids, None, trace)
+            try:
+                self._passes.run(ids, None, trace)
+            except QuantkitError:
+                raise
+            # The model's own code fails in its own way on blocks that only hand on their input.
+            except Exception as error:
+                raise ModelError(
+                    f"{type(self._model).__name__}: its forward fails with blocks that hand on "
+                    f"hidden states alone, so it cannot be quantized block by block: {error}"
+                ) from error
         if read:
             raise ModelError(
                 f"{self._blocks_path}.{min(read)}: {type(self._model).__name__} reads this weight "
                 "outside the layer that multiplies by it and may change it on the way, which a "
                 "quantized layer does not allow; keep this model in full precision"
             )
+        if last[0].shape[:-1] != (1, _TRACE_TOKENS):
+            self._passes.layout = self._passes.find_layout()
         for signature in self._traces:
             self.weights(self._signatures.index(signature))  # raises what planning would
 
@@ -404,8 +462,7 @@ class CausalModel:
         @functools.cache
         def inputs(batch: int) -> tuple[torch.Tensor, BlockCall]:
             hidden_BTH, calls = self.calls(torch.zeros(batch, PROBE_TOKENS, dtype=torch.int64))
-            noise = make_noise(PROBE_TOKENS, hidden_BTH.shape[-1], seed=0)
-            return noise.expand(batch, -1, -1).contiguous(), as_float(calls[index])
+            return noise_like(hidden_BTH, batch), as_float(calls[index])
 
         def forward(batch: int) -> Callable[[nn.Module], torch.Tensor]:
             noise_BTH, call = inputs(batch)

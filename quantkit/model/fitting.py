@@ -72,7 +72,7 @@ def shared_inputs(refs: Sequence[WeightRef]) -> list[list[WeightRef]]:
     """The weights of a block by what serving runtimes fuse: readers of one input, and experts."""
     found: dict[str, list[WeightRef]] = {}
     for ref in refs:
-        if ref.role not in ("router", "read"):
+        if ref.role != "router" and ref.kept is None:
             found.setdefault("experts" if ref.role == "expert" else ref.input, []).append(ref)
     return list(found.values())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ from quantkit.model.refs import Piece
 
 _MAX_LISTED = 3
 # What `expert_name` gives.
-_EXPERT = re.compile(r"(.+)\.(\d+)\.(\w+)\.weight")
+_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.(\w+))?\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,14 @@ class NameMap:
 
     `pieces`: parameter (or persistent buffer) path -> the checkpoint tensors that fill it.
     `unmapped`: checkpoint tensors that no parameter takes.  `tied`: path -> the path it shares.
+    `buffers`: the paths that are no parameters; a limit among them may be infinite.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
     unmapped: tuple[str, ...]
     tied: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
+    buffers: frozenset[str] = frozenset()
 
     def of(self, path: str) -> tuple[Piece, ...]:
         """The pieces of a parameter, through tying.  Raises CheckpointError if it is missing."""
@@ -81,13 +83,19 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
     fused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     stacked: dict[str, list[Piece]] = defaultdict(list)
     unmapped = []
-    for name in sorted(source.names(), key=dot_natural_key):
+
+    def renamed(name: str) -> tuple[str, str | None]:
+        """The parameter that transformers fills with a tensor, and the pattern of a conversion."""
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(
                 name, [], [], base_model_prefix=prefix, meta_state_dict=state
             )
-        if target not in state and (piece := _stacked_piece(model, name, state)) is not None:
+        return target, pattern
+
+    for name in sorted(source.names(), key=dot_natural_key):
+        target, pattern = renamed(name)
+        if target not in state and (piece := _stacked_piece(model, name, renamed)) is not None:
             stacked[piece.parameter].append(piece)
         elif target not in state:
             unmapped.append(name)
@@ -105,28 +113,34 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
     shapes = {path: tuple(tensor.shape) for path, tensor in state.items()}
     for path, found in pieces.items():
         _check_shapes(path, found, shapes[path], source)
+    parameters = {path for path, _ in model.named_parameters(remove_duplicate=False)}
     return NameMap(
-        pieces=pieces, unmapped=tuple(unmapped), tied=_tied(model, pieces), shapes=shapes
+        pieces=pieces,
+        unmapped=tuple(unmapped),
+        tied=_tied(model, pieces),
+        shapes=shapes,
+        buffers=frozenset(state.keys() - parameters),
     )
 
 
 def _fused_pieces(
     path: str, rule: WeightConverter, by_source: dict[str, list[str]], source: Source
 ) -> tuple[Piece, ...]:
-    """Pieces of a parameter that stacks experts and, of each, concatenates several tensors."""
-    merge, *rest = rule.operations
+    """Pieces of a parameter that several tensors make, one above the other, for each expert if the
+    rule stacks experts."""
+    stacks = bool(rule.operations) and isinstance(rule.operations[0], MergeModulelist)
+    rest = rule.operations[stacks:]
     known = (
-        isinstance(merge, MergeModulelist)
-        and merge.dim == 0
+        all(isinstance(op, MergeModulelist) and op.dim == 0 for op in rule.operations[:stacks])
         and len(rest) <= 1
-        and all(isinstance(op, Concatenate) and op.dim == 1 for op in rest)
+        and all(isinstance(op, Concatenate) and op.dim == int(stacks) for op in rest)
     )
     if not known:
         name = next(iter(by_source.values()))[0]
         kinds = " + ".join(type(op).__name__ for op in rule.operations)
         raise ModelError(
             f"{name}: transformers converts this tensor by {kinds} on loading; quantkit follows "
-            "renaming and the stacking of experts only"
+            "renaming, the stacking of experts and rows put together only"
         )
     pieces = []
     start = 0
@@ -135,31 +149,41 @@ def _fused_pieces(
         if not names:
             raise CheckpointError(f"{path}: the checkpoint has no tensors like {pattern}")
         stop = start + source.info(names[0]).shape[0]
-        rows = (start, stop) if rest else None
         pieces += [
-            Piece(name=name, parameter=path, expert=expert, rows=rows)
-            for expert, name in enumerate(names)
+            Piece(
+                name=name,
+                parameter=path,
+                expert=number if stacks else None,
+                rows=(start, stop) if rest else None,
+            )
+            for number, name in enumerate(names)
         ]
         start = stop
     return tuple(sorted(pieces, key=lambda piece: piece.expert or 0))
 
 
-def _stacked_piece(model: nn.Module, name: str, state: Mapping[str, torch.Tensor]) -> Piece | None:
+def _stacked_piece(
+    model: nn.Module, name: str, renamed: Callable[[str], tuple[str, str | None]]
+) -> Piece | None:
     """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None."""
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
-    prefix = getattr(model, "base_model_prefix", "")
-    for path in (f"{match[1]}.{match[3]}", f"{prefix}.{match[1]}.{match[3]}"):
-        if path in state and state[path].dim() == 3:
-            owner = model.get_submodule(path.rpartition(".")[0])
-            return Piece(
-                name=name,
-                parameter=path,
-                expert=int(match[2]),
-                transposed=bool(getattr(owner, "is_transposed", False)),
-            )
-    return None
+    path, pattern = renamed(f"{match[1]}.{match[3] or 'weight'}")
+    owner = model
+    try:
+        owner = model.get_submodule(path.rpartition(".")[0])
+    except AttributeError:
+        return None
+    parameter = owner._parameters.get(path.rpartition(".")[2])
+    if parameter is None or parameter.dim() != 3 or pattern is not None:
+        return None
+    return Piece(
+        name=name,
+        parameter=path,
+        expert=int(match[2]),
+        transposed=bool(getattr(owner, "is_transposed", False)),
+    )
 
 
 def _check_shapes(
@@ -168,7 +192,9 @@ def _check_shapes(
     for piece in pieces:
         stored = source.info(piece.name).shape
         expected = shape
-        if piece.expert is not None:
+        if piece.expert is None and piece.rows is not None:
+            expected = (piece.rows[1] - piece.rows[0], *shape[1:])
+        elif piece.expert is not None:
             if piece.expert >= shape[0]:
                 raise CheckpointError(
                     f"{piece.name}: config.json asks for {shape[0]} experts; weights and config "
@@ -246,10 +272,13 @@ def read_parameter(
 ) -> torch.Tensor:
     """The parameter's value, put together from its pieces; `dtype` None keeps the stored one.
 
-    Fresh memory; holds one checkpoint tensor beside it.  Raises NumericsError for NaN or infinity.
+    Fresh memory; holds one checkpoint tensor beside it.  Raises NumericsError for NaN or infinity
+    in a parameter.
     """
     pieces = names.of(path)
-    if pieces[0].expert is None:
+    if path in names.buffers:
+        return read_finite(source, pieces[0].name, dtype, limits=True)
+    if pieces[0].expert is None and pieces[0].rows is None:
         return read_finite(source, pieces[0].name, dtype)
     first = source.info(pieces[0].name).dtype
     whole = torch.empty(names.shapes[path], dtype=dtype or first)
@@ -258,15 +287,21 @@ def read_parameter(
     return whole
 
 
-def read_finite(source: Source, name: str, dtype: torch.dtype | None) -> torch.Tensor:
-    """A checkpoint tensor in `dtype` (of floating point); NumericsError if it is not finite."""
+def read_finite(
+    source: Source, name: str, dtype: torch.dtype | None, *, limits: bool = False
+) -> torch.Tensor:
+    """A checkpoint tensor in `dtype` (of floating point); NumericsError if it is not finite.
+
+    `limits` lets infinity through, as where nothing is to be cut off.
+    """
     tensor = source.read(name)
     if not tensor.is_floating_point():
         return tensor
     if dtype is not None:
         tensor = tensor.to(dtype)
     # aminmax lets NaN through and needs no memory, unlike isfinite.
-    if tensor.numel() and not all(bool(edge.isfinite()) for edge in torch.aminmax(tensor)):
+    edges = torch.aminmax(tensor) if tensor.numel() else ()
+    if not all(bool(edge.isnan().logical_not() if limits else edge.isfinite()) for edge in edges):
         where = "" if dtype is None else f" in {str(dtype).removeprefix('torch.')}"
         raise NumericsError(
             f"{name}: the weight holds NaN or infinity{where}; the checkpoint is damaged or was "

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from quantkit.checkpoint.files import Source
@@ -26,8 +28,23 @@ OnBlock = Callable[[int, torch.Tensor, BlockCall], torch.Tensor]
 OnHead = Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where sequences and tokens lie in the hidden states that blocks hand on.
+
+    `sequences` is an axis of them; to everyone else sequences come first, and then `tokens` is the
+    axis of tokens, `extra` how many the model adds (prompts of its own).
+    """
+
+    sequences: int = 0
+    tokens: int = 1
+    extra: int = 0
+
+
 class Passes:
     """Runs a skeleton with functions in place of its blocks.
+
+    To them hidden states have sequences first, whatever the model's `layout`.
 
     `outputs(index)` tells the length of the tuple that a block's forward returns, None if it
     returns the hidden states themselves.
@@ -44,6 +61,7 @@ class Passes:
         outputs: Callable[[int], int | None],
     ) -> None:
         self.device = device
+        self.layout = Layout()
         self._model, self._blocks, self._source = model, blocks, source
         self._outputs = outputs
         self._embedding: Any = model.get_input_embeddings()
@@ -87,7 +105,8 @@ class Passes:
                 )
             order.append(index)
             hidden_BTH, call = _record(args, kwargs)
-            output = on_block(index, hidden_BTH, call)
+            axis = self.layout.sequences
+            output = on_block(index, hidden_BTH.movedim(axis, 0), call).movedim(0, axis)
             outputs = self._outputs(index)
             return output if outputs is None else (output,) + (None,) * (outputs - 1)
 
@@ -99,7 +118,7 @@ class Passes:
         for module, forward in stand_ins:
             module.__dict__["forward"] = forward
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _Rows(self._embedding, self._gather):
                 mask = None if mask_BT is None else mask_BT.to(self.device)
                 output = self._model(
                     input_ids=ids_BT.to(self.device), attention_mask=mask, use_cache=False
@@ -112,6 +131,34 @@ class Passes:
         logits: torch.Tensor = output.logits
         return logits
 
+    def find_layout(self) -> Layout:
+        """Where sequences and tokens are, by comparing one with two of each.
+
+        Raises ModelError if the shape does not tell.
+        """
+
+        def shape(sequences: int, tokens: int) -> torch.Size:
+            entered: list[torch.Size] = []
+
+            def look(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+                entered.append(hidden_BTH.shape)
+                return hidden_BTH
+
+            self.run(torch.zeros(sequences, tokens, dtype=torch.int64), None, look)
+            return entered[0]
+
+        first, more, longer = shape(1, 8), shape(2, 8), shape(1, 9)
+        axes = [a for a, (old, new) in enumerate(zip(first, more, strict=True)) if old != new]
+        placed = [a for a, (old, new) in enumerate(zip(first, longer, strict=True)) if old != new]
+        if len(axes) != 1 or len(placed) != 1 or longer[placed[0]] != first[placed[0]] + 1:
+            raise ModelError(
+                f"{type(self._model).__name__}: hidden states {list(first)} enter its blocks, in "
+                "which sequences and tokens cannot be told apart; keep this model as it is"
+            )
+        (axis,), (token,) = axes, placed
+        tokens = token + (token < axis)
+        return Layout(sequences=axis, tokens=tokens, extra=first[token] - 8)
+
     def finish(self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None) -> torch.Tensor:
         """Logits [B, T, V] from the last block's output: final norm, head, caps and scales."""
         last = len(self._blocks) - 1
@@ -119,7 +166,8 @@ class Passes:
         def replace(index: int, entered: torch.Tensor, call: BlockCall) -> torch.Tensor:
             return hidden_BTH.to(self.device) if index == last else entered
 
-        ids_BT = torch.zeros(hidden_BTH.shape[:2], dtype=torch.int64)
+        tokens = hidden_BTH.shape[self.layout.tokens] - self.layout.extra
+        ids_BT = torch.zeros(len(hidden_BTH), tokens, dtype=torch.int64)
         return self.run(ids_BT, None, replace, on_head or self._project)
 
     def finish_rows(
@@ -144,16 +192,7 @@ class Passes:
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The embedding module's own forward on a table of the used rows only."""
         rows, compact = torch.unique(ids, return_inverse=True)
-        dtype = self._embedding.weight.dtype
-        try:
-            table = self._source.gather(self.embedding_name, rows.cpu()).to(self.device, dtype)
-        except IndexError as error:
-            raise ModelError(
-                f"{self.embedding_name}: a token id up to {int(rows.max())} is outside the "
-                "vocabulary; the tokenizer belongs to another model"
-            ) from error
-        if not bool(table.isfinite().all()):
-            raise NumericsError(f"{self.embedding_name}: an embedding is NaN or infinite")
+        table = self._gather(rows)
         whole = self._embedding._parameters["weight"]
         padding = getattr(self._embedding, "padding_idx", None)
         self._embedding._parameters["weight"] = nn.Parameter(table, requires_grad=False)
@@ -164,6 +203,20 @@ class Passes:
             self._embedding._parameters["weight"] = whole
             self._embedding.padding_idx = padding
         return embedded
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The named rows of the token embedding, in the model's dtype."""
+        dtype = self._embedding.weight.dtype
+        try:
+            table = self._source.gather(self.embedding_name, rows.cpu()).to(self.device, dtype)
+        except IndexError as error:
+            raise ModelError(
+                f"{self.embedding_name}: a token id up to {int(rows.max())} is outside the "
+                "vocabulary; the tokenizer belongs to another model"
+            ) from error
+        if not bool(table.isfinite().all()):
+            raise NumericsError(f"{self.embedding_name}: an embedding is NaN or infinite")
+        return table
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         """The head's product with its rows read in ranges."""
@@ -177,6 +230,28 @@ class Passes:
         logits = torch.cat(parts, dim=-1)
         bias = getattr(self._head, "bias", None)
         return logits if bias is None else logits + bias
+
+
+class _Rows(TorchFunctionMode):
+    """Answers a model that reads a row of its embedding's weight itself, of a padding token say."""
+
+    def __init__(self, embedding: Any, gather: OnHead) -> None:
+        super().__init__()
+        self._embedding, self._gather = embedding, gather
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.__getitem__ and args[0] is self._embedding._parameters["weight"]:
+            first, *rest = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if isinstance(first, int):
+                row = self._gather(torch.tensor([first]))[0]
+                return row[tuple(rest)] if rest else row
+        return func(*args, **(kwargs or {}))
 
 
 def lazy_paths(model: Any) -> tuple[str, str]:

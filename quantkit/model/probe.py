@@ -223,7 +223,7 @@ class _Probe:
 
 class _ProbeMode(NoiseMode):
     def __init__(self, block: nn.Module, candidate: _Candidate, factors: torch.Tensor) -> None:
-        super().__init__(block, batch=len(factors), tokens=PROBE_TOKENS)
+        super().__init__(block, batch=len(factors))
         self._candidate, self._factors = candidate, factors
         self.readings: dict[Key, _Reading] = {}
         self.output_same = torch.ones(len(factors), dtype=torch.bool)
@@ -324,7 +324,8 @@ def _norm_offset(module: nn.Module, weight: nn.Parameter) -> float | None:
             first, second = old_weight, torch.flip(old_weight, [0]) * 2
             y, z = output(first, none), output(second, none)
             shifted = y if old_bias is None else output(first, old_bias) - old_bias
-        except TypeError:  # a module that takes more than hidden states is no plain norm
+        # A module that takes more than hidden states fails in its own way: it is no plain norm.
+        except Exception:
             return None
         finally:
             weight.copy_(old_weight)

@@ -47,7 +47,7 @@ class WeightRef:
     `parameter` is the path inside the block (of the head: in the model).  `input` names what the
     weight reads, unique within its block: equal keys mean the same tensor, hence the same Stats.
     Roles: "linear", "expert" (one of a fused parameter), "router" (rows == number of experts, or a
-    shared expert's one-row gate), "read" (the block's own code reads it too), "head".
+    shared expert's one-row gate), "read" (it stays as it is for the reason in `kept`), "head".
     """
 
     name: str
@@ -59,6 +59,7 @@ class WeightRef:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    kept: str | None = None
 
 
 def weight_view(block: nn.Module, ref: WeightRef) -> torch.Tensor:

@@ -17,9 +17,11 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     PreTrainedModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -83,9 +85,18 @@ def _empty_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    """AutoModelForCausalLM, or the class of multimodal models, whose text part is quantized."""
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    """AutoModelForCausalLM, or the class of encoders or of multimodal models.
+
+    Of multimodal models the text part is quantized.  A type that has both a causal and a masked
+    class is what its checkpoint says.
+    """
+    kind = type(config)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if kind in MODEL_FOR_MASKED_LM_MAPPING:
+        masked = MODEL_FOR_MASKED_LM_MAPPING[kind].__name__
+        if named == masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return AutoModelForMaskedLM
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
 
@@ -150,7 +161,11 @@ def conv1d_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path of the list of blocks, and the list: the outermost of the decoder's ModuleLists."""
+    """Path of the list of blocks, and the list: the outermost of the decoder's ModuleLists.
+
+    Of several it is the one whose elements have parts (others are lists of projections) and whose
+    model has the text's configuration (others are towers).
+    """
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in lists)
@@ -159,6 +174,14 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     decoder = model.get_decoder()
     inner = {id(module) for module in decoder.modules()} if decoder is not None else set()
     chosen = [path for path, module in lists.items() if len(lists) == 1 or id(module) in inner]
+    if len(chosen) > 1:
+        text = model.config.get_text_config()
+        chosen = [
+            path
+            for path in chosen
+            if any(True for _ in lists[path][0].children())
+            and _owner(model, path).config.get_text_config().model_type == text.model_type
+        ] or chosen
     if len(chosen) != 1:
         raise ModelError(
             f"{type(model).__name__}: {len(chosen)} lists of blocks ({', '.join(chosen)}); "
@@ -212,13 +235,40 @@ def fill_buffers(
         full = ".".join(filter(None, (path, name)))
         with torch.no_grad():
             _owner(model, full)._init_weights(module)
-        for key, buffer in blank.items():
-            if module._buffers[key] is buffer and buffer._version == 0 and buffer.numel():
+            left = {key: value for key, value in blank.items() if not _is_set(module, key, value)}
+            if left:
+                _ask_ancestors(model, full, left)
+        for key, buffer in left.items():
+            if not _is_set(module, key, buffer):
                 raise ModelError(
                     f"{full}.{key}: {type(module).__name__} computes this buffer when it is made "
                     "and nowhere else, but models are built without values first; its code has to "
                     "compute it in _init_weights too, as transformers 5 demands"
                 )
+
+
+def _is_set(module: nn.Module, key: str, blank: torch.Tensor) -> bool:
+    """Whether a buffer that was `blank` has been written or replaced since."""
+    return module._buffers[key] is not blank or blank._version > 0 or not blank.numel()
+
+
+def _ask_ancestors(model: PreTrainedModel, path: str, blank: Mapping[str, torch.Tensor]) -> None:
+    """Lets modules around the one at `path` compute its buffers, as falcon_h1's stack does.
+
+    The blanks stand in the model for the time being: `path` may have been copied.
+    """
+    module = model.get_submodule(path)
+    before = {key: module._buffers[key] for key in blank}
+    module._buffers.update(blank)
+    try:
+        parts = path.split(".")
+        for end in range(len(parts) - 1, -1, -1):
+            around = ".".join(parts[:end])
+            if all(_is_set(module, key, value) for key, value in blank.items()):
+                return
+            _owner(model, around)._init_weights(model.get_submodule(around))
+    finally:
+        module._buffers.update(before)
 
 
 def clone(block: nn.Module) -> nn.Module:
@@ -257,10 +307,29 @@ def signature(block: nn.Module) -> str:
 def head_sizes(model: PreTrainedModel) -> tuple[int, ...]:
     """Sizes an attention head may have, by the configuration."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
     hidden = getattr(config, "hidden_size", None)
-    sizes = [getattr(config, "head_dim", None), hidden // heads if heads and hidden else None]
-    return tuple(sorted({size for size in sizes if size}))
+    heads = _values(config, "num_attention_heads")
+    sizes = {*_values(config, "head_dim"), *(hidden // count for count in heads if hidden)}
+    return tuple(sorted(size for size in sizes if size))
+
+
+def _values(config: PreTrainedConfig, name: str) -> set[int]:
+    """The values of a field, which may differ from layer to layer; without None and 0."""
+    varied = getattr(config, "is_heterogeneous", False)
+    found = (getattr(one, name, None) for one in (config.per_layer_config if varied else [config]))
+    return {value for value in found if isinstance(value, int) and value}
+
+
+def _with_floats(value: Any) -> Any:
+    """The value with transformers' spelling of numbers that JSON lacks undone.
+
+    They are written as {"__float__": "Infinity"}.
+    """
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 @contextmanager
@@ -293,7 +362,7 @@ def _raised_by_quantkit(error: Exception) -> bool:
 
 
 def _configured(model_type: str, data: Mapping[str, Any]) -> PreTrainedConfig:
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(data)))
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(_with_floats(dict(data)))
     for part in (config, config.get_text_config()):
         # Models of today fail on the tuples that this asked older ones for.
         part.return_dict = True

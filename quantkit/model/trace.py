@@ -9,8 +9,9 @@ Letters: O out features, I in features, B sequences, T tokens.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import ModelError
 from quantkit.model.experts import Routing, mark_tokens, route, uses_interface
 from quantkit.model.watched import watched
 
+# Why a matrix stays as it is.
+UNREACHED = "a pass over text does not reach it"
+OUTSIDE = "the model's own code reads this weight, not a linear layer alone"
+SHARED = "several blocks share this weight"
 _CASTS = frozenset(
     {
         torch.Tensor.to,
@@ -78,6 +84,9 @@ class MatmulMode(TorchFunctionMode, ABC):
     ) -> torch.Tensor | None:
         """Called before a product; x [..., I]; token_n: the tokens of its rows, for experts."""
 
+    def batched(self, path: str) -> None:
+        """Hears of a weight that takes part in a product of many matrices at once."""
+
     def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
         """Which tokens go to which expert."""
         return route(index_TK, weight_TK, num_experts)
@@ -106,12 +115,10 @@ class MatmulMode(TorchFunctionMode, ABC):
             if use is not None:
                 result = self.product(use, x, self._tokens(x))
                 return func(*args, **kwargs) if result is None else result
-        if func in _BATCHED and any(self._is_weight(arg) for arg in args):
-            path = next(self._parameters[_storage(a)][0] for a in args if self._is_weight(a))
-            raise ModelError(
-                f"{path}: the model multiplies a batch of matrices at once; only experts that use "
-                "transformers' ExpertsInterface can be quantized, keep this model in full precision"
-            )
+        if func in _BATCHED:
+            for arg in args:
+                if self._is_weight(arg):
+                    self.batched(self._parameters[_storage(arg)][0])
         result = self.other(func, args, kwargs)
         if func in _CASTS and self._is_weight(args[0]) and not self._is_weight(result):
             self._parameters[_storage(result)] = (self._parameters[_storage(args[0])][0], result)
@@ -174,13 +181,15 @@ class BlockTrace:
 
     `inputs[k]` is the number of the input that `uses[k]` reads.  `outputs` is the length of the
     tuple that forward returns, None if it returns the hidden states themselves.  `read` are
-    weights that the block's own code reads, besides the layers that multiply by them.
+    weights that the block's own code reads, besides the layers that multiply by them.  `kept` are
+    matrices that stay as they are, each with the reason, UNREACHED or another.
     """
 
     uses: tuple[Use, ...]
     inputs: tuple[int, ...]
     outputs: int | None
     read: frozenset[str]
+    kept: Mapping[str, str]
 
     def keys(self) -> dict[tuple[str, int | None], str]:
         """The name of the input that each weight reads, by `Use.key`.
@@ -206,9 +215,9 @@ class NoiseMode(MatmulMode):
     So no weights are needed, and what a product reads is a function of the other products' outputs.
     """
 
-    def __init__(self, block: nn.Module, *, batch: int, tokens: int) -> None:
+    def __init__(self, block: nn.Module, *, batch: int) -> None:
         super().__init__(block)
-        self.batch, self.tokens = batch, tokens
+        self.batch = batch
         self._substitutes: dict[int, torch.Tensor] = {}
         self._kept: list[torch.Tensor] = []
         self._count = 0
@@ -217,9 +226,10 @@ class NoiseMode(MatmulMode):
         """Noise [..., features] for a product with input `like`, new at each call."""
         self._count += 1
         rows = like.numel() // like.shape[-1]
-        base = make_noise(self.tokens, features, seed=self._count)
-        if rows != self.batch * self.tokens:
-            raise ModelError(f"a product reads {rows} rows of {self.batch * self.tokens} tokens")
+        if rows % self.batch:
+            raise ModelError(f"a product reads {rows} rows of {self.batch} sequences")
+        # Not always as many as tokens: blocks may pool them, or carry several streams.
+        base = make_noise(rows // self.batch, features, seed=self._count)
         return base.repeat(self.batch, 1).reshape(*like.shape[:-1], features)
 
     def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
@@ -251,21 +261,38 @@ class NoiseMode(MatmulMode):
 class _Discover(NoiseMode):
     """Records all products and which of them read the same tensor."""
 
-    def __init__(self, block: nn.Module, *, batch: int, tokens: int) -> None:
-        super().__init__(block, batch=batch, tokens=tokens)
+    def __init__(self, block: nn.Module, *, batch: int) -> None:
+        super().__init__(block, batch=batch)
         self.uses: list[Use] = []
         self.inputs: list[int] = []
+        self.kept: dict[str, str] = {}
+        self._block = block
         self._seen: dict[tuple[Any, ...], int] = {}
 
     def product(
         self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
     ) -> torch.Tensor | None:
+        owner = self._block.get_submodule(use.path.rpartition(".")[0])
+        if use.expert is not None and not uses_interface(owner):
+            self.kept[use.path] = _outside_interface(owner)
+            return self.noise(x, use.shape[0])
         self._kept.append(x)  # else its memory, and with it its identity, is used again
         number = self._seen.setdefault(_identity(x), len(self._seen))
         if use.key not in {seen.key for seen in self.uses}:
             self.uses.append(use)
             self.inputs.append(number)
         return self.noise(x, use.shape[0])
+
+    def batched(self, path: str) -> None:
+        owner = self._block.get_submodule(path.rpartition(".")[0])
+        self.kept[path] = _outside_interface(owner)
+
+
+def _outside_interface(owner: nn.Module) -> str:
+    return (
+        f"{type(owner).__name__} multiplies by several matrices at once, without transformers' "
+        "ExpertsInterface"
+    )
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:
@@ -277,6 +304,16 @@ def _identity(x: torch.Tensor) -> tuple[Any, ...]:
     return (_storage(x), flat.storage_offset(), flat.shape, flat.stride(), x._version)
 
 
+def noise_like(hidden_BTH: torch.Tensor, batch: int) -> torch.Tensor:
+    """Noise in the shape of one sequence's hidden states [1, ..., H], the same `batch` times.
+
+    Of hidden states that do not have sequences first it is noise throughout.
+    """
+    shape = hidden_BTH.shape if hidden_BTH.shape[0] != batch else (1, *hidden_BTH.shape[1:])
+    noise = make_noise(math.prod(shape[:-1]), shape[-1], seed=0).view(shape)
+    return noise if noise.shape == hidden_BTH.shape else noise.expand_as(hidden_BTH).contiguous()
+
+
 def make_noise(tokens: int, features: int, *, seed: int) -> torch.Tensor:
     """Noise [tokens, features], magnitudes 0.5..1.5; of the first two tokens one sign each.
 
@@ -285,7 +322,7 @@ def make_noise(tokens: int, features: int, *, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(tokens, features, generator=generator) + 0.5
     sign = torch.randint(0, 2, (tokens, features), generator=generator) * 2 - 1
-    sign[0], sign[1] = 1, -1
+    sign[:1], sign[1:2] = 1, -1
     return noise * sign
 
 
@@ -307,46 +344,53 @@ def sketch_(block: nn.Module) -> nn.Module:
     return block
 
 
-def discover(
-    drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: int, tokens: int
-) -> BlockTrace:
+def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: int) -> BlockTrace:
     """The trace of a block from its sketch; `forward` calls it with recorded arguments.
 
-    Raises ModelError if a linear layer is never used, so that none is skipped in silence.
+    Raises ModelError if the trial run fails, or if it leaves out layers of a list.
     """
-    for path, module in drawn.named_modules():
-        shapes = [parameter.shape for parameter in module.parameters(recurse=False)]
-        fused = any(len(shape) == 3 and min(shape) > 1 for shape in shapes)
-        if fused and not uses_interface(module) and not hasattr(module, "kernel_size"):
-            raise ModelError(
-                f"{path}: {type(module).__name__} holds fused matrices but does not use "
-                "transformers' ExpertsInterface, so quantkit cannot see what its experts read; "
-                "use a version of transformers whose class does"
-            )
-    mode = _Discover(drawn, batch=batch, tokens=tokens)
+    mode = _Discover(drawn, batch=batch)
     try:
         with torch.no_grad(), mode, watched(drawn) as read:
             output = forward(drawn)
-    except (RuntimeError, NotImplementedError, TypeError, IndexError) as error:
+    # The block's own code fails on what it does not expect in its own way.
+    except ModelError:
+        raise
+    except Exception as error:
         raise ModelError(
             f"{type(drawn).__name__}: a trial run of the block on noise fails, so its weights "
-            f"cannot be listed: {str(error).splitlines()[0]}"
+            f"cannot be listed: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
     used = {use.path for use in mode.uses}
-    for path, module in drawn.named_modules():
-        weight = getattr(module, "weight", None)
-        linear = isinstance(module, nn.Linear) or hasattr(module, "nf")
-        if linear and isinstance(weight, torch.Tensor) and f"{path}.weight" not in used:
+    linears = (
+        f"{path}.weight"
+        for path, module in drawn.named_modules()
+        if isinstance(module, nn.Linear) or hasattr(module, "nf")
+    )
+    kept = dict(mode.kept)
+    for path in linears:
+        if path in used or path in kept:
+            continue
+        if any(part.isdigit() for part in path.split(".")):
             raise ModelError(
                 f"{path}: the block {type(drawn).__name__} does not multiply by this weight in a "
-                "trial run; blocks that choose among layers cannot be quantized"
+                "trial run; blocks that choose among layers of a list cannot be quantized"
             )
+        kept[path] = OUTSIDE if path in read else UNREACHED
     return BlockTrace(
         uses=tuple(mode.uses),
         inputs=tuple(mode.inputs),
         outputs=len(output) if isinstance(output, (tuple, list)) else None,
-        read=frozenset(read),
+        read=frozenset(read) | {use.path for use in mode.uses if _is_bare(drawn, use)},
+        kept=kept,
     )
+
+
+def _is_bare(block: nn.Module, use: Use) -> bool:
+    """Whether the weight belongs to no layer that a quantized one can replace."""
+    owner, _, leaf = use.path.rpartition(".")
+    linear = isinstance(block.get_submodule(owner), (nn.Linear, Conv1D)) and leaf == "weight"
+    return use.expert is None and not linear
 
 
 TapCallback = Callable[[str, torch.Tensor], None]

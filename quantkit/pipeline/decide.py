@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence, Set
 
-from quantkit.errors import RecipeError, SchemeError
+from quantkit.errors import ModelError, RecipeError, SchemeError
 from quantkit.formats.format import (
     Container,
     Format,
@@ -17,7 +18,11 @@ from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import Decisions, fit_groups, shared_inputs
 from quantkit.model.refs import WeightRef
+from quantkit.model.trace import OUTSIDE, UNREACHED
 from quantkit.numbers.scheme import Scheme
+
+# More of the blocks' weights than this stays in full precision only if the user says so.
+_MOST_KEPT = 0.2
 
 
 def head_name(model: CausalModel) -> str:
@@ -36,12 +41,35 @@ def check_rules(recipe: Recipe, model: CausalModel) -> None:
             )
 
 
+def unquantizable(model: CausalModel) -> dict[str, str]:
+    """Checkpoint name -> reason, of all blocks' matrices that stay as they are."""
+    return {name: why for i in range(model.num_blocks) for name, why in model.kept(i).items()}
+
+
+def check_enough(recipe: Recipe, model: CausalModel) -> None:
+    """ModelError if much of what the blocks hold cannot be quantized and no rule keeps it."""
+    reasons = unquantizable(model)
+    stay = {
+        name: math.prod(model.source.info(name).shape)
+        for name, why in reasons.items()
+        if why not in (UNREACHED, OUTSIDE) and recipe.rule_for(name) is None
+    }
+    rest = sum(math.prod(ref.shape) for i in range(model.num_blocks) for ref in model.weights(i))
+    share = sum(stay.values()) / max(sum(stay.values()) + rest, 1)
+    if share > _MOST_KEPT:
+        name = max(stay, key=lambda key: stay[key])
+        raise ModelError(
+            f"{name}: {reasons[name]}; {share:.0%} of the weights in blocks would stay as they "
+            f"are: accept that with --skip, as in --skip '*{name.split('.')[-2]}*'"
+        )
+
+
 def decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
     """The weight's scheme (None: kept) and the reason."""
     if ref.role == "router":
         return None, "router"
-    if ref.role == "read":
-        return None, "the model's code reads this weight outside its layer"
+    if ref.kept is not None:
+        return None, ref.kept
     rule = recipe.rule_for(ref.name)
     if rule is not None:
         return rule.scheme, f"rule {rule.match!r}"
@@ -72,7 +100,7 @@ def fit(
         [
             ref
             for ref in block
-            if ref.role not in ("router", "read") and recipe.rule_for(ref.name) is None
+            if ref.role != "router" and ref.kept is None and recipe.rule_for(ref.name) is None
         ]
         for block in refs
     ]

@@ -28,6 +28,7 @@ from quantkit.model.fitting import fitted_line
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.decide import (
+    check_enough,
     check_rules,
     check_shared,
     decide,
@@ -35,6 +36,7 @@ from quantkit.pipeline.decide import (
     head_name,
     planned,
     spread,
+    unquantizable,
 )
 from quantkit.pipeline.fold_vectors import fold_shapes
 
@@ -166,11 +168,13 @@ def make_plan(
 ) -> Plan:
     """The plan for a model; reads no weights.
 
-    Raises RecipeError (a rule that splits weights sharing an input, or matches nothing),
-    ShapeError, FormatError (a scheme or shape the format cannot hold, or no runtime reads it).
+    Raises ModelError (too much of it cannot be quantized), RecipeError (a rule that splits weights
+    sharing an input, or matches nothing), ShapeError, FormatError (a scheme or shape the format
+    cannot hold, or no runtime reads it).
     """
     refs = _block_weights(model)
     check_rules(recipe, model)
+    check_enough(recipe, model)
     fmt = None if format_name is None else make_format(format_name)
     if fmt is None and recipe.scheme.kind == "ggml":
         fmt = make_format(default_format(recipe.scheme))
@@ -342,6 +346,7 @@ def _fates(
     """One fate for every tensor of the source in the output's order: outside first, then blocks."""
     planned = {weight.name: weight for weight in weights}
     block_of = {n: i for i in range(model.num_blocks) for n in model.block_tensors(i)}
+    kept = unquantizable(model)
     head_is = model.head.name
     found: list[TensorFate] = []
     for name in sorted(model.source.names(), key=lambda n: (block_of.get(n, -1), n)):
@@ -359,6 +364,8 @@ def _fates(
             fate, reason = "rescaled", "folded by " + reasons["transforms"]
         elif name in model.unmapped:
             fate, reason = "copied", "no parameter of the model class takes it"
+        elif name in kept:
+            reason = kept[name]
         elif weight is not None and name != head_is:
             reason = reasons.get(name, "as stored")
         else:

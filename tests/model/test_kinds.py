@@ -1,0 +1,112 @@
+"""One model type for each kind of construct that blocks are made of, through the whole of it.
+
+`tools/sweep_models.py` does the same with every type of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_jobs as jobs
+import torch
+
+from quantkit.errors import ModelError
+from quantkit.formats.format import expert_name
+from quantkit.model.trace import OUTSIDE, SHARED, UNREACHED
+from tools.sweep.one import METHODS, Finding, _build, examine
+
+# type -> what it has that others have not.
+WORKS = {
+    "mamba": "a weight that its own code reads, beside its layer",
+    "bart": "cross-attention, which text alone does not reach",
+    "granitemoe": "experts in one tensor that transformers renames",
+    "olmo_hybrid": "tensors put together by rows",
+    "falcon_h1": "a buffer that the stack around its module computes, an infinite limit",
+    "cpmant": "more hidden states than tokens",
+    "deepseek_v4": "several streams of hidden states, products of many matrices, bare matrices",
+    "gemma4_text": "heads whose size differs from block to block",
+    "kimi_linear": "norms with a gate, a carried state",
+    "zaya": "blocks that pool tokens",
+    "qwen3_5_text": "gates of few rows with zeros",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with jobs.one_thread():
+        yield
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("model_type", WORKS)
+def test_loaded_logits_are_those_of_the_decoded_weights(model_type: str, tmp_path: Path) -> None:
+    found = examine("causal", model_type, tmp_path / "work")
+    assert found.status == "works", found
+    assert [run.method for run in found.runs] == list(METHODS)
+    assert all((run.quantized or 0) >= 0.8 for run in found.runs)
+
+
+def built(model_type: str, directory: Path) -> Path:
+    _build("causal", model_type, directory, torch.arange(3, 51).view(2, 24))
+    return directory
+
+
+def reasons(model_type: str, directory: Path) -> dict[str, str]:
+    """Name -> reason of what the blocks keep, of two dimensions or more."""
+    plan = jobs.make_job(built(model_type, directory), "rtn", None, allow_unreadable=True).plan
+    return {
+        fate.name: fate.reason
+        for fate in plan.fates
+        if fate.block is not None and len(fate.shape) > 1 and fate.fate != "quantized"
+    }
+
+
+def test_what_stays_is_told_with_its_reason(tmp_path: Path) -> None:
+    bart = reasons("bart", tmp_path / "bart")
+    assert set(bart.values()) == {UNREACHED}
+    assert all("encoder_attn" in name for name in bart)
+    mamba = reasons("mamba", tmp_path / "mamba")
+    assert mamba["backbone.layers.0.mixer.dt_proj.weight"] == OUTSIDE
+    zamba = reasons("zamba", tmp_path / "zamba")
+    assert zamba["model.layers.1.shared_transf.self_attn.q_proj.weight"] == SHARED
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("llama4_text", "Llama4TextExperts multiplies by several matrices at once"),
+        ("jetmoe", "JetMoeParallelExperts multiplies by several matrices at once"),
+        ("hy_v4", "HYV4DecoderLayer: a trial run of the block on noise fails"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_a_sentence(
+    model_type: str, said: str, tmp_path: Path
+) -> None:
+    model = built(model_type, tmp_path / "model")
+    with pytest.raises(ModelError, match=said):
+        jobs.make_job(model, "rtn", None, allow_unreadable=True)
+
+
+def test_experts_may_be_kept_knowingly(tmp_path: Path) -> None:
+    model = built("llama4_text", tmp_path / "model")
+    job = jobs.make_job(model, "rtn", None, skip=("*experts*",), allow_unreadable=True)
+    assert {f.fate for f in job.plan.fates if ".q_proj" in f.name} == {"quantized"}
+    assert {f.fate for f in job.plan.fates if ".experts." in f.name} == {"kept"}
+
+
+@pytest.mark.parametrize(
+    ("fused", "expected"),
+    [
+        ("a.experts.gate_up_proj", "a.experts.3.gate_up_proj.weight"),
+        ("a.input_linear.weight", "a.input_linear.3.weight"),
+    ],
+)
+def test_an_expert_is_named_after_its_tensor(fused: str, expected: str) -> None:
+    assert expert_name(fused, 3) == expected
+
+
+def test_a_finding_is_json() -> None:
+    found = Finding(kind="causal", model_type="llama", status="works")
+    assert found.to_dict()["runs"] == ()

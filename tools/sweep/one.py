@@ -1,0 +1,253 @@
+"""One model type through quantkit: built tiny, saved, quantized twice, loaded, compared.
+
+The verdict of a type is a Finding, whose stages tell how far it came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import shutil
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+import quantkit
+from quantkit.checkpoint.files import FileSource
+from quantkit.errors import QuantkitError
+from quantkit.formats.format import expert_name
+from quantkit.methods.recipe import load_recipe
+from quantkit.model.decoded import Unpacked
+from quantkit.model.trace import UNREACHED
+from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.plan import Plan
+from quantkit.pipeline.session import run
+from tools.sweep.shrink import FIRST_SPECIAL, MAX_PARAMETERS, tiny_config
+
+Kind = Literal["causal", "image", "encoder"]
+Status = Literal["works", "refused", "wrong", "crashed", "not runnable"]
+
+# Data-free and calibrated, each under its default scheme.
+METHODS = ("rtn", "best")
+_TOKENS, _ROWS = 24, 2
+# Relative to the largest logit.  Seen: below 2e-6; a weight in the wrong place gives 1e-2 and more.
+_EQUAL = 1e-4
+_MAPPINGS: dict[Kind, tuple[str, str]] = {
+    "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
+    "image": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
+    "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One method on one type.
+
+    quantized    share of the weights in blocks, by count of parameters, that is quantized
+    error        largest difference of loaded logits to those of the decoded weights, relative to
+                 the largest logit; None if it did not come so far
+    message      the refusal, or the last line of a traceback and where it was raised
+    readers      runtime -> None if the plan says that it reads the file, else why not
+    """
+
+    method: str
+    status: Status
+    message: str = ""
+    quantized: float | None = None
+    error: float | None = None
+    readers: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What became of one type; `message` is transformers' own error if it is not runnable."""
+
+    kind: Kind
+    model_type: str
+    status: Status
+    message: str = ""
+    parameters: int = 0
+    runs: tuple[Run, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self)
+
+
+def types(kind: Kind) -> list[str]:
+    """The model types of a mapping of transformers, sorted."""
+    return sorted(getattr(modeling_auto, _MAPPINGS[kind][0]))
+
+
+def examine(kind: Kind, model_type: str, work: Path) -> Finding:
+    """The finding for one type; `work` is a scratch directory that is emptied."""
+    torch.set_grad_enabled(False)
+    transformers.logging.set_verbosity_error()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    model_dir = work / "model"
+    ids = torch.randint(3, FIRST_SPECIAL, (_ROWS, _TOKENS), generator=_seed(1))
+    try:
+        parameters = _build(kind, model_type, model_dir, ids)
+    # Whatever transformers' own classes raise is the finding.
+    except Exception as error:
+        return Finding(
+            kind=kind, model_type=model_type, status="not runnable", message=_last(error)
+        )
+    runs = tuple(_run(kind, method, model_dir, work / method, ids) for method in METHODS)
+    shutil.rmtree(work)
+    worst = max((run.status for run in runs), key=_ORDER.index)
+    return Finding(kind=kind, model_type=model_type, status=worst, parameters=parameters, runs=runs)
+
+
+_ORDER: tuple[Status, ...] = ("not runnable", "works", "refused", "crashed", "wrong")
+
+
+def _seed(number: int) -> torch.Generator:
+    return torch.Generator().manual_seed(number)
+
+
+def _build(kind: Kind, model_type: str, directory: Path, ids: Tensor) -> int:
+    """Writes a tiny random model that transformers reloads to equal logits; its parameters."""
+    auto = getattr(transformers, _MAPPINGS[kind][1])
+    config = tiny_config(model_type)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in auto.from_config(config, dtype=torch.float32).parameters())
+    if count > MAX_PARAMETERS:
+        raise RuntimeError(f"the tiny configuration has {count} parameters: a rule is missing")
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    _randomize_(model)
+    wanted = _logits(model, ids)
+    if not bool(wanted.isfinite().all()):
+        raise RuntimeError("its logits are not finite with random weights")
+    model.save_pretrained(directory)
+    reloaded, told = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    if told["missing_keys"] or told["mismatched_keys"]:
+        missing = sorted({*told["missing_keys"], *map(str, told["mismatched_keys"])})
+        raise RuntimeError(f"what it saves it does not load: {', '.join(missing[:3])}")
+    if _distance(_logits(reloaded.eval(), ids), wanted) > _EQUAL:
+        raise RuntimeError("saved and loaded again it has other logits")
+    return count
+
+
+def _randomize_(model: nn.Module) -> None:
+    """Weights of unit gain, and norms and biases that are not all alike."""
+    generator = _seed(0)
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.copy_(noise * max(parameter.shape[-1], 16) ** -0.5)
+        else:
+            parameter.add_(noise * 0.1)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    found = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
+    return found.logits.float()
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    return "use_cache" in inspect.signature(model.forward).parameters
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def _run(kind: Kind, method: str, model_dir: Path, work: Path, ids: Tensor) -> Run:
+    """One method: quantized, loaded by quantkit, compared with the decoded weights."""
+    out = work / "out"
+    told: dict[str, Any] = {}
+    stage = "quantize"
+    try:
+        recipe = load_recipe(method, samples=8, seq_len=32)
+        tokens = torch.randint(3, FIRST_SPECIAL, (8, 32), generator=_seed(2))
+        request = Request(recipe=recipe, calibration=tokens, device="cpu", allow_unreadable=True)
+        job = prepare(str(model_dir), request)
+        told = _told(job.plan)
+        run(job, out, progress=False)
+        stage = "load"
+        loaded = quantkit.load(out, dtype=torch.float32, backend="reference")
+        stage = "run"
+        found = _logits(loaded, ids)
+        del loaded
+        stage = "decode"
+        wanted = _decoded_logits(kind, model_dir, out, work / "decoded", ids)
+    except QuantkitError as error:
+        # A checkpoint that was written must load: refusing it there is a fault.
+        status: Status = "refused" if stage == "quantize" else "wrong"
+        return Run(method=method, status=status, message=f"{stage}: {error}", **told)
+    except Exception as error:
+        if os.environ.get("SWEEP_TRACEBACK"):
+            traceback.print_exc()
+        return Run(method=method, status="crashed", message=f"{stage}: {_last(error)}", **told)
+    error = _distance(found, wanted)
+    right = error <= _EQUAL
+    enough = told["quantized"] >= 0.8
+    message = ""
+    if not right:
+        message = "loaded logits differ from those of the decoded weights"
+    elif not enough:
+        message = f"only {told['quantized']:.0%} of the weights in blocks are quantized"
+    verdict: Status = "works" if right and enough else "wrong" if not right else "refused"
+    return Run(method=method, status=verdict, message=message, error=error, **told)
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """Readers, and the quantized share of what is a matrix or more in blocks and takes part."""
+    total = quantized = 0
+    for fate in plan.fates:
+        if fate.block is not None and len(fate.shape) >= 2 and fate.reason != UNREACHED:
+            size = torch.Size(fate.shape).numel()
+            total += size
+            quantized += size if fate.fate == "quantized" else 0
+    return {"quantized": quantized / max(total, 1), "readers": dict(plan.readers)}
+
+
+def _decoded_logits(kind: Kind, model_dir: Path, out: Path, directory: Path, ids: Tensor) -> Tensor:
+    """Logits of the decoded weights, which transformers loads as it loaded the original.
+
+    Experts that quantkit took out of a tensor for all are put back into it.
+    """
+    auto = getattr(transformers, _MAPPINGS[kind][1])
+    view, source = Unpacked.open(FileSource(out)), FileSource(model_dir)
+    found = set(view.names())
+    tensors = {}
+    for name in source.names():
+        shape = source.info(name).shape
+        if name in found:
+            tensors[name] = view.read(name).contiguous()
+            continue
+        whole = torch.stack([view.read(expert_name(name, e)) for e in range(shape[0])])
+        tensors[name] = (whole if whole.shape == shape else whole.transpose(1, 2)).contiguous()
+    directory.mkdir(parents=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(view.config))
+    model, told = auto.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    assert not told["missing_keys"], told["missing_keys"]
+    return _logits(model.eval(), ids)
+
+
+def _last(error: BaseException) -> str:
+    """An exception in a line: type, text, and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    ours = [f for f in frames if "/quantkit/" in f.filename]
+    if ours and ours[-1] is not frames[-1]:
+        place += f" from {Path(ours[-1].filename).name}:{ours[-1].lineno}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"

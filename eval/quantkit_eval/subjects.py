@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.checkpoint.door import file_sha256
-from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.source import Source
@@ -94,15 +93,15 @@ def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool 
     """A checkpoint, quantized or not; reads its headers and hashes its shards."""
     refuse_unfinished(path)
     source = open_source(path, trust_remote_code=trust_remote_code)
-    if not isinstance(source, FileSource):
-        raise CheckpointError(f"{path}: give a directory or a name on the Hub")
-    recorded = read_report(source.path) or None
+    if source.home is None:
+        raise CheckpointError(f"{path}: give a directory, a file or a name on the Hub")
+    recorded = read_report(source.home) or None
     view = open_decoded(source, trust_remote_code=trust_remote_code)
     return Subject(
         name=name or Path(path).name or path,
         source=view,
         recorded=recorded,
-        vectors=Vectors(_fold_vectors(source.path)),
+        vectors=Vectors(_fold_vectors(source.home)),
         identity=_identity(name or Path(path).name or path, source, view, recorded),
     )
 
@@ -127,13 +126,28 @@ def check_source(
                 f"{original.identity.fingerprint[:12]}...; give the model it was made from, or "
                 "--any-base if you know better (a model that was quantized in memory)"
             )
-    theirs = load_tokenizer(quantized.source)
-    if difference := tokenizer_difference(tokenizer, theirs):
+    held = quantized.source.tokens()
+    if held is not None:
+        difference = vocabulary_difference(tokenizer, held)
+    else:
+        difference = tokenizer_difference(tokenizer, load_tokenizer(quantized.source))
+    if difference:
         raise EvaluationError(
             f"{quantized.name}: its tokenizer differs from that of {original.name}: {difference}; "
             "numbers of two tokenizers cannot be compared: put the original's tokenizer files in "
             "its directory"
         )
+
+
+def vocabulary_difference(tokenizer: Any, held: Sequence[str]) -> str | None:
+    """How a tokenizer's tokens differ from those that a file holds in order, None if none does."""
+    mine = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), len(held)))))
+    for number, (own, other) in enumerate(zip(mine, held, strict=False)):
+        if own is not None and own != other:
+            return f"token {number} is {other!r}, not {own!r}"
+    if len(held) < len(tokenizer):
+        return f"{len(held)} tokens, not {len(tokenizer)}"
+    return None
 
 
 def tokenizer_difference(first: Any, second: Any) -> str | None:
@@ -154,20 +168,24 @@ def tokenizer_difference(first: Any, second: Any) -> str | None:
 _PROBES = ("The quick brown fox.", " two  spaces\n\nand 1234567 digits", "naïve café, 漢字 🙂")
 
 
-def shard_files(path: Path) -> tuple[ShardFile, ...]:
-    """Every weight file of a checkpoint with its sha256."""
-    found = []
-    for file in sorted(path.glob("*.safetensors")):
-        digest = file_sha256(file)
-        found.append(ShardFile(name=file.name, bytes=file.stat().st_size, sha256=digest))
-    return tuple(found)
+def weight_files(path: Path) -> tuple[ShardFile, ...]:
+    """Every weight file of a checkpoint, a directory or a file of its own kind, with its sha256."""
+    if path.is_file():
+        files = [path, path.with_name(f"{path.name}.data")]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    return tuple(
+        ShardFile(name=file.name, bytes=file.stat().st_size, sha256=file_sha256(file))
+        for file in files
+        if file.is_file()
+    )
 
 
-def _identity(
-    name: str, source: FileSource, view: Source, recorded: dict[str, Any] | None
-) -> Identity:
-    files = shard_files(source.path)
-    found = inspect(source.path)
+def _identity(name: str, source: Source, view: Source, recorded: dict[str, Any] | None) -> Identity:
+    path = getattr(source, "path", None) or source.home
+    assert path is not None
+    files = weight_files(path)
+    found = inspect(path)
     schemes: Sequence[str] = (
         sorted({s.name for s in view.schemes.values()}) if isinstance(view, Decoded) else ()
     )

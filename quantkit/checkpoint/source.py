@@ -65,6 +65,16 @@ class Source(Protocol):
         """Relative name -> file (or its bytes) to copy: tokenizer, generation config, licence..."""
         ...
 
+    @property
+    def packed_as(self) -> str | None:
+        """The format of quantized weights whose values this source decodes by itself; None where
+        config.json's `quantization_config` tells it."""
+        ...
+
+    def tokens(self) -> tuple[str, ...] | None:
+        """The vocabulary in order, where the weights' own file holds it; else None."""
+        ...
+
 
 class Reader(ABC):
     """What both sources share: everything that follows from reading a range of elements."""
@@ -72,6 +82,15 @@ class Reader(ABC):
     @property
     def home(self) -> Path | None:
         """None: a checkpoint in memory."""
+        return None
+
+    @property
+    def packed_as(self) -> str | None:
+        """None: what is quantized stands in config.json."""
+        return None
+
+    def tokens(self) -> tuple[str, ...] | None:
+        """None: the vocabulary is among the side files."""
         return None
 
     @abstractmethod

@@ -27,13 +27,18 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
         for name, content in source.side_files().items()
     }
     code = _own_code(contents)
+    # A file that holds its vocabulary itself is read by transformers.
+    held = getattr(source, "path", None) if source.tokens() is not None else None
     with TemporaryDirectory() as folder:
         for name, content in contents.items():
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         try:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            if held is not None:
+                found = AutoTokenizer.from_pretrained(held.parent, gguf_file=held.name)
+            else:
+                found = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             # Values of the wrong type show at the first use only.
             found.decode(found("a word", verbose=False)["input_ids"])
             return found

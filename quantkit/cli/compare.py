@@ -25,7 +25,16 @@ DEFAULT_METHODS = "rtn,awq,gptq,nf4,int8"
 
 
 @takes_options(
-    only=("calibration", "samples", "seq_len", "max_ram", "device", "seed", "trust_remote_code")
+    only=(
+        "format",
+        "calibration",
+        "samples",
+        "seq_len",
+        "max_ram",
+        "device",
+        "seed",
+        "trust_remote_code",
+    )
 )
 def compare(
     model: Annotated[str, typer.Argument(help="Directory or Hub name of the original.")],
@@ -88,6 +97,7 @@ def run_compare(
     from quantkit.checkpoint.door import given_path
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.errors import OutputError
+    from quantkit.formats.format import default_scheme
     from quantkit.pipeline.job import prepare_all
     from quantkit.pipeline.together import candidates, run_together
 
@@ -108,7 +118,13 @@ def run_compare(
     )
     # Whatever is wrong with text, tasks or limits shows before hours of quantizing.
     check_wishes(wishes)
-    chosen = candidates(methods, bits, samples=options.samples, seq_len=options.seq_len)
+    chosen = candidates(
+        methods,
+        bits,
+        samples=options.samples,
+        seq_len=options.seq_len,
+        default_scheme=default_scheme(options.format),
+    )
     requests = [
         # What few runtimes read may still be worth knowing the price of.
         dataclasses.replace(options, recipe=candidate.recipe, allow_unreadable=True)

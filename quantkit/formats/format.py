@@ -347,6 +347,16 @@ def format_of(source: Source) -> FormatReader:
     raise FormatError(f"quantization_config: {told} is not read; known: {known}")
 
 
+def reader_of(source: Source) -> FormatReader | None:
+    """What reads a source's quantized weights, whoever decodes them; None if it has none.
+
+    Raises FormatError if nothing reads them.
+    """
+    if source.packed_as is not None:
+        return make_format(source.packed_as)
+    return format_of(source) if "quantization_config" in source.config else None
+
+
 def demand_writer(reader: FormatReader) -> Format:
     """The reader, if it is a format that writes too; else FormatError."""
     if isinstance(reader, Format):

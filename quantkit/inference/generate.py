@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import CompileConfig
 
-from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import ModelError
+from quantkit.formats.open import open_source
 from quantkit.inference.backend import choose_device
 from quantkit.inference.load import load
 
@@ -45,7 +45,7 @@ def generate_text(
     device = choose_device(device)
     wanted = None if dtype is None else _DTYPES[dtype]
     model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
-    tokenizer = load_tokenizer(FileSource(path))
+    tokenizer = load_tokenizer(open_source(path))
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ModelError("the prompt holds no tokens; write what the model shall continue")

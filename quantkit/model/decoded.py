@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
-from quantkit.formats.format import FormatReader, StoredWeight, format_of
+from quantkit.formats.format import FormatReader, StoredWeight, format_of, reader_of
 from quantkit.model import skeleton
 from quantkit.numbers.tensor import QuantizedTensor
 
@@ -45,7 +45,7 @@ class Unpacked(Reader):
     @classmethod
     def open(cls, source: Source, *, trust_remote_code: bool = False) -> Self:
         """The view of a quantized checkpoint.  FormatError if its format is not known."""
-        fmt = format_of(source)
+        fmt = reader_of(source) or format_of(source)
         view = cls(source, fmt, fmt.weights(source))
         model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=None)
         view.transposed = skeleton.conv1d_names(model, view.names())
@@ -105,6 +105,10 @@ class Unpacked(Reader):
         first, last = start // columns, -(-stop // columns)
         values = tensor.decode(slice(first, last)).to(dtype).reshape(-1)
         return values[start - first * columns : stop - first * columns]
+
+    def tokens(self) -> tuple[str, ...] | None:
+        """The source's."""
+        return self.packed.tokens()
 
     def side_files(self) -> dict[str, Path | bytes]:
         """The source's."""

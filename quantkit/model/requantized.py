@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from quantkit.checkpoint.source import Source
+from quantkit.formats.format import reader_of
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.scheme import Scheme
@@ -29,6 +30,6 @@ def open_decoded(source: Source, *, trust_remote_code: bool = False) -> Source |
 
     Raises FormatError for a quantized checkpoint in an unknown format.
     """
-    if "quantization_config" not in source.config:
+    if reader_of(source) is None:
         return split_experts(source, trust_remote_code=trust_remote_code)
     return Decoded.open(source, trust_remote_code=trust_remote_code)

@@ -104,6 +104,10 @@ class OneByOne(Reader):
         """The source's: it is the same model."""
         return self.fused.fingerprint()
 
+    def tokens(self) -> tuple[str, ...] | None:
+        """The source's."""
+        return self.fused.tokens()
+
     def side_files(self) -> dict[str, Path | bytes]:
         """The source's."""
         return self.fused.side_files()

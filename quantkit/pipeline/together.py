@@ -38,15 +38,18 @@ def candidates(
     *,
     samples: int | None = None,
     seq_len: int | None = None,
+    default_scheme: str | None = None,
 ) -> list[Candidate]:
     """The methods at the given bits (none: each at its own), with recipes that do not propagate.
+
+    `default_scheme`: what goes with a format, in the place of the methods' own.
 
     Methods whose grid has one width (nf4, 8-bit activations) come once, at that width.  Raises
     RecipeError for unknown methods and for bits that no method has.
     """
     found: list[tuple[str, Recipe]] = []
     for method in dict.fromkeys(methods):
-        own = load_recipe(method, samples=samples, seq_len=seq_len)
+        own = load_recipe(method, samples=samples, seq_len=seq_len, default_scheme=default_scheme)
         for scheme in _widths(own.scheme, bits):
             recipe = dataclasses.replace(own, scheme=Scheme.parse(scheme), propagate=False)
             found.append((method, recipe))

@@ -105,12 +105,12 @@ class Gguf:
             raise CheckpointError("gguf: weights are read from a GGUF file")
         found = {}
         for name in source.names():
-            info, label = source.info(name), source.type_of(name)
+            label = source.type_of(name)
             if label in BLOCK_TYPES:
                 found[name] = StoredWeight(
                     name=name,
                     scheme=Scheme.parse(label.lower()),
-                    shape=(info.shape[0], info.shape[1]),
+                    shape=source.stored_shape(name),
                     dtype=torch.float16,
                     tensors=(name,),
                 )

@@ -80,6 +80,22 @@ class GgufSource(Reader):
         dtype = _DENSE.get(part.tensor.type, torch.float32)
         return TensorInfo(name=name, dtype=dtype, shape=shape)
 
+    @property
+    def packed_as(self) -> str | None:
+        """ "gguf" if any tensor lies in blocks."""
+        types = {part.tensor.type for part in self._parts.values()}
+        return "gguf" if types.intersection(BLOCK_TYPES) else None
+
+    def tokens(self) -> tuple[str, ...] | None:
+        """The vocabulary of the metadata."""
+        found = self.header.metadata.get("tokenizer.ggml.tokens")
+        return tuple(map(str, found)) if isinstance(found, list | tuple) else None
+
+    def stored_shape(self, name: str) -> tuple[int, int]:
+        """(O, I) of a matrix as the file has it, whatever the checkpoint's storage."""
+        rows, columns = self._part(name).shape
+        return rows, columns
+
     def type_of(self, name: str) -> str:
         """Ggml's type of a tensor, as in "Q4_K"; CheckpointError if there is none of this name."""
         return self._part(name).tensor.type

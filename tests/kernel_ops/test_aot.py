@@ -88,7 +88,7 @@ def test_hopper_uses_its_warpgroup_instructions(compiled: list[dict[str, Any]]) 
     for row in of_hopper(compiled, "fp8a8"):
         # Sums that leave the tensor core after each block; without that it would be HMMA.
         assert count(row, "QGMMA") >= 4 and not count(row, "HMMA"), row["name"]
-        assert count(row, "FADD") >= 16, row["name"]
+        assert count(row, "FADD") >= 8, row["name"]
 
 
 def test_weights_are_decoded_without_conversions_or_shuffles(

@@ -17,6 +17,8 @@
 //
 // e4m3 numbers, bytes as 8-bit codes are, are counted in sixteenths, up to 7168: numbers from 1/2 on
 // exactly, smaller ones rounded half up.  Their products with x need 16 bits to multiply in.
+#include "int8_dot_blocks.h"
+
 #include <immintrin.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,25 +29,6 @@
 #include <cstring>
 #include <optional>
 #include <vector>
-
-// The dot product of four unsigned with four signed bytes, added to every lane.
-#if defined(QUANTKIT_PLAIN_DOT)
-static inline __m256i plain_dot(__m256i sum, __m256i u8, __m256i s8) {  // to test the road on AVX2
-  alignas(32) int32_t lanes[8];
-  alignas(32) uint8_t left[32];
-  alignas(32) int8_t right[32];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(left), u8);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(right), s8);
-  for (int i = 0; i < 32; ++i) lanes[i / 4] += left[i] * right[i];
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes));
-}
-#define QUANTKIT_DOT plain_dot
-#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-#define QUANTKIT_DOT _mm256_dpbusd_epi32
-#elif defined(__AVXVNNI__)
-#define QUANTKIT_DOT _mm256_dpbusd_avx_epi32
-#endif
 
 namespace {
 
@@ -90,12 +73,6 @@ inline void store(float value, BFloat16* to) {
   std::memcpy(&bits, &value, 4);
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   to->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline __m256i four_columns(const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm256_set1_epi32(four);
 }
 
 // x [M, K] in whole blocks: codes, the scale of each block, and the sum of its codes.
@@ -148,207 +125,91 @@ struct Rounded {
   }
 };
 
-struct Weight {
-  const uint8_t* packed;  // [N/8, K/32, bytes]
-  const void* scale;      // [N/8, G, 8]
-  const uint8_t* zero;    // [N/8, G, 8], or null where all are `middle`
-  const uint8_t* table;   // [1 or 2, 16]: the digits of a codebook, high ones first, or null
-  float middle;
-  int64_t blocks, group_blocks, groups;
-};
-
-// Eight rows by 32 columns of the weight in registers; their products are with code - kShift.
-// kMost is the largest 4-bit code, or what it stands for.
-template <int kBits, int kMost = 15>
-struct Integers {
-  static constexpr int64_t kBytes = 32 * kBits;
-#ifdef QUANTKIT_DOT
-  static constexpr float kShift = 0;
-#else
-  static constexpr float kShift = kBits == 8 ? 128 : 0;
-#endif
-  __m256i part[8];
-
-  Integers(const Weight&, const uint8_t* packed) {
-    const __m256i* from = reinterpret_cast<const __m256i*>(packed);
-    if constexpr (kBits == 4) {
-      const __m256i low = _mm256_set1_epi8(15);
-      for (int j = 0; j < 4; ++j) {
-        const __m256i both = _mm256_loadu_si256(from + j);
-        part[2 * j] = _mm256_and_si256(both, low);
-        part[2 * j + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-      }
-    } else {
-      const __m256i shift = _mm256_set1_epi8(kShift == 0 ? 0 : static_cast<char>(-128));
-      for (int j = 0; j < 8; ++j)
-        part[j] = _mm256_xor_si256(_mm256_loadu_si256(from + j), shift);
-    }
-  }
-
-  __m256i dot(const int8_t* x) const {
-#ifdef QUANTKIT_DOT
-    __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) sum = QUANTKIT_DOT(sum, part[j], four_columns(x + 4 * j));
-    return sum;
-#else
-    // Pairs of products that can be added in 16 bits.
-    constexpr int kPairs = 32767 / (2 * kMost * 127) >= 8 ? 8 : 4;
-    static_assert(kPairs * 2 * kMost * 127 < 32768);
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = _mm256_setzero_si256(), pairs16 = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) {
-      const __m256i four = four_columns(x + 4 * j);
-      if constexpr (kBits == 4) {
-        pairs16 = _mm256_add_epi16(pairs16, _mm256_maddubs_epi16(part[j], four));
-        if ((j + 1) % kPairs == 0) {
-          sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs16, ones));
-          pairs16 = _mm256_setzero_si256();
-        }
-      } else {
-        const __m256i size = _mm256_abs_epi8(part[j]), signed_x = _mm256_sign_epi8(four, part[j]);
-        const __m256i pairs = _mm256_maddubs_epi16(size, signed_x);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
-      }
-    }
-    return sum;
-#endif
+// The same block of kPanels panels, `next` bytes apart.
+template <class Block, int kPanels>
+struct Many {
+  Block one;
+  Many<Block, kPanels - 1> others;
+  Many(const Weight& w, const uint8_t* packed, int64_t next)
+      : one(w, packed), others(w, packed + next, next) {}
+  __m256i dot(int panel, const int8_t* x) const {
+    return panel == 0 ? one.dot(x) : others.dot(panel - 1, x);
   }
 };
 
-// The same with codes that stand for sixteen values, which lie in 0..24.
-struct Digit : Integers<4, 24> {
-  Digit(const Weight& w, const uint8_t* packed) : Integers<4, 24>(w, packed) {
-    const __m128i* table = reinterpret_cast<const __m128i*>(w.table);
-    const __m256i digits = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
-    for (__m256i& one : part) one = _mm256_shuffle_epi8(digits, one);
-  }
+template <class Block>
+struct Many<Block, 0> {
+  Many(const Weight&, const uint8_t*, int64_t) {}
+  __m256i dot(int, const int8_t*) const { return _mm256_setzero_si256(); }
 };
 
-// The same with codes that stand for sixteen values, which lie in 0..2^14 - 1.
-struct Codebook {
-  static constexpr int64_t kBytes = Integers<4>::kBytes;
-  static constexpr float kShift = 0;
-  Integers<4> codes;
-  __m256i high, low;
-
-  Codebook(const Weight& w, const uint8_t* packed) : codes(w, packed) {
-    const __m128i* table = reinterpret_cast<const __m128i*>(w.table);
-    high = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
-    low = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
-  }
-
-  __m256i dot(const int8_t* x) const {
-    __m256i highs = _mm256_setzero_si256(), lows = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) {
-      const __m256i four = four_columns(x + 4 * j);
-      const __m256i digit1 = _mm256_shuffle_epi8(high, codes.part[j]);
-      const __m256i digit0 = _mm256_shuffle_epi8(low, codes.part[j]);
-#ifdef QUANTKIT_DOT
-      highs = QUANTKIT_DOT(highs, digit1, four);
-      lows = QUANTKIT_DOT(lows, digit0, four);
-#else
-      const __m256i ones = _mm256_set1_epi16(1);
-      highs = _mm256_add_epi32(highs, _mm256_madd_epi16(_mm256_maddubs_epi16(digit1, four), ones));
-      lows = _mm256_add_epi32(lows, _mm256_madd_epi16(_mm256_maddubs_epi16(digit0, four), ones));
-#endif
-    }
-    return _mm256_add_epi32(_mm256_slli_epi32(highs, 7), lows);
-  }
-};
-
-// The same with e4m3 numbers in sixteenths, those of even and of odd columns in 16 bits.
-struct Floats {
-  static constexpr int64_t kBytes = Integers<8>::kBytes;
-  static constexpr float kShift = 0;
-  __m256i even[8], odd[8];
-
-  Floats(const Weight&, const uint8_t* packed) {
-    // Sixteenths are (8 + mantissa) · 2^(exponent - 6).  vpmulhrsw gives a · b / 2^15, rounded: a is
-    // (8 + mantissa) · 2^11 and b 2^(exponent - 2), whose two bytes are looked up.  Exponents 0 and
-    // 1 are less than half a sixteenth.
-    const __m128i b0 = _mm_setr_epi8(0, 0, 1, 2, 4, 8, 16, 32, 64, -128, 0, 0, 0, 0, 0, 0);
-    const __m128i b1 = _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 4, 8, 16, 32);
-    const __m256i power0 = _mm256_broadcastsi128_si256(b0);
-    const __m256i power1 = _mm256_broadcastsi128_si256(b1);
-    const __m256i byte = _mm256_set1_epi16(255);
-    for (int j = 0; j < 8; ++j) {
-      const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed) + j);
-      const __m256i mantissa = _mm256_and_si256(code, _mm256_set1_epi8(7));
-      const __m256i number = _mm256_or_si256(mantissa, _mm256_set1_epi8(8));
-      const __m256i exponent =
-          _mm256_and_si256(_mm256_srli_epi16(code, 3), _mm256_set1_epi8(15));
-      const __m256i low = _mm256_shuffle_epi8(power0, exponent);
-      const __m256i high = _mm256_shuffle_epi8(power1, exponent);
-      const __m256i size0 = _mm256_mulhrs_epi16(
-          _mm256_slli_epi16(_mm256_and_si256(number, byte), 11),
-          _mm256_or_si256(_mm256_and_si256(low, byte), _mm256_slli_epi16(high, 8)));
-      const __m256i size1 = _mm256_mulhrs_epi16(
-          _mm256_slli_epi16(_mm256_srli_epi16(number, 8), 11),
-          _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(byte, high)));
-      even[j] = _mm256_sign_epi16(size0, _mm256_slli_epi16(code, 8));
-      odd[j] = _mm256_sign_epi16(size1, code);
-    }
-  }
-
-  __m256i dot(const int8_t* x) const {
-    __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) {
-      const __m256i four = four_columns(x + 4 * j);
-      const __m256i x0 = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8);
-      const __m256i x1 = _mm256_srai_epi16(four, 8);
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even[j], x0));
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd[j], x1));
-    }
-    return sum;
-  }
-};
-
-// kCount rows of x, from `first` on, times the eight rows of a panel.
-template <class Block, class Scale, int kCount>
+// kCount rows of x, from `first` on, times the rows of kPanels panels; out [panel, row of x].
+template <class Block, class Scale, int kCount, int kPanels>
 void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, __m256* out) {
   const uint8_t* packed = w.packed + panel * w.blocks * Block::kBytes;
-  __m256 total[kCount];
-  for (int m = 0; m < kCount; ++m) total[m] = _mm256_setzero_ps();
+  const int64_t next = w.blocks * Block::kBytes;
+  __m256 total[kPanels][kCount];
+  for (auto& row : total)
+    for (__m256& one : row) one = _mm256_setzero_ps();
   for (int64_t group = 0, block = 0; group < w.groups; ++group) {
-    const int64_t at = (panel * w.groups + group) * kLanes;
-    const __m256 scale = load8(static_cast<const Scale*>(w.scale) + at);
-    __m256 zero = w.zero ? load8(w.zero + at) : _mm256_set1_ps(w.middle);
-    zero = _mm256_sub_ps(zero, _mm256_set1_ps(Block::kShift));
+    __m256 scale[kPanels], zero[kPanels];
+    for (int p = 0; p < kPanels; ++p) {
+      const int64_t at = ((panel + p) * w.groups + group) * kLanes;
+      scale[p] = load8(static_cast<const Scale*>(w.scale) + at);
+      zero[p] = w.zero ? load8(w.zero + at) : _mm256_set1_ps(w.middle);
+      zero[p] = _mm256_sub_ps(zero[p], _mm256_set1_ps(Block::kShift));
+    }
     const int64_t end = std::min(block + w.group_blocks, w.blocks);
     for (; block < end; ++block, packed += Block::kBytes) {
-      for (int64_t line = 0; line < Block::kBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(packed) + 1024 + line, _MM_HINT_T0);
-      const Block weights(w, packed);
+      for (int p = 0; p < kPanels; ++p)
+        for (int64_t line = 0; line < Block::kBytes; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(packed + p * next) + 1024 + line,
+                       _MM_HINT_T0);
+      const Many<Block, kPanels> weights(w, packed, next);
       for (int m = 0; m < kCount; ++m) {
         const int64_t where = (first + m) * w.blocks + block;
-        const __m256 products = _mm256_cvtepi32_ps(weights.dot(x.codes.data() + where * kBlock));
-        const __m256 centred = _mm256_fnmadd_ps(zero, _mm256_set1_ps(x.sum[where]), products);
-        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(x.scale[where]));
-        total[m] = _mm256_fmadd_ps(centred, both, total[m]);
+        const int8_t* codes = x.codes.data() + where * kBlock;
+        const __m256 sum = _mm256_set1_ps(x.sum[where]), step = _mm256_set1_ps(x.scale[where]);
+        for (int p = 0; p < kPanels; ++p) {
+          const __m256 products = _mm256_cvtepi32_ps(weights.dot(p, codes));
+          const __m256 centred = _mm256_fnmadd_ps(zero[p], sum, products);
+          total[p][m] = _mm256_fmadd_ps(centred, _mm256_mul_ps(scale[p], step), total[p][m]);
+        }
       }
     }
   }
-  for (int m = 0; m < kCount; ++m) out[m] = total[m];
+  for (int p = 0; p < kPanels; ++p)
+    for (int m = 0; m < kCount; ++m) out[p * kCount + m] = total[p][m];
 }
 
 using Multiply = void (*)(const Weight&, int64_t, const Rounded&, int64_t, __m256*);
 
+// Loops by the count of rows of x, for one panel and then for `panels`.
+struct Loops {
+  Multiply one[kRows], together[kRows];
+  int64_t panels;
+};
+
 template <class Block, class Scale>
-const Multiply* by_count() {
-  static constexpr Multiply table[kRows] = {
-      multiply<Block, Scale, 1>, multiply<Block, Scale, 2>, multiply<Block, Scale, 3>,
-      multiply<Block, Scale, 4>};
-  return table;
+const Loops* by_count() {
+  constexpr int kPanels = Block::kPanels;
+  static constexpr Loops loops = {
+      {multiply<Block, Scale, 1, 1>, multiply<Block, Scale, 2, 1>, multiply<Block, Scale, 3, 1>,
+       multiply<Block, Scale, 4, 1>},
+      {multiply<Block, Scale, 1, kPanels>, multiply<Block, Scale, 2, kPanels>,
+       multiply<Block, Scale, 3, kPanels>, multiply<Block, Scale, 4, kPanels>},
+      kPanels};
+  return &loops;
 }
 
 template <class Block>
-const Multiply* by_scale(ScalarType scale) {
+const Loops* by_scale(ScalarType scale) {
   if (scale == ScalarType::BFloat16) return by_count<Block, BFloat16>();
   return scale == ScalarType::Half ? by_count<Block, Half>() : by_count<Block, float>();
 }
 
 template <class T>
-void run(const Weight& w, const Multiply* products, const void* x_data, int64_t rows,
+void run(const Weight& w, const Loops* loops, const void* x_data, int64_t rows,
          int64_t columns, const std::vector<float>& bias, void* out_data, int64_t n) {
   const T* x = static_cast<const T*>(x_data);
   T* out = static_cast<T*>(out_data);
@@ -368,25 +229,27 @@ void run(const Weight& w, const Multiply* products, const void* x_data, int64_t 
                                 m * w.blocks + whole);
         }
       });
-  const int64_t grain = std::max<int64_t>(1, kGrain / (kLanes * columns * rows));
-  torch::stable::parallel_for(
-      0, (n + kLanes - 1) / kLanes, grain, [&](int64_t from, int64_t to) {
-        for (int64_t panel = from; panel < to; ++panel) {
-          const int64_t row = panel * kLanes, width = std::min(kLanes, n - row);
-          for (int64_t first = 0; first < rows; first += kRows) {
-            const int64_t count = std::min(kRows, rows - first);
-            __m256 sums[kRows];
-            products[count - 1](w, panel, rounded, first, sums);
-            for (int64_t m = 0; m < count; ++m) {
-              alignas(32) float lanes[kLanes];
-              _mm256_store_ps(lanes, sums[m]);
-              T* to_row = out + (first + m) * n + row;
-              for (int64_t lane = 0; lane < width; ++lane)
-                store(lanes[lane] + (bias.empty() ? 0.0f : bias[row + lane]), to_row + lane);
-            }
-          }
+  const int64_t panels = (n + kLanes - 1) / kLanes, step = loops->panels;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (step * kLanes * columns * rows));
+  torch::stable::parallel_for(0, (panels + step - 1) / step, grain, [&](int64_t from, int64_t to) {
+    for (int64_t panel = from * step; panel < std::min(to * step, panels); panel += step) {
+      const int64_t here = panel + step <= panels ? step : 1, row = panel * kLanes;
+      const Multiply* products = here == step ? loops->together : loops->one;
+      for (int64_t first = 0; first < rows; first += kRows) {
+        const int64_t count = std::min(kRows, rows - first);
+        __m256 sums[kPair * kRows];
+        products[count - 1](w, panel, rounded, first, sums);
+        for (int64_t part = 0; part < here * count; ++part) {
+          alignas(32) float lanes[kLanes];
+          _mm256_store_ps(lanes, sums[part]);
+          const int64_t left = row + part / count * kLanes;
+          T* to_row = out + (first + part % count) * n + left;
+          for (int64_t lane = 0; lane < std::min(kLanes, n - left); ++lane)
+            store(lanes[lane] + (bias.empty() ? 0.0f : bias[left + lane]), to_row + lane);
         }
-      });
+      }
+    }
+  });
   if (rounded.codes.size() > kKept) rounded = Rounded{};
 }
 
@@ -466,7 +329,7 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
     added.assign(from, from + out_features);
   }
   const ScalarType scales = scale.scalar_type();
-  const Multiply* products = one_digit   ? by_scale<Digit>(scales)
+  const Loops* loops = one_digit   ? by_scale<Digit>(scales)
                              : table     ? by_scale<Codebook>(scales)
                              : floats    ? by_scale<Floats>(scales)
                              : bits == 4 ? by_scale<Integers<4>>(scales)
@@ -474,11 +337,11 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   const void* data = flat.const_data_ptr();
   void* to = out.mutable_data_ptr();
   if (dtype == ScalarType::BFloat16)
-    run<BFloat16>(weight, products, data, rows, columns, added, to, out_features);
+    run<BFloat16>(weight, loops, data, rows, columns, added, to, out_features);
   else if (dtype == ScalarType::Half)
-    run<Half>(weight, products, data, rows, columns, added, to, out_features);
+    run<Half>(weight, loops, data, rows, columns, added, to, out_features);
   else
-    run<float>(weight, products, data, rows, columns, added, to, out_features);
+    run<float>(weight, loops, data, rows, columns, added, to, out_features);
   return out;
 }
 

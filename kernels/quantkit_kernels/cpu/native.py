@@ -122,7 +122,11 @@ def _library_path(source: Path, compiler: list[str], flags: tuple[str, ...]) -> 
     command = [*compiler, "--version"]
     _, version, _ = _run(command)
     parts = (
-        source.read_text(encoding="utf-8"),
+        # What it includes has its name in front.
+        *(
+            path.read_text(encoding="utf-8")
+            for path in sorted(source.parent.glob(f"{source.stem}*"))
+        ),
         *compiler,
         version,
         torch.__version__,

@@ -86,9 +86,13 @@ def compare_fingerprints(where: Path, was: Mapping[str, str], now: Mapping[str, 
     for field in sorted(set(was) | set(now)):
         before, after = was.get(field), now.get(field)
         if before != after:
+            again = "repeat that run's command"
+            if field == "threads":
+                # Sums are split among them, so bytes depend on their number.
+                again = f"set OMP_NUM_THREADS={before} to go on with it"
             raise ResumeError(
                 f"{where}: begun by another run: {field} was {_shown(before)}, is {_shown(after)}; "
-                "repeat that run's command, choose another --out, or use --fresh to start over"
+                f"{again}, choose another --out, or use --fresh to start over"
             )
 
 

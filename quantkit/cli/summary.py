@@ -30,6 +30,7 @@ def plan_json(job: Job) -> dict[str, Any]:
             "smallest_max_ram_bytes": with_spare(need.smallest),
             "disk_bytes": need.disk,
             "seconds": round(need.seconds, 1),
+            "note": need.note,
         },
         "calibration": None if job.calibration is None else job.calibration.record.to_dict(),
         "tensors": [
@@ -57,6 +58,8 @@ def plan_text(job: Job) -> str:
     lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted")
     lines.append(f"disk       {format_size(need.disk)}")
     lines.append(f"time       about {_duration(need.seconds)}")
+    if need.note is not None:
+        lines.append(f"note: {need.note}")
     return "\n".join(lines)
 
 

@@ -137,6 +137,26 @@ class Transform(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is done: operations of float32 matrix products, numbers that elementwise passes read."""
+
+    products: float = 0.0
+    passes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(products=self.products + other.products, passes=self.passes + other.passes)
+
+
+@runtime_checkable
+class Estimated(Protocol):
+    """A part that says how much it does, so that a run's time can be predicted; optional."""
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """The work on weights [rows, columns] that share an input."""
+        ...
+
+
 def available(kind: PartKind) -> list[str]:
     """Names of the built-in parts of a kind, sorted."""
     package = importlib.import_module(_PACKAGES[kind])

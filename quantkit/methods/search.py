@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.methods.extent import Extent, aligned, chunks, extent_of, group_range, scale_and_zero
-from quantkit.methods.parts import GroupRange
+from quantkit.methods.parts import GroupRange, Work
 from quantkit.methods.stats import Stats
 from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
@@ -78,6 +78,13 @@ def search_range(
         straddling=not aligned(weight_OI, scheme),
         degraded=degraded,
     )
+
+
+def search_work(steps: int, rows: int, columns: int, scheme: Scheme, *, quadratic: bool) -> Work:
+    """The work of `search_range` with so many factors and such a cost."""
+    group = scheme.group_size or columns
+    products = 2.0 * rows * columns * group if quadratic else 0.0
+    return Work(products=steps * products, passes=steps * 10.0 * rows * columns)
 
 
 def squared(importance: Tensor | None = None) -> Cost:

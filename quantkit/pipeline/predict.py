@@ -5,19 +5,16 @@ Letters: I in features, O out features.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-
-import torch
 
 from quantkit.calibration.gather import gram_bytes
 from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.errors import BudgetError
-from quantkit.methods.superblock import seconds_per_weight, working_bytes
+from quantkit.methods.superblock import working_bytes
 from quantkit.model.causal import CausalModel
-from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.solve import BLOCK_CHUNK
 
@@ -43,6 +40,8 @@ class Prediction:
     gram        statistics of the input group that needs most; they are gathered in passes that fit
     grams       statistics of a whole block, if they are to be gathered in one pass
     solve       float32 working copies of the group of weights that needs most
+    seconds     at the speeds measured now
+    note        what to know about them, or None
     """
 
     base: int
@@ -53,6 +52,7 @@ class Prediction:
     solve: int
     disk: int
     seconds: float
+    note: str | None = None
 
     @property
     def smallest(self) -> int:
@@ -110,8 +110,7 @@ def predict(
     largest_tensor = max(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
     # Before the trials, whose memory may stay with the process for a while.
     base = current_rss() + _OVERHEAD_BYTES
-    grams, gram, solve, products = 0, 0, 0, 0.0
-    fitted: dict[Scheme, int] = {}
+    grams, gram, solve = 0, 0, 0
     for index in range(model.num_blocks):
         block_grams = 0
         inputs_seen: set[str] = set()
@@ -129,8 +128,6 @@ def predict(
                 solve = max(solve, _block_bytes(largest, columns, size, factor))
             else:
                 solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
-            products += 2.0 * rows * columns * (columns if needs.gram == -1 else 64)
-            fitted[scheme] = fitted.get(scheme, 0) + rows * columns
         grams = max(grams, block_grams)
     forward, tokens = 0, 0
     if calibration is not None:
@@ -140,11 +137,6 @@ def predict(
         width = max(max(ref.shape) for refs in plan.refs for ref in refs)
         # A gated MLP holds three activations of its width, statistics two float32 copies of one.
         forward = batch * width * (3 * model.dtype.itemsize + 2 * 4)
-        weights = sum(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
-        products += 2.0 * tokens * weights * (2 if recipe.propagate else 1)
-        if needs.gram == -1:
-            inputs = {(ref.block, ref.input): ref.shape[1] for refs in plan.refs for ref in refs}
-            products += tokens * sum(float(size) ** 2 for size in inputs.values())
     for ref in (plan.head, plan.embedding):
         if ref is not None and (scheme := plan.scheme_of(ref)).kind == "ggml":
             rows, columns = ref.shape
@@ -153,13 +145,7 @@ def predict(
             matrix = (4 + model.source.info(ref.name).dtype.itemsize) * rows * columns
             working = _block_bytes(rows, columns, size, _FACTOR_COPIES * size)
             solve = max(solve, size + matrix + working)
-            fitted[scheme] = fitted.get(scheme, 0) + rows * columns
-            products += 2.0 * rows * columns * columns if calibrated else 0.0
-    fitting = sum(
-        count * seconds_per_weight(scheme)
-        for scheme, count in fitted.items()
-        if scheme.kind == "ggml"
-    )
+    speeds = Speeds.measure(model.dtype)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     spill = grams if calibration is not None else 0
     return Prediction(
@@ -170,7 +156,8 @@ def predict(
         grams=grams,
         solve=solve,
         disk=plan.layout.num_bytes + hidden + spill,
-        seconds=products / products_per_second() + fitting + plan.layout.num_bytes / 2e8,
+        seconds=duration(model, plan, calibration, speeds),
+        note=speeds.note,
     )
 
 
@@ -182,14 +169,3 @@ def _block_bytes(rows: int, columns: int, gram: int, factor: int) -> int:
     # One factor stays while the weight is solved; its codes and its values are whole.
     solving = max(factor + 4 * chunk, gram + max(fitting, 4 * copies * chunk))
     return solving + (1 + 4) * rows * columns
-
-
-def products_per_second() -> float:
-    """Floating point operations per second of a float32 matrix product on this machine."""
-    size, repeats = 512, 3
-    a = torch.ones(size, size)
-    torch.mm(a, a)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        torch.mm(a, a)
-    return repeats * 2 * size**3 / max(time.perf_counter() - began, 1e-9)

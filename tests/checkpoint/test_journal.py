@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.journal import Journal, compare_fingerprints
 from quantkit.errors import OutputError, ResumeError
 
 FINGERPRINT = {"recipe": "awq", "torch": "2.13.0"}
@@ -78,6 +78,12 @@ def test_another_fingerprint_is_refused(change: dict[str, str], path: Path) -> N
     with pytest.raises(ResumeError, match=f"{field} was .*--fresh"):
         journal.check(FINGERPRINT | change)
     journal.close()
+
+
+def test_another_number_of_threads_says_how_to_go_on(path: Path) -> None:
+    was, now = {"threads": "2"}, {"threads": "4"}
+    with pytest.raises(ResumeError, match="threads was 2, is 4; set OMP_NUM_THREADS=2 to go on"):
+        compare_fingerprints(path, was, now)
 
 
 def test_full_disk_leaves_whole_lines(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quantkit.methods.extent import aligned
-from quantkit.methods.parts import GroupRange
+from quantkit.methods.parts import GroupRange, Work
 from quantkit.methods.search import (
     clip_magnitude,
     gram_blocks,
     quadratic,
     search_range,
+    search_work,
     shrink_factors,
     squared,
 )
@@ -47,6 +48,10 @@ class Clip:
         if scheme.kind == "ggml":
             return Needs(moments=True)
         return Needs(gram=scheme.group_size or -1)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """One rounding of the weights for each candidate."""
+        return search_work(self.steps, rows, columns, scheme, quadratic=True)
 
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from quantkit.methods.parts import GroupRange
-from quantkit.methods.search import search_range, shrink_factors, squared
+from quantkit.methods.parts import GroupRange, Work
+from quantkit.methods.search import search_range, search_work, shrink_factors, squared
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range
 from quantkit.numbers.scheme import Scheme
@@ -32,6 +32,10 @@ class Mse:
     def needs(self, scheme: Scheme) -> Needs:
         """Nothing: no calibration data."""
         return Needs()
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """One rounding of the weights for each candidate."""
+        return search_work(self.steps, rows, columns, scheme, quadratic=False)
 
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from quantkit.methods.extent import aligned
 from quantkit.methods.feedback import pivots
-from quantkit.methods.parts import GroupRange
-from quantkit.methods.search import gram_blocks, quadratic, search_range, shrink_factors, squared
+from quantkit.methods.parts import GroupRange, Work
+from quantkit.methods.search import (
+    gram_blocks,
+    quadratic,
+    search_range,
+    search_work,
+    shrink_factors,
+    squared,
+)
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range, relative_importance
 from quantkit.numbers.scheme import Scheme
@@ -52,6 +59,10 @@ class WeightedMse:
         if self.metric == "gram" and scheme.group_size is not None:
             return Needs(moments=True, gram=scheme.group_size)
         return Needs(moments=True)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """One rounding of the weights for each candidate."""
+        return search_work(self.steps, rows, columns, scheme, quadratic=self.metric == "gram")
 
     def __call__(
         self, name: str, weight_OI: Tensor, scheme: Scheme, stats: Stats | None

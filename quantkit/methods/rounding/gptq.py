@@ -16,7 +16,7 @@ from quantkit.methods.columns import column_rounder
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.methods.feedback import Feedback, feedback_of
 from quantkit.methods.nearest import nearest_codes
-from quantkit.methods.parts import Rounded
+from quantkit.methods.parts import Rounded, Work
 from quantkit.methods.rounding._descent import Descent, normal_matrix
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
@@ -72,6 +72,11 @@ class Gptq:
     def needs(self, scheme: Scheme) -> Needs:
         """The full Gram matrix."""
         return Needs(gram=-1)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """A factorisation, the feeding forward of errors, and each sweep's."""
+        products = 2.0 * columns**3 + (1 + 2 * self.sweeps) * 2.0 * rows * columns**2
+        return Work(products=products, passes=(1 + self.sweeps) * 60.0 * rows * columns)
 
     def __call__(
         self,

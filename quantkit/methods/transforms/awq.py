@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.methods.extent import snap_rows
 from quantkit.methods.feedback import pivots
-from quantkit.methods.parts import Reader
+from quantkit.methods.parts import Reader, Work
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.transforms._channels import pool
 from quantkit.numbers.scheme import Scheme
@@ -68,6 +68,11 @@ class Awq:
     def needs(self, scheme: Scheme) -> Needs:
         """Moments and the full Gram matrix."""
         return Needs(moments=True, gram=-1)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """About fifteen candidates, each a product with the Gram matrix."""
+        seen = min(rows, self.rows or rows)
+        return Work(products=15 * 2.0 * seen * columns**2, passes=15 * 15.0 * seen * columns)
 
     def __call__(
         self, readers: Sequence[Reader], stats: Stats, channel_map: Tensor | None

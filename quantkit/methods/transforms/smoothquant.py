@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from quantkit.methods.extent import snap_rows
-from quantkit.methods.parts import Reader
-from quantkit.methods.stats import Needs, Stats
+from quantkit.methods.parts import Reader, Work
+from quantkit.methods.stats import SAMPLE_ROWS, Needs, Stats
 from quantkit.methods.transforms._channels import pool
 from quantkit.numbers.scheme import Scheme
 
@@ -47,6 +47,11 @@ class Smoothquant:
         if scheme.activation_bits == 16:
             return Needs()
         return Needs(moments=True, sample=True)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """Two products with the sampled tokens for each alpha, and for none."""
+        tried = (1 + len(self.alphas)) * float(rows * columns)
+        return Work(products=4 * SAMPLE_ROWS * tried, passes=12 * tried)
 
     def __call__(
         self, readers: Sequence[Reader], stats: Stats, channel_map: Tensor | None

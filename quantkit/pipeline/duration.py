@@ -1,0 +1,146 @@
+"""How long a run takes: what it multiplies, reads and writes, at speeds measured here and now.
+
+Letters: O out features, I in features, T tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantkit.calibration.tokens import Calibration
+from quantkit.methods.parts import Estimated, Work
+from quantkit.methods.superblock import seconds_per_weight
+from quantkit.model.causal import CausalModel
+from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.plan import Plan
+
+# Reading, hashing and writing.
+_BYTES_PER_SECOND = 2e8
+# Passes over an activation for its moments; over a block's activations beside its products.
+_MOMENT_PASSES, _ACTIVATION_PASSES = 12, 20
+# Loading a block, its bookkeeping, a journal line.
+_BLOCK_SECONDS = 0.1
+# Rows whose output error is measured.
+_ERROR_ROWS = 256
+# The least share of its threads' time that a process gets on cores it has for itself.
+_QUIET = 0.75
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """Operations per second of products in the model's dtype and in float32, numbers per second
+    that an elementwise pass reads, and the share of its threads' time that the process got."""
+
+    own: float
+    wide: float
+    passes: float
+    share: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speeds:
+        """The speeds now; takes some hundredths of a second."""
+        began, used = time.perf_counter(), time.process_time()
+        own, wide = _product_speed(dtype, clock), _product_speed(torch.float32, clock)
+        x = torch.ones(1 << 22)
+        passes = x.numel() / _seconds(lambda: x.abs(), clock)
+        wall, threads = time.perf_counter() - began, torch.get_num_threads()
+        share = (time.process_time() - used) / max(wall * threads, 1e-9)
+        return cls(own=own, wide=wide, passes=passes, share=min(share, 1.0))
+
+    @property
+    def note(self) -> str | None:
+        """What to tell if others use the cores, else None."""
+        if self.share >= _QUIET:
+            return None
+        threads = torch.get_num_threads()
+        fewer = max(1, int(threads * self.share))
+        told = f"other programs are at work: {threads} threads got {self.share:.0%} of their time"
+        if fewer == threads:
+            return f"{told}; a run takes less on a quiet machine"
+        return f"{told}, and wait for each other; OMP_NUM_THREADS={fewer} would waste less"
+
+
+def duration(
+    model: CausalModel, plan: Plan, calibration: Calibration | None, speeds: Speeds
+) -> float:
+    """Seconds that a plan's run takes at these speeds."""
+    recipe = plan.recipe
+    parts = (recipe.make_range(), recipe.make_rounding())
+    transforms = recipe.make_transforms()
+    gram = calibration is not None and recipe.needs(recipe.scheme).gram == -1
+    work, own, weights = Work(), 0.0, 0
+    fitted: dict[Scheme, int] = {}
+    inputs: dict[tuple[int, str], int] = {}
+    for index in range(model.num_blocks):
+        for key, refs in plan.input_groups(index):
+            scheme, columns = plan.scheme_of(refs[0]), refs[0].shape[1]
+            rows = sum(ref.shape[0] for ref in refs)
+            inputs[index, key] = columns
+            work += _work(parts, rows, columns, scheme, fitted)
+            measured = sum(min(ref.shape[0], _ERROR_ROWS) for ref in refs)
+            work += Work(products=3 * 2.0 * measured * columns**2 if gram else 0.0)
+        for group in plan.groups[index]:
+            rows = sum(ref.shape[0] for ref in group.readers)
+            work += _work(transforms, rows, len(group.channel_map), recipe.scheme, {})
+        weights += sum(ref.shape[0] * ref.shape[1] for ref in plan.refs[index])
+    for ref in (plan.head, plan.embedding):
+        if ref is not None and (scheme := plan.scheme_of(ref)).kind == "ggml":
+            fitted[scheme] = fitted.get(scheme, 0) + ref.shape[0] * ref.shape[1]
+    if calibration is not None:
+        tokens, length = calibration.ids.numel(), calibration.ids.shape[1]
+        runs = 2 if recipe.propagate else 1
+        width = model.text_config.hidden_size * model.num_blocks
+        own += 2.0 * tokens * weights * runs
+        own += sum(tokens * float(columns) ** 2 for columns in inputs.values()) if gram else 0.0
+        work += Work(
+            products=4.0 * tokens * length * width * runs,
+            passes=_MOMENT_PASSES * float(tokens) * sum(inputs.values())
+            + _ACTIVATION_PASSES * float(tokens) * width * runs,
+        )
+    fitting = sum(count * seconds_per_weight(scheme) for scheme, count in fitted.items())
+    return (
+        own / speeds.own
+        + work.products / speeds.wide
+        + work.passes / speeds.passes
+        + fitting
+        + plan.layout.num_bytes / _BYTES_PER_SECOND
+        + model.num_blocks * _BLOCK_SECONDS
+    )
+
+
+def _work(
+    parts: Sequence[object],
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    fitted: dict[Scheme, int],
+) -> Work:
+    """The work of parts on one input's weights; of block types of ggml what is fitted is kept."""
+    if scheme.kind == "ggml":
+        fitted[scheme] = fitted.get(scheme, 0) + rows * columns
+    total = Work(passes=10.0 * rows * columns)
+    for part in parts:
+        if isinstance(part, Estimated):
+            total += part.work(rows, columns, scheme)
+    return total
+
+
+def _product_speed(dtype: torch.dtype, clock: Callable[[], float]) -> float:
+    """Operations per second of a matrix product."""
+    size = 384
+    a = torch.ones(size, size, dtype=dtype)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, a), clock)
+
+
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+    """What a call takes, once it is warm."""
+    call()
+    repeats = 5
+    began = clock()
+    for _ in range(repeats):
+        call()
+    return max((clock() - began) / repeats, 1e-9)

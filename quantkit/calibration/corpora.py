@@ -22,7 +22,7 @@ from quantkit.calibration.tables import (
     saved_dataset,
     table_file,
 )
-from quantkit.checkpoint.door import file_sha256, given_path, open_plain
+from quantkit.checkpoint.door import TEXT_BYTES, file_sha256, given_path, open_plain
 from quantkit.errors import CalibrationError
 
 
@@ -89,7 +89,7 @@ def _demo_corpus(seed: int | None) -> Corpus:
 def _text_file(path: Path, max_characters: int) -> Corpus:
     if not path.exists():
         raise no_such_file(path)
-    descriptor = open_plain(path, error=CalibrationError)
+    descriptor = open_plain(path, largest=TEXT_BYTES, error=CalibrationError)
     try:
         with os.fdopen(descriptor, encoding="utf-8-sig") as file:
             text = file.read(max_characters)

@@ -18,7 +18,7 @@ from quantkit.calibration.documents import (
     no_such_file,
     unreadable,
 )
-from quantkit.checkpoint.door import file_sha256, given_path
+from quantkit.checkpoint.door import TEXT_BYTES, file_sha256, given_path
 from quantkit.errors import CalibrationError
 
 # Suffix -> module and class, in the datasets library, of what reads such a file.
@@ -33,7 +33,7 @@ def table_file(path: Path, column: str | None, seed: int | None, prefer_messages
     """The rows of a .jsonl or .parquet file."""
     if not path.exists():
         raise no_such_file(path)
-    digest = file_sha256(path, error=CalibrationError)
+    digest = file_sha256(path, largest=TEXT_BYTES, error=CalibrationError)
     if path.stat().st_size == 0:
         raise CalibrationError(f"calibration file {path} is empty")
     datasets = _datasets(str(path))

@@ -25,6 +25,8 @@ RECORD_BYTES = 64 * 2**20
 TOKENIZER_BYTES = 256 * 2**20
 FOLDS_BYTES = 256 * 2**20
 RECIPE_BYTES = 2**19
+# Of calibration or evaluation text, which is hashed whole; no run needs a hundredth of it.
+TEXT_BYTES = 8 * 2**30
 # Nested containers; what reads them later recurses, several frames to a level.
 MAX_DEPTH = 64
 _NAME_BYTES, _PATH_BYTES = 255, 4095
@@ -114,10 +116,12 @@ def read_start(
         return file.read(num_bytes)
 
 
-def file_sha256(path: Path, *, error: type[QuantkitError] = CheckpointError) -> str:
+def file_sha256(
+    path: Path, *, largest: int | None = None, error: type[QuantkitError] = CheckpointError
+) -> str:
     """Hex sha256 of a plain file, read in bounded pieces.  Raises `error` as `open_plain`."""
     digest = hashlib.sha256()
-    descriptor = open_plain(path, error=error)
+    descriptor = open_plain(path, largest=largest, error=error)
     with _reading(path, error), os.fdopen(descriptor, "rb", buffering=0) as file:
         while piece := file.read(_PIECE_BYTES):
             digest.update(piece)

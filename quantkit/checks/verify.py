@@ -6,7 +6,7 @@ Letters: O out features, I in features, G groups per row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,11 @@ from quantkit.checks.verify_container import container_checks
 from quantkit.errors import CheckpointError, QuantkitError
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
 from quantkit.formats.open import container_of, open_source
+from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
+from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
+from quantkit.model.tied import under_owners
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.fold_vectors import folds_since
 from quantkit.pipeline.plan import FATES
@@ -66,18 +69,28 @@ def verify(
         opened = _open(path, checks, None if reference is None else reference.home)
         readable = opened is not None
         if opened is not None:
-            original = None if reference is None else _original(reference, trust_remote_code)
+            original = None
+            if reference is not None:
+                known = {entry.name for entry in opened.entries}
+                original = _original(reference, known, trust_remote_code)
             checks += [_coverage(opened), *_numbers(opened, original)]
     if runtime is not None and readable and all(check.ok for check in checks):
         checks.append(_runtime(path, runtime, runtime_python))
     return VerifyResult(path=path, checks=tuple(checks))
 
 
-def _original(source: Source, trust_remote_code: bool) -> Source:
-    """The source as `quantize` saw it: decoded if it was quantized, its experts one by one."""
+def _original(source: Source, known: Set[str], trust_remote_code: bool) -> Source:
+    """The source as `quantize` saw it: decoded if it was quantized, its experts one by one.
+
+    Tied weights have their owners' names, unless the report knows them by those of the file.
+    """
     if isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=trust_remote_code)
-    return split_experts(source, trust_remote_code=trust_remote_code)
+    source = split_experts(source, trust_remote_code=trust_remote_code)
+    if known.issuperset(source.names()):
+        return source
+    model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
+    return under_owners(source, model, map_names(model, source))
 
 
 def _runtime(path: Path, runtime: str, python: Path | None) -> Check:

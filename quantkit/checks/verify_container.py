@@ -26,7 +26,8 @@ from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.open import open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
-from quantkit.model.names import check_complete, map_names
+from quantkit.model.names import NameMap, check_complete, map_names
+from quantkit.model.tied import stored_under_partners
 from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.fold_vectors import folds_since
@@ -185,9 +186,14 @@ def _numbers(
 ) -> Iterator[Check]:
     """`same`: the reference's codes must be found again, not only its values."""
     tally = _Tally()
-    needed = set() if reference is None else _needed(reference, model)
+    needed: set[str] = set()
+    partners: dict[str, str] = {}
+    if reference is not None:
+        mapped = map_names(model, reference)
+        needed, partners = _needed(reference, model, mapped), stored_under_partners(model, mapped)
     for name in view.names():
-        other = None if reference is None else _Reference.of(name, reference, same=same)
+        spelled = partners.get(name, name)
+        other = None if reference is None else _Reference.of(spelled, reference, same=same)
         if reference is not None and other is None and name != _HEAD:
             tally.source.append(f"{name}: not in the source")
         if other is not None:
@@ -250,9 +256,9 @@ class _Reference:
         return self.same and isinstance(self.source, Unpacked) and self.name in self.source.stored
 
 
-def _needed(reference: Source, model: PreTrainedModel) -> set[str]:
+def _needed(reference: Source, model: PreTrainedModel, mapped: NameMap) -> set[str]:
     """The source's tensors that a file must hold: a tied head and old buffers need not be."""
-    names = set(reference.names()) - set(map_names(model, reference).unmapped)
+    names = set(reference.names()) - set(mapped.unmapped)
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return names - ({_HEAD} if tied else set())
 

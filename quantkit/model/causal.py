@@ -21,6 +21,7 @@ from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
+from quantkit.model.tied import under_owners
 from quantkit.model.trace import (
     OUTSIDE,
     SHARED,
@@ -92,6 +93,7 @@ class CausalModel:
     ) -> CausalModel:
         """The model of a checkpoint; `dtype` None means the config's, else the stored one.
 
+        A tied weight gets its owner's name (see `under_owners`): read from `source` of the result.
         Raises ModelError (unknown type, structure that cannot be streamed, experts that do not use
         transformers' interface), CheckpointError (a tensor is missing or misshapen).
         """
@@ -103,6 +105,9 @@ class CausalModel:
         if model.get_output_embeddings() is None:
             raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
         names = map_names(model, source)
+        owned = under_owners(source, model, names)
+        if owned is not source:
+            source, names = owned, map_names(model, owned)
         outside = skeleton.outside_paths(model, path)
         inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
         check_complete(names, outside + inside)

@@ -21,6 +21,7 @@ from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.shards import TensorWriter
+from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, NumericsError
 from quantkit.formats.format import Format, WholeFormat, code_of, make_format
@@ -161,7 +162,7 @@ def export(
             for block, fates in steps.items():
                 if str(block) not in done:
                     for fate in fates:
-                        _write(writer, view, plan, fate)
+                        _write(writer, model.source, view, plan, fate)
                     writer.sync()
                     journal.append({"step": str(block)})
                     release_free_memory()
@@ -247,10 +248,12 @@ def _rounded(view: Unpacked, plan: Plan, progress: bool) -> list[tuple[str, str]
     return found
 
 
-def _write(writer: TensorWriter, view: Unpacked, plan: Plan, fate: TensorFate) -> None:
+def _write(
+    writer: TensorWriter, source: Source, view: Unpacked, plan: Plan, fate: TensorFate
+) -> None:
     if fate.fate != "quantized":
         for info in fate.output:
-            writer.copy(info.name, view, fate.name)
+            writer.copy(info.name, source, fate.name)
         return
     tensor, _ = _represented(view, plan, fate.name)
     for name, packed in plan.format.pack(plan.weight_of[fate.name], tensor).items():

@@ -87,7 +87,7 @@ def _original(source: Source, known: Set[str], trust_remote_code: bool) -> Sourc
     if isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=trust_remote_code)
     source = split_experts(source, trust_remote_code=trust_remote_code)
-    if known.issuperset(source.names()):
+    if known >= set(source.names()):
         return source
     model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
     return under_owners(source, model, map_names(model, source))

@@ -16,7 +16,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -225,8 +225,13 @@ class WholeFormat(Format, Protocol):
 
     default_scheme: ClassVar[str]
 
-    def container(self, source: Source, config: Any, *, head_tied: bool) -> Container:
-        """How this model lies in it; `config` is the language model's.  Raises FormatError."""
+    def container(
+        self, source: Source, config: Any, *, head_tied: bool, unused: Collection[str]
+    ) -> Container:
+        """How this model lies in it; `config` is the language model's.  Raises FormatError.
+
+        `unused`: tensors that no parameter of the model class takes, as prediction heads are.
+        """
         ...
 
     def stored_as(self, scheme: Scheme) -> Scheme | str:

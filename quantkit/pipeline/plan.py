@@ -40,6 +40,7 @@ from quantkit.pipeline.decide import (
 )
 from quantkit.pipeline.fold_vectors import fold_shapes
 
+_UNUSED = "no parameter of the model class takes it"
 Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
 FATES: tuple[Fate, ...] = get_args(Fate)
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -208,7 +209,9 @@ def open_container(model: CausalModel, fmt: Format) -> Container | None:
     """How the model lies in a format that is a container of its own; None for other formats."""
     if not isinstance(fmt, WholeFormat):
         return None
-    return fmt.container(model.source, model.text_config, head_tied=model.head_tied)
+    return fmt.container(
+        model.source, model.text_config, head_tied=model.head_tied, unused=model.unmapped
+    )
 
 
 def lay_out(
@@ -359,11 +362,12 @@ def _fates(
             fate, reason = "quantized", reasons.get(name, "--lm-head")
             output = fmt.layout(weight, info.dtype)
         elif container is not None and not output:
-            fate, reason = "left out", container.left_out
+            fate = "left out"
+            reason = _UNUSED if name in model.unmapped else container.left_out
         elif name in rescaled:
             fate, reason = "rescaled", "folded by " + reasons["transforms"]
         elif name in model.unmapped:
-            fate, reason = "copied", "no parameter of the model class takes it"
+            fate, reason = "copied", _UNUSED
         elif name in kept:
             reason = kept[name]
         elif weight is not None and name != head_is:

@@ -1,4 +1,4 @@
-"""A tied model whose file holds the head and no embedding gives what one with the embedding does."""
+"""A tied model whose file holds the head and no embedding gives what the usual one does."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.gguf.families import Family, family_of
 from quantkit.formats.gguf.metadata import Entry, describe
 from quantkit.formats.gguf.mixes import RECIPES, Weight, choose_types
-from quantkit.formats.gguf.names import Place, place_of
+from quantkit.formats.gguf.names import Place, note_unused, place_of
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, Member, PlannedTensor, import_gguf
 from quantkit.numbers.scheme import Scheme
@@ -35,6 +35,7 @@ class GgufContainer:
     """How one model lies in a GGUF file; from its configuration and names, no weights are read.
 
     config   the language model's configuration
+    unused   tensors that no parameter takes: they are left out, and a note says so
     Raises FormatError if the `gguf` package is missing, or llama.cpp has no such model or tensor.
     """
 
@@ -42,17 +43,20 @@ class GgufContainer:
     compute_dtype: ClassVar[torch.dtype] = torch.float32
     left_out: ClassVar[str] = "llama.cpp computes it, or it is the embedding"
 
-    def __init__(self, source: Source, config: Any, *, head_tied: bool) -> None:
+    def __init__(
+        self, source: Source, config: Any, *, head_tied: bool, unused: Collection[str]
+    ) -> None:
         import_gguf()
         self._source, self._config, self._tied = source, config, head_tied
         self._family = family_of(str(config.model_type))
         self._described = describe(self._family, config)
-        self._placed = place_tensors(source.names(), self._family, head_tied)
+        names = [name for name in source.names() if name not in unused]
+        self._placed = place_tensors(names, self._family, head_tied)
         self._tokenizer = describe_tokenizer(source, config.vocab_size)
         self._place = {name: place for group in self._placed.values() for name, place in group}
         # Matrices that no block fits, which are written as F16.
         self._half: set[str] = set()
-        self.notes = list(self._described.notes)
+        self.notes = [*self._described.notes, *note_unused(self._family, unused)]
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """The table of embeddings and the head, as far as the file holds them, with [O, I]."""

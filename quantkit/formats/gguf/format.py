@@ -6,7 +6,7 @@ block type has the same grid.  Shapes: O out features, I in features, G groups p
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -132,9 +132,11 @@ class Gguf:
         """float16, ggml's dtype of scales."""
         return torch.float16
 
-    def container(self, source: Source, config: Any, *, head_tied: bool) -> GgufContainer:
+    def container(
+        self, source: Source, config: Any, *, head_tied: bool, unused: Collection[str]
+    ) -> GgufContainer:
         """Where the model's tensors go; see `GgufContainer`."""
-        return GgufContainer(source, config, head_tied=head_tied)
+        return GgufContainer(source, config, head_tied=head_tied, unused=unused)
 
     def stored_as(self, scheme: Scheme) -> Scheme | str:
         """The block type that holds another format's codes as they are, or why none does."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from quantkit.errors import FormatError
@@ -48,6 +49,20 @@ def place_of(family: Family, name: str) -> Place | None:
     )
 
 
+def note_unused(family: Family, unmapped: Collection[str]) -> tuple[str, ...]:
+    """What to tell of tensors that no parameter of transformers' class takes, which are left out.
+
+    Nothing of those that hold no weights, as old buffers do.
+    """
+    unused = [name for name in unmapped if not _is_ignored(family, name)]
+    if not unused:
+        return ()
+    return (
+        f"{len(unused)} tensors that {family.class_name} does not compute with are left out, as "
+        f"prediction heads are: {unused[0]}",
+    )
+
+
 def checkpoint_names(family: Family, name: str) -> tuple[str, str] | None:
     """(template of the checkpoint's name with {e} for experts, stem) of a GGUF tensor, or None."""
     suffix = next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
@@ -63,6 +78,13 @@ def checkpoint_names(family: Family, name: str) -> tuple[str, str] | None:
             if ours == match[2]:
                 return f"{family.prefix}{match[1]}.{theirs}{suffix}", ours
     return None
+
+
+def _is_ignored(family: Family, name: str) -> bool:
+    try:
+        return place_of(family, name) is None
+    except FormatError:
+        return False
 
 
 def _prefixed(family: Family, stem: str) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gguf import export_gguf, types
+from safetensors.torch import load_file, save_file
+from tiny_gguf import export_gguf, quantize, types
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import quantkit
 from quantkit.checks.inspection import inspect
+from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.format import PlannedWeight, format_of
@@ -305,6 +307,44 @@ def test_a_tensor_without_a_place_is_refused() -> None:
         place_of(family_of("llama"), "model.layers.0.extra.weight")
     with pytest.raises(FormatError, match="gguf is written for gemma2"):
         family_of("opt")
+
+
+UNUSED = {
+    "mtp.fc.weight": (64, 128),
+    "model.layers.2.eh_proj.weight": (64, 128),
+    "model.layers.2.self_attn.q_proj.weight": (64, 64),
+    "model.layers.2.shared_head.norm.weight": (64,),
+}
+
+
+@pytest.mark.parametrize("road", ["export", "export quantized", "quantize"])
+def test_prediction_heads_are_left_out_and_told(tmp_path: Path, road: str) -> None:
+    source = save_model(tmp_path / "source", "qwen2")
+    tensors = load_file(source / "model.safetensors")
+    tensors |= {name: torch.ones(shape) for name, shape in UNUSED.items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    note = (
+        "4 tensors that Qwen2ForCausalLM does not compute with are left out, as prediction heads "
+        "are: model.layers.2.eh_proj.weight"
+    )
+    if road == "quantize":
+        out = quantize(source, tmp_path / "out", "q8_0")
+        report = json.loads((out / "quantkit" / "report.json").read_text())
+        assert report["notes"] == [note]
+        left = {t["name"]: t["reason"] for t in report["tensors"] if t["fate"] == "left out"}
+        assert left == dict.fromkeys(UNUSED, "no parameter of the model class takes it")
+    else:
+        given = source
+        if road == "export quantized":
+            given = quantkit.quantize(
+                source, "rtn", scheme="w8a16_g32", out=tmp_path / "q", progress=False, device="cpu"
+            )
+        done = export_gguf(given, tmp_path / "out")
+        assert done.notes == (note,)
+        out = done.out
+    names = read_gguf(out / MODEL_FILE).tensors
+    assert not any(name.startswith("blk.2.") for name in names) and "blk.1.attn_q.weight" in names
+    assert (found := verify(out, against=source)).ok, found.text()
 
 
 def test_a_mistral_window_becomes_the_context_length(tmp_path: Path) -> None:

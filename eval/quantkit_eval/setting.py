@@ -138,7 +138,7 @@ def check_wishes(request: EvaluationRequest) -> None:
     For commands that quantize first: what is wrong shows before hours of work.
     """
     trust = request.trust_remote_code
-    source = open_source(request.model, trust_remote_code=trust)
+    source = open_source(request.model)
     _wishes(request, source, load_tokenizer(source, trust_remote_code=trust))
 
 

@@ -92,7 +92,7 @@ def open_original(
 def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool = False) -> Subject:
     """A checkpoint, quantized or not; reads its headers and hashes its shards."""
     refuse_unfinished(path)
-    source = open_source(path, trust_remote_code=trust_remote_code)
+    source = open_source(path)
     if source.home is None:
         raise CheckpointError(f"{path}: give a directory, a file or a name on the Hub")
     recorded = read_report(source.home) or None

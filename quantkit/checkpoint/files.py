@@ -25,7 +25,6 @@ from quantkit.checkpoint.door import (
     read_plain,
     read_start,
 )
-from quantkit.checkpoint.hub import SIDE_FILES
 from quantkit.checkpoint.safetensors import (
     INDEX,
     WEIGHTS,
@@ -35,6 +34,7 @@ from quantkit.checkpoint.safetensors import (
     read_into,
     refuse_git_lfs,
 )
+from quantkit.checkpoint.sidefiles import SideFiles, find_side_files, leads_out
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.errors import CheckpointError
 
@@ -48,9 +48,8 @@ class FileSource(Reader):
     missing, damaged, pickled, a Git-LFS pointer, or reaches outside the directory.
     """
 
-    def __init__(self, path: str | Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = given_path(path)
-        self._trust_remote_code = trust_remote_code
         if not os.path.lexists(self.path / "config.json"):
             if (self.path / "adapter_config.json").is_file():
                 raise CheckpointError(
@@ -106,19 +105,19 @@ class FileSource(Reader):
         return buffer
 
     def side_files(self) -> dict[str, Path | bytes]:
-        """Relative name -> path of the tokenizer, generation config, templates, licence files.
+        """Relative name -> path of everything in the directory that is not weights.
 
-        With `trust_remote_code` the *.py files too.  Without config.json and README.md: the output
-        has its own.
+        Without config.json and README.md: the output has its own.
         """
-        patterns = SIDE_FILES + (("*.py",) if self._trust_remote_code else ())
-        found: dict[str, Path | bytes] = {}
-        for pattern in patterns:
-            for path in self.path.glob(pattern):
-                if path.is_file() and path.suffix not in (".safetensors", ".bin"):
-                    name = path.relative_to(self.path).as_posix()
-                    found[name] = _contained(self.path, name)
-        return dict(sorted(found.items()))
+        return dict(self._beside().carried)
+
+    def left_files(self) -> dict[str, str]:
+        """Relative name -> why the file, or the folder, is not among the side files."""
+        return dict(self._beside().left)
+
+    def _beside(self) -> SideFiles:
+        own = {path.relative_to(self.path).as_posix() for path in self._files.values()}
+        return find_side_files(self.path, {*own, INDEX})
 
     def _config_bytes(self) -> bytes:
         return self._config_content
@@ -230,11 +229,9 @@ def _contained(root: Path, file: str) -> Path:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: the file is missing; download or copy the model again")
     refuse_git_lfs(path, read_start(path, 100))
-    real, home = path.resolve(), root.resolve()
-    blobs = home.parent.parent / "blobs"
-    in_cache = home.parent.name == "snapshots" and real.parent == blobs
-    if not (real.is_relative_to(home) or in_cache):
+    if leads_out(root, path):
         raise CheckpointError(
-            f"{path}: the link leads out of the model's directory, to {real}; copy the file"
+            f"{path}: the link leads out of the model's directory, to {path.resolve()}; copy the "
+            "file"
         )
     return path

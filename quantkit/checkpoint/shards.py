@@ -69,6 +69,10 @@ class Layout(Protocol):
         for config.json and the files of the source."""
         ...
 
+    def holds_file(self, name: str) -> bool:
+        """Whether a file of the source's folder has a place, by itself or in the metadata."""
+        ...
+
     def index(self) -> bytes | None:
         """Content of the index of shards; None if there is none."""
         ...
@@ -113,6 +117,10 @@ class ShardLayout:
     @property
     def side_files(self) -> None:
         """None: config.json and the source's own files go with shards."""
+
+    def holds_file(self, name: str) -> bool:
+        """True: every file lies beside them."""
+        return True
 
     def writer(self, directory: Path, *, committed: Collection[str] = ()) -> ShardWriter:
         """What fills the shards in `directory`."""

@@ -75,6 +75,10 @@ class Source(Protocol):
         """The vocabulary in order, where the weights' own file holds it; else None."""
         ...
 
+    def left_files(self) -> dict[str, str]:
+        """Relative name -> why a file beside the weights is not among the side files."""
+        ...
+
 
 class Reader(ABC):
     """What both sources share: everything that follows from reading a range of elements."""
@@ -104,6 +108,10 @@ class Reader(ABC):
 
     @abstractmethod
     def side_files(self) -> dict[str, Path | bytes]: ...
+
+    def left_files(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
 
     @abstractmethod
     def _config_bytes(self) -> bytes: ...
@@ -141,7 +149,8 @@ class Reader(ABC):
         return found.reshape(len(positions), *shape[1:])
 
     def fingerprint(self) -> str:
-        """Hex sha256 over config, side files, and name, dtype, shape and content of each tensor.
+        """Hex sha256 over config, side files (and why others are none), and each tensor: name,
+        dtype, shape and content.
 
         How the tensors are split into files does not matter, nor do times.  Up to 256 MiB of
         weights are hashed whole; of a larger checkpoint 16 KiB of each tensor in four places, as
@@ -156,6 +165,8 @@ class Reader(ABC):
             else:
                 digest = file_sha256(content)
             total.update(json.dumps([name, digest]).encode())
+        for left in sorted(self.left_files().items()):
+            total.update(json.dumps(left).encode())
         for info in infos:
             total.update(json.dumps([info.name, str(info.dtype), info.shape]).encode())
             step = _SAMPLE_BYTES // info.dtype.itemsize

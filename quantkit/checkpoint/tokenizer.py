@@ -11,11 +11,12 @@ from quantkit.checkpoint.door import TOKENIZER_BYTES, parse_json, read_plain
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CalibrationError
 
-_CONFIG = "tokenizer_config.json"
+_CONFIG, _TEMPLATES = "tokenizer_config.json", "additional_chat_templates/"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The transformers tokenizer of a checkpoint, from its side files.
+    """The transformers tokenizer of a checkpoint, from the side files that one reads.
 
     Raises CalibrationError if the checkpoint has none that works, or one with code of its own that
     is not trusted.
@@ -25,6 +26,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     contents = {
         name: read_plain(content, largest=TOKENIZER_BYTES) if isinstance(content, Path) else content
         for name, content in source.side_files().items()
+        if not name.endswith(_WEIGHTS) and ("/" not in name or name.startswith(_TEMPLATES))
     }
     code = _own_code(contents)
     # A file that holds its vocabulary itself is read by transformers.

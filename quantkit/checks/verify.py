@@ -59,7 +59,7 @@ def verify(
         )
     reference: Source | None = None
     if against is not None:
-        reference = open_source(against, revision=revision, trust_remote_code=trust_remote_code)
+        reference = open_source(against, revision=revision)
     if file is not None:
         checks = container_checks(path, file, reference, trust_remote_code=trust_remote_code)
         readable = True

@@ -9,6 +9,7 @@ from quantkit.checkpoint.door import RECORD_BYTES, read_json
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.memory import format_size, with_spare
 from quantkit.checkpoint.record import read_report
+from quantkit.checkpoint.sidefiles import SideRecord, left_lines, side_record
 from quantkit.pipeline.session import Job, Outcome
 
 
@@ -44,6 +45,7 @@ def plan_json(job: Job) -> dict[str, Any]:
             }
             for fate in plan.fates
         ],
+        "side_files": beside(job).to_dict(),
     }
 
 
@@ -54,7 +56,7 @@ def plan_text(job: Job) -> str:
     for fate in plan.fates:
         scheme = "" if fate.scheme is None else fate.scheme.name
         rows.append((fate.name, fate.fate, scheme, format_size(fate.num_bytes), fate.reason))
-    lines = [*columns(rows), "", *_totals(job)]
+    lines = [*columns(rows), "", *_totals(job), *left_lines(beside(job).left)]
     lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted")
     lines.append(f"disk       {format_size(need.disk)}")
     lines.append(f"time       about {_duration(need.seconds)}")
@@ -66,7 +68,7 @@ def plan_text(job: Job) -> str:
 def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The final summary as JSON values."""
     report = read_report(outcome.out)
-    told = ("method", "scheme", "format", "size", "readers", "notes", "degraded")
+    told = ("method", "scheme", "format", "size", "readers", "notes", "degraded", "side_files")
     return {
         "out": str(outcome.out),
         "written": outcome.written,
@@ -85,10 +87,16 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
     lines += [f"note: {note}" for note in report["notes"] if note not in job.plan.notes]
+    lines += left_lines(beside(job).left)
     for name, note in report["degraded"].items():
         lines.append(f"degraded   {name}: {note}")
     lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")
     return "\n".join(lines)
+
+
+def beside(job: Job) -> SideRecord:
+    """The files beside the weights: what travels, and what does not."""
+    return side_record(job.model.source, job.plan.format.name, job.plan.layout)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -21,9 +21,7 @@ from quantkit.formats.onnx.source import OnnxSource
 _GRAPHS = ("model.onnx", "1/model.onnx")
 
 
-def open_source(
-    model_or_path: Any, *, revision: str | None = None, trust_remote_code: bool = False
-) -> Source:
+def open_source(model_or_path: Any, *, revision: str | None = None) -> Source:
     """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
 
     Raises CheckpointError if it is none of these or cannot be fetched.
@@ -34,7 +32,7 @@ def open_source(
     if (file := container_of(path)) is not None:
         return OnnxSource(file) if is_onnx(file) else GgufSource(file)
     if path.is_dir():
-        return FileSource(path, trust_remote_code=trust_remote_code)
+        return FileSource(path)
     if os.path.lexists(path):
         raise CheckpointError(
             f"{path}: this is a file, and no GGUF or ONNX, or a link to nothing; give the model's "
@@ -46,8 +44,7 @@ def open_source(
             f"{name}: there is no such directory, and it cannot be a repository on the Hub; "
             "give a model's directory or a name such as organisation/model"
         )
-    folder = download(name, revision, trust_remote_code)
-    return FileSource(folder, trust_remote_code=trust_remote_code)
+    return FileSource(download(name, revision))
 
 
 def container_of(path: Path) -> Path | None:

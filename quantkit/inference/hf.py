@@ -62,7 +62,7 @@ def hf_config(
     """
     check_backend(backend, "cuda" if backend == "triton" else "cpu")
     refuse_unfinished(path)
-    source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
+    source = open_source(path, revision=revision)
     config: PreTrainedConfig = AutoConfig.from_pretrained(
         path, revision=revision, trust_remote_code=trust_remote_code
     )
@@ -144,9 +144,7 @@ class LoadingQuantizer(HfQuantizer):
 
     def _hide(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
-        self._source = open_source(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+        self._source = open_source(config.path, revision=config.revision)
         self._format = format_of(self._source)
         self._stored = self._format.weights(self._source)
         self._view = Unpacked(self._source, self._format, self._stored)

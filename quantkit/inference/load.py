@@ -64,7 +64,7 @@ def load(
     """
     chosen = check_backend(backend, device)
     refuse_unfinished(path)
-    source = open_source(path, revision=revision, trust_remote_code=trust_remote_code)
+    source = open_source(path, revision=revision)
     quantized = "quantization_config" in source.config
     fmt = format_of(source) if quantized else None
     stored = fmt.weights(source) if fmt is not None else {}

@@ -58,12 +58,10 @@ class CausalModel:
         blocks: nn.ModuleList,
         device: torch.device,
     ) -> None:
-        self.source = source
+        self.source, self.unmapped = source, names.unmapped
         self.dtype: torch.dtype = model.dtype
         self.text_config: Any = model.config.get_text_config()
-        self.device = device
-        self.num_blocks = len(blocks)
-        self.unmapped = names.unmapped
+        self.device, self.num_blocks = device, len(blocks)
         self._model, self._names = model, names
         self._blocks_path, self._blocks = blocks_path, blocks
         self._signatures = [skeleton.signature(block) for block in blocks]
@@ -79,8 +77,7 @@ class CausalModel:
         )
         inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
         self._shared = self._shared_tensors()
-        rest = set(source.names()) - inside - set(names.unmapped)
-        self.outside = tuple(sorted(rest))
+        self.outside = tuple(sorted(set(source.names()) - inside - set(names.unmapped)))
 
     @classmethod
     def open(
@@ -93,7 +90,6 @@ class CausalModel:
     ) -> CausalModel:
         """The model of a checkpoint; `dtype` None means the config's, else the stored one.
 
-        A tied weight gets its owner's name (see `under_owners`): read from `source` of the result.
         Raises ModelError (unknown type, structure that cannot be streamed, experts that do not use
         transformers' interface), CheckpointError (a tensor is missing or misshapen).
         """
@@ -104,10 +100,8 @@ class CausalModel:
         path, blocks = skeleton.find_blocks(model)
         if model.get_output_embeddings() is None:
             raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
+        source = under_owners(source, model, map_names(model, source))
         names = map_names(model, source)
-        owned = under_owners(source, model, names)
-        if owned is not source:
-            source, names = owned, map_names(model, owned)
         outside = skeleton.outside_paths(model, path)
         inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
         check_complete(names, outside + inside)

@@ -114,5 +114,9 @@ class Unpacked(Reader):
         """The source's."""
         return self.packed.side_files()
 
+    def left_files(self) -> dict[str, str]:
+        """The source's."""
+        return self.packed.left_files()
+
     def _config_bytes(self) -> bytes:
         return json.dumps(self.packed.config, sort_keys=True).encode()

@@ -112,5 +112,9 @@ class OneByOne(Reader):
         """The source's."""
         return self.fused.side_files()
 
+    def left_files(self) -> dict[str, str]:
+        """The source's."""
+        return self.fused.left_files()
+
     def _config_bytes(self) -> bytes:
         return json.dumps(self.fused.config, sort_keys=True).encode()

@@ -76,5 +76,9 @@ class Renamed(Reader):
         """The source's."""
         return self.source.side_files()
 
+    def left_files(self) -> dict[str, str]:
+        """The source's."""
+        return self.source.left_files()
+
     def _config_bytes(self) -> bytes:
         return json.dumps(self.source.config, sort_keys=True).encode()

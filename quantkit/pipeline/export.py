@@ -21,6 +21,7 @@ from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.shards import TensorWriter
+from quantkit.checkpoint.sidefiles import left_lines, side_record
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, NumericsError
@@ -44,7 +45,8 @@ _SHOWN = 3
 class Exported:
     """Where the result is, and what was rounded: (weight, what) for each that was.
 
-    `written` is false if the very same export had completed before.
+    left      files of the folder that do not travel, and why
+    written   false if the very same export had completed before
     """
 
     out: Path
@@ -54,6 +56,7 @@ class Exported:
     rounded: tuple[tuple[str, str], ...]
     readers: Mapping[str, str | None]
     notes: tuple[str, ...]
+    left: Mapping[str, str]
     written: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +71,7 @@ class Exported:
             "rounded": dict(self.rounded),
             "readers": dict(self.readers),
             "notes": list(self.notes),
+            "left": dict(self.left),
         }
 
     def text(self) -> str:
@@ -80,6 +84,7 @@ class Exported:
         for runtime, reason in self.readers.items():
             lines.append(f"{runtime:<20} {'reads it' if reason is None else 'no: ' + reason}")
         lines += [f"note       {note}" for note in self.notes]
+        lines += left_lines(self.left)
         return "\n".join(lines)
 
 
@@ -102,7 +107,7 @@ def export(
     """
     path = given_path(path)
     refuse_unfinished(path)
-    source = open_source(path, trust_remote_code=trust_remote_code)
+    source = open_source(path)
     fmt = make_format(format_name)
     whole = isinstance(fmt, WholeFormat)
     if whole and "quantization_config" not in source.config:
@@ -138,6 +143,7 @@ def export(
             rounded=rounded,
             readers=plan.readers,
             notes=plan.notes,
+            left=side_record(model.source, plan.format.name, plan.layout).left,
             written=written,
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import yaml
 from quantkit.checkpoint.disk import disk_errors, write_file
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.record import REPORT
+from quantkit.checkpoint.sidefiles import copy_side_files, side_record
 from quantkit.model.causal import CausalModel
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.report import render_html, render_markdown, render_model_card
@@ -31,8 +31,12 @@ def write_finished_files(
 ) -> None:
     """Writes everything but the shards; all of it except `run.json` depends on the job only.
 
+    To the report comes what travelled beside the weights, and what did not.
+
     `recipe` is None where another tool quantized the weights and nobody knows it.
     """
+    beside = side_record(model.source, plan.format.name, plan.layout)
+    report = {**report, "side_files": beside.to_dict()}
     contents: dict[str, bytes] = {
         REPORT: _json(report),
         RUN: _json(run),
@@ -44,20 +48,12 @@ def write_finished_files(
         contents[RECIPE] = yaml.safe_dump(dict(recipe), sort_keys=False).encode()
     if (index := plan.layout.index()) is not None:
         contents["model.safetensors.index.json"] = index
-    files: dict[str, Path | bytes] = {}
     if (own := plan.layout.side_files) is not None:
         contents |= own
     else:
         contents["config.json"] = _json(_config(model, plan))
-        files = model.source.side_files()
+        copy_side_files(model.source, directory)
     with disk_errors(directory):
-        for name, content in files.items():
-            target = directory / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, target)
-            else:
-                write_file(target, content)
         for name, data in contents.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(directory / name, data)

@@ -68,9 +68,7 @@ def prepare_all(
     first = requests[0]
     source: Source
     if isinstance(model_or_path, str):
-        source = open_source(
-            model_or_path, revision=first.revision, trust_remote_code=first.trust_remote_code
-        )
+        source = open_source(model_or_path, revision=first.revision)
     else:
         source = LiveSource(model_or_path, tokenizer=tokenizer)
     if first.requantize and isinstance(source.config.get("quantization_config"), dict):

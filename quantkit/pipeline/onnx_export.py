@@ -25,6 +25,7 @@ from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
+from quantkit.checkpoint.sidefiles import copy_side_files
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, OutputError
 from quantkit.formats.format import make_format
@@ -80,7 +81,7 @@ def export_onnx(
         raise FormatError(f"accuracy level {accuracy_level}: 1 (float32) and 4 (int8) are allowed")
     path = given_path(path)
     refuse_unfinished(path)
-    source = open_source(path, trust_remote_code=trust_remote_code)
+    source = open_source(path)
     view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     _check_held(view)
     versions = require_builder()
@@ -107,7 +108,9 @@ def export_onnx(
             )
             built, details, checked = work.build()
             target = output.partial / _TRITON_VERSION if triton else output.partial
+            graph = {file.name for file in built.iterdir()}
             _place(built, target)
+            copy_side_files(view, target, spare=graph)
             write_file(_made(output.partial / DETAILS), _json({**details, "versions": versions}))
             names = _names(view, OnnxFile(target), checked)
             write_file(output.partial / NAMES, names.to_json())
@@ -127,6 +130,7 @@ def export_onnx(
             rounded=(),
             readers=READERS,
             notes=(),
+            left=view.left_files(),
             written=written,
         )
 
@@ -288,7 +292,7 @@ def _write_decoded(view: Unpacked, folder: Path) -> None:
     if isinstance(text := config.get("text_config"), dict):
         config["text_config"] = {k: v for k, v in text.items() if k not in ("dtype", "torch_dtype")}
     write_file(folder / "config.json", _json({**config, "dtype": "float32"}))
-    _copy_side_files(view, folder)
+    copy_side_files(view, folder)
     with ShardWriter(folder, plan_shards(infos, _SHARD_BYTES)) as writer:
         for info in infos:
             if info.name not in view.stored:
@@ -297,16 +301,6 @@ def _write_decoded(view: Unpacked, folder: Path) -> None:
             value = view.tensor(info.name).dequantize(torch.float32)
             writer.put(info.name, value.t() if info.name in view.transposed else value)
         writer.close()
-
-
-def _copy_side_files(view: Unpacked, folder: Path) -> None:
-    with disk_errors(folder):
-        for name, content in view.side_files().items():
-            target = _made(folder / name)
-            if isinstance(content, Path):
-                shutil.copyfile(content, target)
-            else:
-                write_file(target, content)
 
 
 def _names(view: Unpacked, file: OnnxFile, checked: Checked) -> Names:

@@ -11,6 +11,7 @@ from quantkit.calibration.gather import gram_bytes
 from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
+from quantkit.checkpoint.sidefiles import side_bytes
 from quantkit.errors import BudgetError
 from quantkit.methods.superblock import working_bytes
 from quantkit.model.causal import CausalModel
@@ -148,6 +149,7 @@ def predict(
     speeds = Speeds.measure(model.dtype)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     spill = grams if calibration is not None else 0
+    beside = side_bytes(model.source) if plan.layout.side_files is None else 0
     return Prediction(
         base=base,
         block=block + 4 * largest_tensor,
@@ -155,7 +157,7 @@ def predict(
         gram=gram,
         grams=grams,
         solve=solve,
-        disk=plan.layout.num_bytes + hidden + spill,
+        disk=plan.layout.num_bytes + beside + hidden + spill,
         seconds=duration(model, plan, calibration, speeds),
         note=speeds.note,
     )

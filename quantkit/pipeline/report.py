@@ -108,6 +108,7 @@ def _view(report: Mapping[str, Any]) -> dict[str, Any]:
         "fates": fate_counts(report),
         "worst": sorted(report["weights"], key=lambda w: -w["error"])[:_WORST],
         "size": format_size,
+        "names": lambda names: ", ".join(names) or "none",
     }
 
 
@@ -154,6 +155,17 @@ _SUMMARY = """\
 {% endfor %}
 """  # noqa: E501
 
+_BESIDE = """\
+{% if report.side_files %}
+
+## Files beside the weights
+Carried over: {{ names(report.side_files.carried) }}.
+{% for name, reason in report.side_files.left.items() %}
+- left out: `{{ name }}`: {{ reason }}
+{% endfor %}
+{% endif %}
+"""
+
 _MARKDOWN = (
     """\
 # Quantization report
@@ -178,6 +190,9 @@ _MARKDOWN = (
 
 Note: {{ note }}.
 {% endfor %}
+"""
+    + _BESIDE
+    + """\
 {% if report.degraded %}
 
 ## Degraded
@@ -213,6 +228,7 @@ import quantkit
 model = quantkit.load("PATH")
 ```
 """
+    + _BESIDE
 )
 
 _HTML = """\
@@ -290,6 +306,17 @@ details { margin-top: 1rem; } summary { cursor: pointer; }
 <li><code>{{ name }}</code>: {{ note }}</li>
 {% endfor %}
 </ul>
+{% endif %}
+{% if report.side_files %}
+<h2>Files beside the weights</h2>
+<p>Carried over: {{ names(report.side_files.carried) }}.</p>
+{% if report.side_files.left %}
+<ul>
+{% for name, reason in report.side_files.left.items() %}
+<li>left out: <code>{{ name }}</code>: {{ reason }}</li>
+{% endfor %}
+</ul>
+{% endif %}
 {% endif %}
 <details><summary>All tensors</summary>
 <div class="wide"><table>

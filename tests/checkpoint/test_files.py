@@ -281,13 +281,13 @@ def test_a_file_is_refused(single: Path) -> None:
         open_source(single / "model.safetensors")
 
 
-def test_side_files_are_those_the_output_needs(single: Path) -> None:
-    wanted = ("generation_config.json", "tokenizer.json", "LICENSE", "chat_template.jinja")
-    for name in (*wanted, "README.md", "modeling_x.py", "training_args.bin", "notes.txt"):
+def test_side_files_are_all_but_weights_and_the_card(single: Path) -> None:
+    wanted = ("generation_config.json", "tokenizer.json", "LICENSE", "modeling_x.py", "notes.txt")
+    for name in (*wanted, "README.md", "training_args.bin"):
         (single / name).write_text(name)
-    assert tuple(FileSource(single).side_files()) == tuple(sorted(wanted))
-    trusted = FileSource(single, trust_remote_code=True).side_files()
-    assert trusted["modeling_x.py"] == single / "modeling_x.py"
+    source = FileSource(single)
+    assert source.side_files() == {name: single / name for name in sorted(wanted)}
+    assert sorted(source.left_files()) == ["README.md", "training_args.bin"]
     (single / "tokenizer.json").write_bytes(LFS)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: this is a Git-LFS pointer"):
         FileSource(single).side_files()

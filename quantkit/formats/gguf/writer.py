@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The version of quantized blocks that all ggml since 2023 has.
 _QUANTIZATION_VERSION = 2
 _NUMBERS = {label: number for number, (label, _, _) in TENSOR_TYPES.items()}
+_IN_METADATA = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|[^/]*\.model"
+    r"|[^/]*\.tiktoken|chat_template.*"
+)
 # Weights copied at a time.
 _PIECE = 1 << 22
 
@@ -89,6 +94,10 @@ class GgufLayout:
             for tensor in self.tensors
             for index, name in enumerate(tensor.members)
         }
+
+    def holds_file(self, name: str) -> bool:
+        """True for what the metadata holds: the tokenizer and its templates."""
+        return _IN_METADATA.fullmatch(name) is not None
 
     def index(self) -> bytes | None:
         """None: there is one file."""

@@ -5,7 +5,6 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.hub import SIDE_FILES
 from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.sidefiles import SideFiles, find_side_files
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
@@ -117,11 +116,14 @@ class OnnxSource(Reader):
 
     def side_files(self) -> dict[str, Path | bytes]:
         """The tokenizer and what else lies beside the graph."""
-        return {
-            path.name: path
-            for path in sorted(self.path.parent.iterdir())
-            if path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in SIDE_FILES)
-        }
+        return dict(self._beside().carried)
+
+    def left_files(self) -> dict[str, str]:
+        """What of it is no side file, and why."""
+        return dict(self._beside().left)
+
+    def _beside(self) -> SideFiles:
+        return find_side_files(self.path.parent, {self.path.name, f"{self.path.name}.data"})
 
     def _config_bytes(self) -> bytes:
         return json.dumps(self.config, sort_keys=True).encode()

@@ -192,6 +192,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+# Image-text types -> the type of their text model, and other settings.
+IMAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {"mm_tokens_per_image": 4}),
+    "paligemma": ("gemma2", {"projection_dim": HIDDEN, "image_token_index": 5}),
+    "llava_onevision": ("qwen2", {"image_token_index": 5, "video_token_index": 6}),
+    "aya_vision": ("cohere2", {"image_token_index": 5, "downsample_factor": 2}),
+}
+
+
 def build(
     model_type: str,
     directory: str | Path,
@@ -236,9 +245,12 @@ def save(
     return directory
 
 
-def build_multimodal(directory: str | Path) -> Path:
-    """The directory, which now holds a gemma 3 with a vision tower beside its text blocks."""
-    text = {**CONFIGS["gemma3_text"], "model_type": "gemma3_text"}
+def build_multimodal(directory: str | Path, kind: str = "gemma3") -> Path:
+    """The directory, which now holds a vision tower beside text blocks, of a type of `IMAGES`.
+
+    The tower is SigLIP's, with the pooling head that torch's own attention is in.
+    """
+    text, others = IMAGES[kind]
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 32,
@@ -248,7 +260,9 @@ def build_multimodal(directory: str | Path) -> Path:
         "image_size": 28,
         "patch_size": 14,
     }
-    config = CONFIG_MAPPING["gemma3"](text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    config = CONFIG_MAPPING[kind](
+        text_config={**CONFIGS[text], "model_type": text}, vision_config=vision, **others
+    )
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     return save(model, Path(directory))

@@ -180,7 +180,8 @@ class Format(FormatReader, Protocol):
         """The `quantization_config` for config.json.
 
         `weights` are all quantizable weights, the kept ones included; `others` are the model's
-        other tensors, so that linear layers outside the blocks can be listed as kept too.
+        other tensors, so that linear layers outside the blocks can be listed as kept too: by the
+        checkpoint's names, and by "MODULE.weight" where transformers calls a layer otherwise.
         """
         ...
 

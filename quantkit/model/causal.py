@@ -45,7 +45,7 @@ class CausalModel:
     Holds the meta skeleton, the small tensors outside the blocks (norms, positions, rotary tables)
     and nothing else: token embedding rows are gathered per batch, the head is read in rows.
     `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
-    those that belong to no block: embeddings, norms, head, other towers.
+    those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class CausalModel:
         self.text_config: Any = model.config.get_text_config()
         self.device, self.num_blocks = device, len(blocks)
         self._model, self._names = model, names
+        self.linears = skeleton.linears(model)
         self._blocks_path, self._blocks = blocks_path, blocks
         self._signatures = [skeleton.signature(block) for block in blocks]
         self._traces: dict[str, BlockTrace] = {}

@@ -160,6 +160,15 @@ def conv1d_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(held.intersection(names))
 
 
+def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module path -> (O, I) of every linear layer, those of other towers included."""
+    return {
+        path: (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Path of the list of blocks, and the list: the outermost of the decoder's ModuleLists.
 

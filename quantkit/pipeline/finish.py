@@ -62,10 +62,7 @@ def write_finished_files(
 def _config(model: CausalModel, plan: Plan) -> dict[str, Any]:
     """config.json of the result: the source's, with how it is quantized."""
     config = dict(model.source.config)
-    others = [info for fate in plan.fates if fate.scheme is None for info in fate.output]
-    config["quantization_config"] = plan.format.config(
-        plan.weights, model_type=plan.model_type, dtype=model.dtype, others=others
-    )
+    config["quantization_config"] = dict(plan.quantization_config)
     if plan.unties_head:
         config["tie_word_embeddings"] = False
     return config

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -82,6 +82,7 @@ class Plan:
     refs        the same weights as the model side addresses them, per block
     groups      the scale groups that transforms work on, per block
     folds       length of each vector that records what transforms did, per block
+    quantization_config  what config.json says of it
     embedding   the table of embeddings, where it is quantized and is not the head
     notes       what the format's reader will do otherwise
     """
@@ -100,6 +101,7 @@ class Plan:
     folds: tuple[Mapping[str, int], ...]
     folds_layout: ShardLayout | None
     readers: Mapping[str, str | None]
+    quantization_config: Mapping[str, Any]
     embedding: WeightRef | None = None
     notes: tuple[str, ...] = ()
 
@@ -171,7 +173,7 @@ def make_plan(
 
     Raises ModelError (too much of it cannot be quantized), RecipeError (a rule that splits weights
     sharing an input, or matches nothing), ShapeError, FormatError (a scheme or shape the format
-    cannot hold, or no runtime reads it).
+    cannot hold, no runtime reads it, or one could not tell kept from quantized modules).
     """
     refs = _block_weights(model)
     check_rules(recipe, model)
@@ -306,6 +308,9 @@ def lay_out(
         folds=folds,
         folds_layout=plan_shards(vectors, 1 << 62, stem="folds") if vectors else None,
         readers=readers,
+        quantization_config=fmt.config(
+            weights, model_type=model_type, dtype=model.dtype, others=_others(model, weights, fates)
+        ),
         embedding=embedding,
         notes=() if container is None else tuple(container.notes),
     )
@@ -387,6 +392,23 @@ def _fates(
             )
         )
     return tuple(found)
+
+
+def _others(
+    model: CausalModel, weights: Sequence[PlannedWeight], fates: Sequence[TensorFate]
+) -> list[TensorInfo]:
+    """What stays as it is: tensors by checkpoint name, linear layers by their module's name too.
+
+    Readers look layers up by module, and transformers renames those of other towers.
+    """
+    infos = [info for fate in fates if fate.scheme is None for info in fate.output]
+    skipped = {weight.module for weight in weights if weight.scheme is not None}
+    skipped |= {info.name.removesuffix(".weight") for info in infos}
+    return infos + [
+        TensorInfo(name=f"{path}.weight", dtype=model.dtype, shape=shape)
+        for path, shape in model.linears.items()
+        if path not in skipped
+    ]
 
 
 def _kept_reason(info: TensorInfo, in_block: bool) -> str:

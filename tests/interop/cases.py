@@ -31,6 +31,9 @@ class Export:
     format: str
 
 
+# Image-text models whose vision tower holds layers of torch's own.
+IMAGES = ("gemma3", "paligemma", "llava_onevision", "aya_vision")
+
 # 16 x 128 tokens: the suite reads what was written; how good it is, is measured elsewhere.
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
 
@@ -49,6 +52,10 @@ CASES = (
     Case(name="w2", source="demo", options=("--method", "rtn", "--scheme", "w2a16_g32")),
     Case(name="mixtral", source="mixtral", options=("--method", "rtn")),
     Case(name="qwen3_moe", source="qwen3_moe", options=("--method", "rtn")),
+    *(
+        Case(name=name, source=name, options=("--method", "rtn", "--scheme", "w4a16_g32"))
+        for name in IMAGES
+    ),
 )
 
 EXPORTS = (

@@ -37,8 +37,10 @@ from quantkit.demo import demo_path
 from quantkit.formats.open import open_source
 from quantkit.model.requantized import Decoded
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from cases import CASES, EXPORTS, PROMPTS
+import tiny_models
+from cases import CASES, EXPORTS, IMAGES, PROMPTS
 
 _MOE_SIZES = {
     "hidden_size": 128,
@@ -72,7 +74,7 @@ def write(root: Path, name: str, command: str, source: Path, options: Sequence[s
 
 
 def write_sources(root: Path, demo: Path) -> None:
-    """Copies the demo model; makes random mixtures of experts with its tokenizer."""
+    """Copies the demo model; makes random mixtures of experts and image-text models."""
     shutil.copytree(demo, root / "demo", dirs_exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(demo)
     torch.manual_seed(0)
@@ -86,6 +88,8 @@ def write_sources(root: Path, demo: Path) -> None:
     for name, model in experts.items():
         model.bfloat16().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
+    for name in IMAGES:
+        tiny_models.build_multimodal(root / name, name)
 
 
 def write_dense(out: Path, dense: Path) -> None:

@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import IMAGES
 from compressed_tensors.quantization import disable_quantization
 from dense import dense_model, int8_tokens, loaded, logits, quantized_weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 # Float32 sums in another order differ by less; one wrong code or scale differs by far more.
 TOLERANCE = 1e-3
@@ -79,6 +85,20 @@ def test_decoded_weights_are_quantkits_bit_for_bit(root: Path, name: str) -> Non
     for weight, expected in quantized_weights(root, name).items():
         actual = model.get_submodule(weight.removesuffix(".weight")).weight
         assert torch.equal(actual, expected.to(dtype).float()), weight
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_image_models_give_the_logits_of_quantkit_and_keep_their_towers(
+    root: Path, name: str
+) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(root / name, dtype=torch.float32)
+    source = AutoModelForImageTextToText.from_pretrained(root / "source" / name)
+    found = model.state_dict()
+    for path, tensor in source.state_dict().items():
+        if ".language_model." not in path:
+            assert torch.equal(found[path], tensor), path
+    assert any(path.endswith("head.attention.out_proj.weight") for path in found)
+    assert max_difference(model.eval(), root, name) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "w8a8"])

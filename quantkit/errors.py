@@ -1,4 +1,4 @@
-"""The errors a user can cause: exit code 2, `VerifyError` 1.
+"""The errors a user can cause: exit code 2, `VerifyError` 1; and `UnsoundError`: 70.
 
 QuantkitError
 ├── SchemeError        a scheme name or field that is not allowed
@@ -13,7 +13,8 @@ QuantkitError
 ├── OutputError        an output directory that holds something else, or cannot be written
 ├── NumericsError      NaN or infinity in a weight or an activation
 ├── BackendError       a kernel backend that is unknown or cannot run here
-└── VerifyError        a finished checkpoint that fails a check
+├── VerifyError        a finished checkpoint that fails a check
+└── UnsoundError       what a run wrote fails a check, before anything is finished
 """
 
 from __future__ import annotations
@@ -77,3 +78,9 @@ class VerifyError(QuantkitError):
     """A finished checkpoint that fails a check."""
 
     exit_code = 1
+
+
+class UnsoundError(QuantkitError):
+    """What a run wrote would not pass `verify`: a fault of quantkit's, or of the disk."""
+
+    exit_code = 70

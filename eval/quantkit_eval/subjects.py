@@ -18,8 +18,8 @@ from quantkit.checks.against import Vectors
 from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
+from quantkit.model.fold_vectors import FOLDS_FILE
 from quantkit.model.requantized import Decoded, open_decoded
-from quantkit.pipeline.fold_vectors import FOLDS_FILE
 from quantkit_eval.errors import EvaluationError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 
@@ -148,11 +148,12 @@ class OutputDirectory:
         self._journal = journal
         return journal
 
-    def finish(self) -> None:
+    def finish(self, check: Callable[[Path], object]) -> None:
         """Completes the output: everything synced, manifest written, `partial` renamed to `out`.
 
-        Killed at any instant, `out` is absent, as it was, or complete; opening or running the same
-        command again finishes the rest.
+        `check` reads `partial` back and raises if it is not what it should be: then nothing is
+        finished, and `partial` stays.  Killed at any instant, `out` is absent, as it was, or
+        complete; opening or running the same command again finishes the rest.
         """
         assert self._journal is not None and self._journal.fingerprint is not None, "begin first"
         text = json.dumps(self._journal.fingerprint, indent=2, sort_keys=True) + "\n"
@@ -160,6 +161,8 @@ class OutputDirectory:
             (self.partial / FINGERPRINT).parent.mkdir(exist_ok=True)
             write_file(self.partial / FINGERPRINT, text.encode())
             sync_tree(self.partial, skip=_SCRATCH)
+        check(self.partial)
+        with disk_errors(self.partial):
             write_manifest(self.partial, ignore=frozenset({_SCRATCH}))
             self._journal.close()
             self._seal()

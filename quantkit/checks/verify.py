@@ -19,18 +19,21 @@ from quantkit.checkpoint.source import Source
 from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
 from quantkit.checks.result import Check, VerifyResult, finite_problems, value_problems
 from quantkit.checks.runtimes import compare_runtime
-from quantkit.checks.verify_container import container_checks
-from quantkit.errors import CheckpointError, QuantkitError
+from quantkit.checks.verify_container import check_files, container_checks
+from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
 from quantkit.formats.open import container_of, open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
+from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import map_names
+from quantkit.model.provenance import FATES
 from quantkit.model.split_experts import split_experts
 from quantkit.model.tied import under_owners
 from quantkit.numbers.tensor import QuantizedTensor
-from quantkit.pipeline.fold_vectors import folds_since
-from quantkit.pipeline.plan import FATES
+
+# Problems that an error names.
+_SHOWN = 3
 
 
 def verify(
@@ -61,22 +64,48 @@ def verify(
     if against is not None:
         reference = open_source(against, revision=revision)
     if file is not None:
-        checks = container_checks(path, file, reference, trust_remote_code=trust_remote_code)
-        readable = True
+        files = check_files(path, file)
     else:
         problems = verify_manifest(path)
-        checks = [Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))]
-        opened = _open(path, checks, None if reference is None else reference.home)
-        readable = opened is not None
-        if opened is not None:
-            original = None
-            if reference is not None:
-                known = {entry.name for entry in opened.entries}
-                original = _original(reference, known, trust_remote_code)
-            checks += [_coverage(opened), *_numbers(opened, original)]
-    if runtime is not None and readable and all(check.ok for check in checks):
+        files = Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))
+    checks = [files, *_contents(path, file, reference, trust_remote_code)]
+    if runtime is not None and all(check.ok for check in checks):
         checks.append(_runtime(path, runtime, runtime_python))
     return VerifyResult(path=path, checks=tuple(checks))
+
+
+def refuse_unsound(partial: Path) -> None:
+    """Nothing if an output that is about to be finished passes all checks that need no other model.
+
+    Only the manifest is not looked at, which comes after.  Reads everything once, a weight at a
+    time.  Raises UnsoundError that names what is wrong.
+    """
+    checks = _contents(partial, container_of(partial), None, False)
+    problems = [problem for check in checks for problem in check.problems]
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise UnsoundError(
+            f"{partial}: not finished, because `quantkit verify` would reject it: "
+            f"{'; '.join(problems[:_SHOWN])}{more}. The disk may be faulty: run the same command "
+            "with --fresh; if that says the same, this is a fault of quantkit's, please report it"
+        )
+
+
+def _contents(
+    path: Path, file: Path | None, reference: Source | None, trust_remote_code: bool
+) -> list[Check]:
+    """All checks but that of the manifest; `file` is the container at `path`, if it is one."""
+    if file is not None:
+        return container_checks(file, reference, trust_remote_code=trust_remote_code)
+    checks: list[Check] = []
+    opened = _open(path, checks, None if reference is None else reference.home)
+    if opened is not None:
+        original = None
+        if reference is not None:
+            known = {entry.name for entry in opened.entries}
+            original = _original(reference, known, trust_remote_code)
+        checks += [_coverage(opened), *_numbers(opened, original)]
+    return checks
 
 
 def _original(source: Source, known: Set[str], trust_remote_code: bool) -> Source:

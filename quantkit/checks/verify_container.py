@@ -26,12 +26,12 @@ from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.open import open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
+from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import NameMap, check_complete, map_names
+from quantkit.model.provenance import holds_numbers_of
 from quantkit.model.tied import stored_under_partners
 from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import QuantizedTensor
-from quantkit.pipeline.fold_vectors import folds_since
-from quantkit.pipeline.provenance import holds_numbers_of
 
 # Relative error of a whole tensor above which it is not the source's weight, by bits of its type:
 # about three times what nearest rounding of normal numbers gives.
@@ -43,13 +43,12 @@ _HEAD = "lm_head.weight"
 
 
 def container_checks(
-    path: Path, file: Path, reference: Source | None, *, trust_remote_code: bool = False
+    file: Path, reference: Source | None, *, trust_remote_code: bool = False
 ) -> list[Check]:
-    """Every check of the model in `file`; `path` is what the user named, the file or its directory.
+    """Every check of the model in `file` but that of the manifest.
 
     `reference` is the model it was made from, quantized or not.  What is wrong is in the checks.
     """
-    checks = [_files(path, file)]
     try:
         view = _opened(file)
         folds = folds_since(view.home, None if reference is None else reference.home)
@@ -58,8 +57,8 @@ def container_checks(
         view.transposed = skeleton.conv1d_names(model, view.names())
         names = map_names(model, view)
     except QuantkitError as error:
-        return [*checks, Check(name="headers", detail="cannot be read", problems=(str(error),))]
-    checks.append(Check(name="headers", detail=_described(view)))
+        return [Check(name="headers", detail="cannot be read", problems=(str(error),))]
+    checks = [Check(name="headers", detail=_described(view))]
     problems = [f"{name}: no parameter of the model takes it" for name in names.unmapped]
     try:
         check_complete(names, [name for name, _ in model.named_parameters()])
@@ -86,8 +85,8 @@ def _named(folds: Mapping[str, Tensor], view: Unpacked) -> dict[str, Tensor]:
     return found
 
 
-def _files(path: Path, file: Path) -> Check:
-    """Size and sha256 of everything in the directory, or of the one file that was named."""
+def check_files(path: Path, file: Path) -> Check:
+    """Size and sha256 of everything in the directory of `file`, or of it alone if `path` is it."""
     folder = next((f for f in (file.parent, file.parent.parent) if (f / MANIFEST).is_file()), None)
     if folder is None:
         # Ours without a manifest are unfinished; others have neither.
@@ -290,10 +289,15 @@ def _gguf_tensor(
     source = view.packed
     assert isinstance(source, GgufSource)
     info, label = source.info(name), source.type_of(name)
+    if not source.is_finite(name):
+        tally.numbers.append(f"{name}: holds NaN or infinity ({label})")
+        return
     if other is not None and other.source.info(other.name).shape != info.shape:
         shape = list(other.source.info(other.name).shape)
         tally.source.append(f"{name}: {list(info.shape)}, in the source {shape}")
         other = None
+    if other is None:
+        return
     folded = vectors.change(name)
     rows = info.shape[0]
     step = max(1, _ELEMENTS // max(info.numel // rows, 1)) if len(info.shape) > 1 else rows
@@ -303,11 +307,6 @@ def _gguf_tensor(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         values = source.read_rows(name, start, stop).to(torch.float32)
-        if not bool(torch.isfinite(values).all()):
-            tally.numbers.append(f"{name}: holds NaN or infinity ({label})")
-            return
-        if other is None:
-            continue
         original = other.source.read_rows(other.name, start, stop)
         if name in view.transposed:
             values, original = values.t(), original.t()
@@ -318,9 +317,8 @@ def _gguf_tensor(
         error, expected = min(found, key=lambda pair: pair[0])
         squares += error
         total += float(expected.square().sum(dtype=torch.float64))
-    if other is not None:
-        error = (squares / total) ** 0.5 if total else float("inf") if squares else 0.0
-        tally.add(name, error, _limit(label, other, folded=folded))
+    error = (squares / total) ** 0.5 if total else float("inf") if squares else 0.0
+    tally.add(name, error, _limit(label, other, folded=folded))
 
 
 def _expected(name: str, original: Tensor, vectors: Vectors, start: int) -> list[Tensor]:

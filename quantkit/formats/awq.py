@@ -35,9 +35,8 @@ from quantkit.formats.stored import model_dtype, round_scale, stored_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
-# Nibble k of a word holds code _ORDER[k] of its eight; the inverse puts them back.
+# Nibble k of a word holds code _ORDER[k] of its eight.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_INVERSE = tuple(_ORDER.index(place) for place in range(8))
 _SYMMETRIC_ZERO = 8
 
 
@@ -193,8 +192,9 @@ def _pack(codes_RC: Tensor) -> Tensor:
 def _unpack(words: Tensor) -> Tensor:
     """uint8 codes [R, C]: the inverse of `_pack`."""
     rows, columns = words.shape[0], words.shape[1] * 8
-    eights = unpack_rows(words, 4, columns).view(rows, -1, 8)
-    return eights[..., _INVERSE].reshape(rows, columns)
+    halves = unpack_rows(words, 4, columns).view(rows, -1, 2, 4)
+    # The even codes of each eight lie before the odd ones.
+    return halves.transpose(-1, -2).reshape(rows, columns)
 
 
 def _all_symmetric(qzeros: Tensor) -> bool:

@@ -65,10 +65,17 @@ def _unpack(raw: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return raw
     if bits == 4:
-        return torch.stack((raw & 15, raw >> 4), dim=-1).view(rows, -1)
+        # Each byte becomes two in a little-endian 16-bit number: one pass, no copies.
+        wide = raw.to(torch.int16)
+        return ((wide & 15) | ((wide & 0xF0) << 4)).view(torch.uint8)
     padded = torch.zeros(rows, -(-num_bytes // bits) * bits, dtype=torch.uint8)
     padded[:, :num_bytes] = raw
     eights = torch.zeros(rows, padded.shape[1] // bits, 8, dtype=torch.uint8)
     eights[..., :bits] = padded.view(rows, -1, bits)
-    codes = eights.view(torch.int64) >> torch.arange(0, 8 * bits, bits)
-    return (codes & (2**bits - 1)).to(torch.uint8).view(rows, -1)
+    # Eight codes spread over the eight bytes of a little-endian 64-bit number.
+    dense = eights.view(torch.int64)
+    mask = 2**bits - 1
+    spread = dense & mask
+    for k in range(1, 8):
+        spread |= (dense >> (bits * k) & mask) << (8 * k)
+    return spread.view(torch.uint8).view(rows, -1)

@@ -111,9 +111,11 @@ class QuantizedTensor:
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
-        if self.scheme.kind == "fp8" and bool(((self.codes & 0x7F) == 0x7F).any()):
+        if not self.codes.numel():
+            return
+        if self.scheme.kind == "fp8" and int((self.codes & 0x7F).max()) == 0x7F:
             raise NumericsError(f"{name}: a code is the NaN of e4m3")
-        highest = int(self.codes.max()) if self.codes.numel() else 0
+        highest = int(self.codes.max())
         if highest >= 2**self.scheme.bits:
             raise NumericsError(f"{name}: code {highest} does not fit {self.scheme.bits} bits")
 

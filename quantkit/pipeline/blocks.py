@@ -24,9 +24,9 @@ from quantkit.formats.format import PlannedWeight
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
+from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.scheme import Kind, Scheme
-from quantkit.pipeline.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
 from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights

@@ -24,18 +24,19 @@ from quantkit.checkpoint.shards import TensorWriter
 from quantkit.checkpoint.sidefiles import left_lines, side_record
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
+from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, NumericsError
 from quantkit.formats.format import Format, WholeFormat, code_of, make_format
 from quantkit.formats.open import open_source
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
+from quantkit.model.fold_vectors import copy_folds
+from quantkit.model.provenance import EXPORT_OF
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.finish import write_finished_files
-from quantkit.pipeline.fold_vectors import copy_folds
 from quantkit.pipeline.plan import Plan, TensorFate, lay_out, open_container
-from quantkit.pipeline.provenance import EXPORT_OF
 from quantkit.pipeline.report import build_report
 
 _SHOWN = 3
@@ -175,7 +176,7 @@ def export(
                 bar.update()
             writer.close()
         _finish(output.partial, path, model, plan, report, fingerprint, dict(rounded))
-        output.finish()
+        output.finish(refuse_unsound)
         return exported(output, written=True)
 
 

@@ -27,6 +27,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.checkpoint.sidefiles import copy_side_files
 from quantkit.checkpoint.version import __version__
+from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, OutputError
 from quantkit.formats.format import make_format
 from quantkit.formats.onnx import nbits as onnx_nbits
@@ -39,10 +40,10 @@ from quantkit.formats.onnx.rows import RowIndex
 from quantkit.formats.onnx.triton import model_config
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
+from quantkit.model.provenance import EXPORT_OF, copy_provenance
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale
 from quantkit.pipeline.export import Exported, export
-from quantkit.pipeline.provenance import EXPORT_OF, copy_provenance
 
 DETAILS = "quantkit/onnx.json"
 # The builder's own setting for CPUs: activations in int8 by block.  1 is float32.
@@ -118,7 +119,7 @@ def export_onnx(
             if triton:
                 config = model_config(target, name=output.out.name)
                 write_file(output.partial / "config.pbtxt", config.encode())
-            output.finish()
+            output.finish(refuse_unsound)
         else:
             output.check_complete(fingerprint)
         model = output.out / _TRITON_VERSION if triton else output.out

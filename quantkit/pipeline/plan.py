@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
@@ -25,6 +25,8 @@ from quantkit.formats.format import (
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import fitted_line
+from quantkit.model.fold_vectors import fold_shapes
+from quantkit.model.provenance import Fate
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.decide import (
@@ -38,11 +40,8 @@ from quantkit.pipeline.decide import (
     spread,
     unquantizable,
 )
-from quantkit.pipeline.fold_vectors import fold_shapes
 
 _UNUSED = "no parameter of the model class takes it"
-Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
-FATES: tuple[Fate, ...] = get_args(Fate)
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 

@@ -13,7 +13,8 @@ import jinja2
 
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
-from quantkit.pipeline.plan import FATES, Plan
+from quantkit.model.provenance import FATES
+from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
 
 VERSION = 1

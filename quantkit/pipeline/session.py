@@ -17,10 +17,11 @@ from tqdm import tqdm
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import peak_rss, release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
+from quantkit.checks.verify import refuse_unsound
 from quantkit.model.causal import CausalModel
+from quantkit.model.fold_vectors import keep_source_folds
 from quantkit.pipeline.blocks import BlockWork, SharedMethod
 from quantkit.pipeline.finish import write_finished_files
-from quantkit.pipeline.fold_vectors import keep_source_folds
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.predict import Prediction
 from quantkit.pipeline.records import Record
@@ -154,5 +155,5 @@ class Session:
             },
         )
         keep_source_folds(job.model.source.home, self._output.partial)
-        self._output.finish()
+        self._output.finish(refuse_unsound)
         return Outcome(out=self._output.out, written=True, seconds=time.monotonic() - self._began)

@@ -44,7 +44,7 @@ def run(out: Path, fingerprint: dict[str, str] = FINGERPRINT, fresh: bool = Fals
                     journal.append({"name": info.name})
             writer.close()
         (directory.partial / "config.json").write_text("{}")
-        directory.finish()
+        directory.finish(lambda partial: None)
 
 
 def tree(path: Path) -> dict[str, bytes]:
@@ -240,7 +240,7 @@ def test_links_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
         directory.begin(FINGERPRINT)
         (directory.partial / "link").symlink_to(tmp_path)
         with pytest.raises(OutputError, match="link: not a plain file"):
-            directory.finish()
+            directory.finish(lambda partial: None)
 
 
 def test_manifest_lists_files_sorted_and_without_times(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
+from quantkit.model.fold_vectors import FOLDS_FILE
 from quantkit.pipeline.export import export
-from quantkit.pipeline.fold_vectors import FOLDS_FILE
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,13 +15,15 @@ from torch import Tensor
 from quantkit.checkpoint.safetensors import TensorInfo, read_into
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
-from quantkit.formats.gguf.blocks import decode, unpack
+from quantkit.formats.gguf.blocks import are_finite, decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
-from quantkit.numbers.superblock import BLOCK_TYPES, Blocks
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
 
 _DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Weights looked at at a time; a whole number of blocks of any type.
+_PIECE = 1 << 22
 # Tensors that follow from the metadata, or that transformers computes itself.
 _COMPUTED = ("rope_freqs.weight",)
 
@@ -99,6 +101,21 @@ class GgufSource(Reader):
     def type_of(self, name: str) -> str:
         """Ggml's type of a tensor, as in "Q4_K"; CheckpointError if there is none of this name."""
         return self._part(name).tensor.type
+
+    def is_finite(self, name: str) -> bool:
+        """Whether a tensor holds no NaN or infinity; of a quantized one by its scales alone."""
+        part = self._part(name)
+        stop = part.first + torch.Size(part.shape).numel()
+        for start in range(part.first, stop, _PIECE):
+            end = min(start + _PIECE, stop)
+            if part.tensor.type in _DENSE:
+                finite = bool(torch.isfinite(self._decode(part.tensor, start, end)).all())
+            else:
+                kind = BLOCK_TYPES[part.tensor.type]
+                finite = are_finite(kind, self._blocks(part.tensor, kind, start, end))
+            if not finite:
+                return False
+        return True
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor, decoded; fresh memory."""
@@ -208,11 +225,16 @@ class GgufSource(Reader):
             self._read(tensor, buffer, start * buffer.dtype.itemsize)
             return buffer
         kind = BLOCK_TYPES[tensor.type]
+        values = decode(kind, self._blocks(tensor, kind, start, stop)).view(-1)
+        first = start // kind.size * kind.size
+        return values[start - first : stop - first].clone()
+
+    def _blocks(self, tensor: GgufTensor, kind: BlockType, start: int, stop: int) -> Tensor:
+        """The blocks (uint8) that hold weights start..stop of a quantized tensor."""
         first, last = start // kind.size, -(-stop // kind.size)
         data = torch.empty((last - first) * kind.num_bytes, dtype=torch.uint8)
         self._read(tensor, data, first * kind.num_bytes)
-        values = decode(kind, data).view(-1)
-        return values[start - first * kind.size : stop - first * kind.size].clone()
+        return data
 
     def _read(self, tensor: GgufTensor, buffer: Tensor, position: int) -> None:
         try:

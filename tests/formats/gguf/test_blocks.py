@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantkit.formats.gguf.blocks import decode, pack, unpack
+from quantkit.formats.gguf.blocks import are_finite, decode, pack, unpack
 from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
 
 gguf = pytest.importorskip("gguf")
@@ -101,3 +101,15 @@ def test_every_bit_of_a_block_matters() -> None:
             changed = data.clone()
             changed[0, position] = 0x81
             assert not same(unpack(kind, changed), base), (kind.name, position)
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
+def test_weights_are_finite_where_the_float16_numbers_are(kind: BlockType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(300):
+        data = torch.randint(0, 256, (4, kind.num_bytes), generator=generator).to(torch.uint8)
+        expected = bool(torch.isfinite(decode(kind, data)).all())
+        assert are_finite(kind, data) == expected
+        seen.add(expected)
+    assert seen == {True, False}

@@ -112,7 +112,9 @@ def test_every_scheme_takes_its_road_and_is_checked(
     assert builder.precisions == [precision]
     assert details(done.out)["road"] == road and details(done.out)["quantized nodes"] == 14
     files = {path.name for path in done.out.iterdir()}
-    assert files == {"model.onnx", "model.onnx.data", "genai_config.json", "quantkit"}
+    beside = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    graph = {"model.onnx", "model.onnx.data", "genai_config.json", "quantkit"}
+    assert files == graph | beside | {"calibration.txt"}
     assert not export_onnx(quantized[kind], tmp_path / "out", progress=False).written
     with pytest.raises(ResumeError, match="accuracy level"):
         export_onnx(quantized[kind], tmp_path / "out", accuracy_level=1, progress=False)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 from quantkit.checkpoint.disk import disk_errors, write_file
 from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.pipeline.fold_vectors import copy_folds
+from quantkit.model.fold_vectors import copy_folds
 
+# What becomes of a tensor of the source.
+Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
+FATES: tuple[Fate, ...] = get_args(Fate)
 _TOLD = ("method", "scheme", "calibration")
 # Fingerprint of the checkpoint that a graph or file holds the numbers of.
 EXPORT_OF = "export of"

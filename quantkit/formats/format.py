@@ -54,6 +54,8 @@ class PlannedWeight:
     scheme       None = kept in full precision
     transposed   the source stores [I, O] (Conv1D)
     expert       transformers holds it as a slice of a fused 3-D parameter
+    split        the source had it in one tensor with all experts of its layer
+    joined       transformers holds it as rows of a parameter with others
     """
 
     name: str
@@ -62,6 +64,8 @@ class PlannedWeight:
     scheme: Scheme | None
     transposed: bool = False
     expert: bool = False
+    split: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,6 @@ from quantkit.numbers.scheme import Scheme
 
 # Architectures for which vLLM 0.32 has no class of its own and which its fallback does not take.
 _NOT_IN_VLLM = frozenset({"gpt_neo"})
-# Architectures whose experts everybody else reads from one tensor; quantkit writes them one by one.
-_FUSED_EXPERTS = frozenset({"gpt_oss"})
 # Groups for which a CUDA kernel exists: Marlin, for 4 bit also Triton.  None is one per row.
 _VLLM_GROUPS = {4: (None, 32, 64, 128, 256), 8: (None, 32, 64, 128)}
 _GPTQMODEL_GROUPS = (None, 16, 32, 64, 128, 256, 512, 1024)
@@ -83,7 +81,7 @@ def _schemes(weights: Sequence[PlannedWeight]) -> list[Scheme]:
 
 def _lacks_split_experts(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     """Why others do not find the experts of a type in what quantkit writes."""
-    if model_type in _FUSED_EXPERTS and any(weight.expert for weight in weights):
+    if any(weight.split for weight in weights):
         return f"it reads the experts of {model_type} from one tensor for all, not one by one"
     return None
 
@@ -97,6 +95,8 @@ def _one_decompressor(schemes: Sequence[Scheme]) -> bool:
 def _transformers_bitsandbytes(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     if reason := _lacks_split_experts(weights, model_type):
         return reason
+    if any(weight.joined and weight.scheme is not None for weight in weights):
+        return "it joins rows of several tensors, but not of packed ones"
     if any(weight.expert and weight.scheme is not None for weight in weights):
         return "it cannot put bitsandbytes experts into its fused parameters"
     if model_type == "falcon":
@@ -107,6 +107,8 @@ def _transformers_bitsandbytes(weights: Sequence[PlannedWeight], model_type: str
 def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     if reason := _lacks_split_experts(weights, model_type):
         return reason
+    if any(weight.joined and weight.scheme is not None for weight in weights):
+        return "it joins rows of several tensors, but not of packed ones"
     if any(weight.transposed and weight.scheme is not None for weight in weights):
         return f"it does not convert the Conv1D layers of {model_type}"
     dense = _schemes([weight for weight in weights if not weight.expert])
@@ -169,6 +171,8 @@ def _transformers_gptqmodel(weights: Sequence[PlannedWeight], model_type: str) -
     schemes = _schemes(weights)
     if reason := _lacks_split_experts(weights, model_type):
         return reason
+    if any(weight.joined and weight.scheme is not None for weight in weights):
+        return "it joins rows of several tensors, but not of packed ones"
     if any(weight.transposed for weight in quantized):
         return f"it does not convert the Conv1D layers of {model_type}"
     if model_type == "falcon":

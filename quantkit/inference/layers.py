@@ -170,3 +170,21 @@ class QuantExperts(nn.Module):
         parts = [linear(x_nI) for linear in self.linears(name, expert)]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return out if bias is None else out + bias
+
+
+class RowParts(nn.Module):
+    """A linear layer of several weights, one above the other, as the checkpoint has them."""
+
+    bias: nn.Parameter | None
+
+    def __init__(self, parts: Sequence[nn.Module], bias: Tensor | None) -> None:
+        """`parts` are layers without bias, [O_k, I] each; the bias is that of all rows."""
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        kept = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O], the parts' products side by side."""
+        y = torch.cat([part(x) for part in self.parts], dim=-1)
+        return y if self.bias is None else y + self.bias

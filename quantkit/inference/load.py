@@ -26,7 +26,7 @@ from quantkit.formats.open import open_source
 from quantkit.inference.backend import Backend, check_backend, moved
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import fuse_
-from quantkit.inference.layers import QuantExperts, QuantLinear
+from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
 from quantkit.inference.save import SavedTensors, attach_quantizer_, find_module
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
@@ -92,7 +92,9 @@ def load(
     _fill_(model, names, view)
     _tie_(model, names)
     if fmt is not None:
-        extra = tuple(name for name in names.unmapped if name not in stored)
+        opaque = (p.name for pieces in names.pieces.values() for p in pieces if p.opaque)
+        unfilled = dict.fromkeys((*names.unmapped, *opaque))
+        extra = tuple(name for name in unfilled if name not in stored)
         saved = SavedTensors(
             pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
@@ -185,7 +187,7 @@ def replace_modules_(
         if _is_fused(target):
             new: nn.Module = _experts(target, quantized, tensor, layer, keep, backend)
         else:
-            new = _linear(target, layer, keep)
+            new = _linear(target, quantized, layer, keep)
         parent, _, leaf = target.path.rpartition(".")
         setattr(find_module(model, parent), leaf, new)
     for (kernel, reason), count in sorted(fallbacks.items()):
@@ -215,15 +217,29 @@ def _is_fused(target: Target) -> bool:
     )
 
 
-def _linear(target: Target, layer: _Layer, keep: Callable[[str, Tensor], Tensor]) -> QuantLinear:
+def _linear(
+    target: Target,
+    quantized: frozenset[str],
+    layer: _Layer,
+    keep: Callable[[str, Tensor], Tensor],
+) -> QuantLinear | RowParts:
     module = target.module
     if not isinstance(module, (nn.Linear, Conv1D)) or set(target.parameters) != {"weight"}:
         raise ModelError(
             f"{target.path}: a {type(module).__name__} cannot be replaced by a quantized layer"
         )
-    name = target.parameters["weight"][0].name
+    pieces = target.parameters["weight"]
+    name = pieces[0].name
     bias = module.bias
     kept = None if bias is None else keep(f"{target.path}.bias", bias)
+    if len(pieces) > 1:
+        dtype = module.weight.dtype
+        if any(piece.name not in quantized for piece in pieces):
+            raise ModelError(
+                f"{target.path}: some of its rows are quantized and some are not; give all of "
+                f"{', '.join(piece.name for piece in pieces)} one scheme, or keep all"
+            )
+        return RowParts([layer(piece.name, None, dtype) for piece in _in_order(pieces)], kept)
     linear = layer(name, kept, module.weight.dtype)
     shape = tuple(module.weight.shape)
     expected = shape[::-1] if isinstance(module, Conv1D) else shape
@@ -364,8 +380,8 @@ def _write_(model: nn.Module, piece: Piece, value: Tensor) -> None:
 
 
 def pieces_of(names: NameMap) -> tuple[Piece, ...]:
-    """The pieces of all parameters."""
-    return tuple(piece for pieces in names.pieces.values() for piece in pieces)
+    """The pieces of all parameters but those that a conversion fills."""
+    return tuple(piece for pieces in names.pieces.values() for piece in pieces if not piece.opaque)
 
 
 def check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:

@@ -22,7 +22,7 @@ from quantkit.errors import ModelError
 from quantkit.formats.format import FormatReader, PlannedWeight, demand_writer
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import FusedLinear, SharedProduct
-from quantkit.inference.layers import QuantExperts, QuantLinear
+from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
 from quantkit.model.refs import Piece
 
 
@@ -139,7 +139,8 @@ def canonical_tensors(
             continue
         covered.add(id(found))
         tensor = found.detach()
-        if piece.expert is not None and found.ndim == 3:
+        part = piece.rows is not None or piece.transposed
+        if found.ndim == 3 if piece.expert is not None else part:
             tensor = piece.part_of(tensor)
         tensors[piece.name] = _own_memory(tensor, found)
     for name in saved.extra:
@@ -177,6 +178,8 @@ def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | FusedLinea
             module, leaf = module.linears(leaf, piece.expert)[slot], "weight"
         else:
             module = module.base
+    if isinstance(module, RowParts) and leaf == "weight":
+        module = module.parts[slot]
     if isinstance(module, (QuantLinear, FusedLinear)) and leaf == "weight":
         return module
     found = getattr(module, leaf, None)
@@ -189,10 +192,10 @@ def _find(model: nn.Module, piece: Piece, slot: int) -> QuantLinear | FusedLinea
 
 
 def _slots(pieces: tuple[Piece, ...]) -> dict[str, int]:
-    """Name -> place among the pieces of the same expert's parameter, by their rows."""
-    together: dict[tuple[str, int], list[Piece]] = {}
+    """Name -> place among the pieces of the same parameter, of one expert, by their rows."""
+    together: dict[tuple[str, int | None], list[Piece]] = {}
     for piece in pieces:
-        if piece.expert is not None:
+        if piece.expert is not None or piece.rows is not None:
             together.setdefault((piece.parameter, piece.expert), []).append(piece)
     slots = {}
     for found in together.values():

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from quantkit.checkpoint.files import Source
-from quantkit.errors import ModelError, NumericsError, QuantkitError
+from quantkit.errors import ModelError, QuantkitError
 from quantkit.model import skeleton
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
+from quantkit.model.replay import check_replay
 from quantkit.model.tied import under_owners
 from quantkit.model.trace import (
-    OUTSIDE,
     SHARED,
     BlockTrace,
     Tap,
@@ -77,8 +77,9 @@ class CausalModel:
             outputs=lambda index: self._traces[self._signatures[index]].outputs,
         )
         inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
-        self._shared = self._shared_tensors()
-        self.outside = tuple(sorted(set(source.names()) - inside - set(names.unmapped)))
+        self._shared = names.shared_below(blocks_path)
+        rest = set(source.names()) - inside - set(names.unmapped)
+        self.outside = tuple(sorted(rest))
 
     @classmethod
     def open(
@@ -172,45 +173,9 @@ class CausalModel:
         return hidden.movedim(axis, 0)
 
     def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
-        """Raises ModelError unless running block by block equals the model's own forward.
-
-        Computes the first two blocks and the first of each kind; the others hand their input on.
-        """
-        if ids_BT is None:
-            vocabulary = self.source.info(self._passes.embedding_name).shape[0]
-            ids_BT = torch.arange(1, 17, dtype=torch.int64).reshape(1, 16) % vocabulary
-        seen: set[str] = set()
-        computed = set()
-        for index, signature in enumerate(self._signatures):
-            if index < 2 or signature not in seen:
-                computed.add(index)
-            seen.add(signature)
-        entered: list[torch.Tensor] = []
-
-        def compute(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            if not bool(torch.isfinite(hidden_BTH).all()):
-                before = self.block_path(index - 1) if index else "the embedding"
-                raise NumericsError(
-                    f"{before}: an activation it hands on is NaN or infinite; the model overflows "
-                    f"in {hidden_BTH.dtype}, or a weight in or before it is damaged"
-                )
-            entered.append(hidden_BTH)
-            if index not in computed:
-                return hidden_BTH
-            return self.run(self.load_block(index), hidden_BTH, call)
-
+        """Raises ModelError unless running block by block equals the model's own forward."""
         with skeleton.model_errors(self._model):
-            self._passes.run(ids_BT, None, compute)
-        hidden, calls = self.calls(ids_BT)
-        for index, call in enumerate(calls):
-            if not torch.equal(hidden, entered[index]):
-                raise ModelError(
-                    f"{self.block_path(index)}: replaying block by block differs from the model's "
-                    "own forward here: blocks of this model share more than hidden states, so it "
-                    "cannot be quantized block by block"
-                )
-            if index in computed:
-                hidden = self.run(self.load_block(index), hidden, call)
+            check_replay(self, self._passes, self._signatures, ids_BT)
 
     def weights(self, index: int) -> tuple[WeightRef, ...]:
         """Every 2-D weight that the block multiplies by, in the order of use; loads nothing."""
@@ -239,7 +204,8 @@ class CausalModel:
                         expert=use.expert,
                         rows=piece.rows,
                         transposed=use.transposed,
-                        kept=SHARED if shared else OUTSIDE if role == "read" else None,
+                        split=piece.split,
+                        kept=SHARED if shared else trace.read[use.path] if role == "read" else None,
                     )
                 )
         return tuple(refs)
@@ -378,17 +344,6 @@ class CausalModel:
         """
         return self._passes.finish_rows(hidden_BTH, rows_VH, start)
 
-    def _shared_tensors(self) -> frozenset[str]:
-        """Checkpoint names of what several blocks hold, as zamba's do."""
-        prefix = f"{self._blocks_path}."
-        tied = ((path, origin) for path, origin in self._names.tied.items())
-        return frozenset(
-            piece.name
-            for path, origin in tied
-            if path.startswith(prefix) and origin.startswith(prefix)
-            for piece in self._names.of(path)
-        )
-
     def _empty_block(self, index: int) -> nn.Module:
         block = skeleton.clone(self._blocks[index])
         skeleton.fill_buffers(self._model, block, self.block_path(index))
@@ -491,6 +446,11 @@ class CausalModel:
 
     def _pieces(self, index: int, path: str, expert: int | None) -> list[Piece]:
         pieces = self._names.of(f"{self.block_path(index)}.{path}")
+        if pieces[0].opaque or (pieces[0].transposed and expert is None):
+            raise ModelError(
+                f"{pieces[0].name}: transformers computes {path} from this tensor on loading; "
+                "quantkit follows renaming, the stacking of experts and rows put together in blocks"
+            )
         found = [piece for piece in pieces if piece.expert == expert]
         if not found:
             raise ModelError(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -34,12 +35,59 @@ _EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.(\w+))?\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Tensors that transformers computes parameters from in other ways than by putting together.
+
+    sources   pattern -> the checkpoint's tensors that match it, in their order
+    first     the parameter that transformers' renaming gives for them; there may be more
+    """
+
+    model: nn.Module
+    rule: WeightConverter
+    first: str
+    sources: Mapping[str, list[str]]
+
+    def targets(self, source: Source) -> tuple[str, ...]:
+        """Paths of the parameters; reads headers only."""
+
+        def empty(name: str) -> torch.Tensor:
+            info = source.info(name)
+            return torch.empty(info.shape, dtype=info.dtype, device="meta")
+
+        return tuple(self._convert(empty))
+
+    def run(self, source: Source) -> dict[str, torch.Tensor]:
+        """Path -> value, by transformers' own code.  Raises NumericsError for NaN or infinity."""
+        return self._convert(lambda name: read_finite(source, name, None))
+
+    def _convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        own = self.rule.copy(
+            list(self.rule.source_patterns),
+            list(self.rule.target_patterns),
+            operations=self.rule.operations,
+        )
+        for pattern, names in self.sources.items():
+            for name in names:
+                own.add_tensor(self.first, name, pattern, lambda name=name: read(name))
+        try:
+            made = own.convert(self.first, model=self.model, config=self.model.config)
+        # Of transformers' operations each fails in its own way.
+        except Exception as error:
+            kinds = " + ".join(type(op).__name__ for op in self.rule.operations)
+            raise ModelError(
+                f"{self.first}: transformers' conversion by {kinds} fails: {error}"
+            ) from error
+        return {path: v[0] if isinstance(v, list) else v for path, v in made.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class NameMap:
     """Checkpoint names of every parameter, and what is left over.
 
     `pieces`: parameter (or persistent buffer) path -> the checkpoint tensors that fill it.
     `unmapped`: checkpoint tensors that no parameter takes.  `tied`: path -> the path it shares.
     `buffers`: the paths that are no parameters; a limit among them may be infinite.
+    `conversions`: path -> what fills it from tensors that are no parts of it.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
@@ -47,6 +95,7 @@ class NameMap:
     tied: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
     buffers: frozenset[str] = frozenset()
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
 
     def of(self, path: str) -> tuple[Piece, ...]:
         """The pieces of a parameter, through tying.  Raises CheckpointError if it is missing."""
@@ -56,6 +105,16 @@ class NameMap:
                 f"{path}: the checkpoint has no tensor for it; the model needs all its weights"
             )
         return pieces
+
+    def shared_below(self, blocks: str) -> frozenset[str]:
+        """Checkpoint names of what several of the blocks in the list at a path hold, as zamba's."""
+        prefix = f"{blocks}."
+        return frozenset(
+            piece.name
+            for path, origin in self.tied.items()
+            if path.startswith(prefix) and origin.startswith(prefix)
+            for piece in self.of(path)
+        )
 
     def under(self, prefix: str) -> dict[str, tuple[Piece, ...]]:
         """Parameters below a module path, by their paths within it."""
@@ -70,8 +129,8 @@ class NameMap:
 def map_names(model: nn.Module, source: Source) -> NameMap:
     """The map between a skeleton's parameters and a checkpoint's tensors; reads headers only.
 
-    Raises ModelError for conversions other than renaming and fusing experts, CheckpointError for a
-    tensor whose shape does not fit.
+    Raises ModelError for a conversion that fails, CheckpointError for a tensor whose shape does not
+    fit.
     """
     state = model.state_dict()
     rules = get_model_conversion_mapping(model)
@@ -93,9 +152,13 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
             )
         return target, pattern
 
+    turned = {None, *(p for p, rule in by_pattern.items() if _only_turns(rule))}
     for name in sorted(source.names(), key=dot_natural_key):
         target, pattern = renamed(name)
-        if target not in state and (piece := _stacked_piece(model, name, renamed)) is not None:
+        if (
+            target not in state
+            and (piece := _stacked_piece(model, name, renamed, turned)) is not None
+        ):
             stacked[piece.parameter].append(piece)
         elif target not in state:
             unmapped.append(name)
@@ -106,9 +169,20 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
     pieces: dict[str, tuple[Piece, ...]] = {
         path: (Piece(name=name, parameter=path),) for path, name in plain.items()
     }
+    conversions: dict[str, Conversion] = {}
     for path, by_source in fused.items():
         rule = by_pattern[next(iter(by_source))]
-        pieces[path] = _fused_pieces(path, rule, by_source, source)
+        found = _fused_pieces(path, rule, by_source, source, tuple(state[path].shape))
+        if found is not None:
+            pieces[path] = found
+            continue
+        made = Conversion(model=model, rule=rule, first=path, sources=dict(by_source))
+        names = tuple(name for names in by_source.values() for name in names)
+        for target in made.targets(source):
+            conversions[target] = made
+            pieces[target] = tuple(
+                Piece(name=name, parameter=target, opaque=True) for name in names
+            )
     pieces.update({path: tuple(found) for path, found in stacked.items()})
     shapes = {path: tuple(tensor.shape) for path, tensor in state.items()}
     for path, found in pieces.items():
@@ -120,14 +194,26 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
         tied=_tied(model, pieces),
         shapes=shapes,
         buffers=frozenset(state.keys() - parameters),
+        conversions=conversions,
     )
 
 
 def _fused_pieces(
-    path: str, rule: WeightConverter, by_source: dict[str, list[str]], source: Source
-) -> tuple[Piece, ...]:
+    path: str,
+    rule: WeightConverter,
+    by_source: dict[str, list[str]],
+    source: Source,
+    shape: tuple[int, ...],
+) -> tuple[Piece, ...] | None:
     """Pieces of a parameter that several tensors make, one above the other, for each expert if the
-    rule stacks experts."""
+    rule stacks experts; or one, transposed.  None if its parts are no tensors of the file."""
+    if len(rule.operations) == 1 and isinstance(turn := rule.operations[0], Transpose):
+        (name,) = next(iter(by_source.values()))
+        stored = source.info(name).shape
+        if turn.check_dims and stored == shape:
+            return (Piece(name=name, parameter=path),)
+        if {turn.dim0 % len(shape), turn.dim1 % len(shape)} == {len(shape) - 1, len(shape) - 2}:
+            return (Piece(name=name, parameter=path, transposed=True),)
     stacks = bool(rule.operations) and isinstance(rule.operations[0], MergeModulelist)
     rest = rule.operations[stacks:]
     known = (
@@ -136,12 +222,7 @@ def _fused_pieces(
         and all(isinstance(op, Concatenate) and op.dim == int(stacks) for op in rest)
     )
     if not known:
-        name = next(iter(by_source.values()))[0]
-        kinds = " + ".join(type(op).__name__ for op in rule.operations)
-        raise ModelError(
-            f"{name}: transformers converts this tensor by {kinds} on loading; quantkit follows "
-            "renaming, the stacking of experts and rows put together only"
-        )
+        return None
     pieces = []
     start = 0
     for pattern in rule.source_patterns:
@@ -162,10 +243,20 @@ def _fused_pieces(
     return tuple(sorted(pieces, key=lambda piece: piece.expert or 0))
 
 
+def _only_turns(rule: WeightConverter) -> bool:
+    return all(isinstance(op, Transpose) for op in rule.operations)
+
+
 def _stacked_piece(
-    model: nn.Module, name: str, renamed: Callable[[str], tuple[str, str | None]]
+    model: nn.Module,
+    name: str,
+    renamed: Callable[[str], tuple[str, str | None]],
+    turned: Collection[str | None],
 ) -> Piece | None:
-    """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None."""
+    """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None.
+
+    Experts are [O, I] by then, so of conversions those in `turned`, which transpose, say nothing.
+    """
     match = _EXPERT.fullmatch(name)
     if match is None:
         return None
@@ -176,12 +267,13 @@ def _stacked_piece(
     except AttributeError:
         return None
     parameter = owner._parameters.get(path.rpartition(".")[2])
-    if parameter is None or parameter.dim() != 3 or pattern is not None:
+    if parameter is None or parameter.dim() != 3 or pattern not in turned:
         return None
     return Piece(
         name=name,
         parameter=path,
         expert=int(match[2]),
+        split=True,
         transposed=bool(getattr(owner, "is_transposed", False)),
     )
 
@@ -189,9 +281,11 @@ def _stacked_piece(
 def _check_shapes(
     path: str, pieces: tuple[Piece, ...], shape: tuple[int, ...], source: Source
 ) -> None:
+    if any(piece.opaque for piece in pieces):
+        return
     for piece in pieces:
         stored = source.info(piece.name).shape
-        expected = shape
+        expected = (*shape[:-2], shape[-1], shape[-2]) if piece.transposed else shape
         if piece.expert is None and piece.rows is not None:
             expected = (piece.rows[1] - piece.rows[0], *shape[1:])
         elif piece.expert is not None:
@@ -276,9 +370,12 @@ def read_parameter(
     in a parameter.
     """
     pieces = names.of(path)
+    if pieces[0].opaque:
+        value = names.conversions[pieces[0].parameter].run(source)[pieces[0].parameter]
+        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
     if path in names.buffers:
         return read_finite(source, pieces[0].name, dtype, limits=True)
-    if pieces[0].expert is None and pieces[0].rows is None:
+    if pieces[0].expert is None and pieces[0].rows is None and not pieces[0].transposed:
         return read_finite(source, pieces[0].name, dtype)
     first = source.info(pieces[0].name).dtype
     whole = torch.empty(names.shapes[path], dtype=dtype or first)

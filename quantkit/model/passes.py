@@ -33,11 +33,12 @@ class Layout:
     """Where sequences and tokens lie in the hidden states that blocks hand on.
 
     `sequences` is an axis of them; to everyone else sequences come first, and then `tokens` is the
-    axis of tokens, `extra` how many the model adds (prompts of its own).
+    axis of tokens, each of which has `rows` there, and `extra` are the model's own (prompts).
     """
 
     sequences: int = 0
     tokens: int = 1
+    rows: int = 1
     extra: int = 0
 
 
@@ -118,7 +119,7 @@ class Passes:
         for module, forward in stand_ins:
             module.__dict__["forward"] = forward
         try:
-            with torch.no_grad(), _Rows(self._embedding, self._gather):
+            with torch.no_grad(), _Stage(self._embedding, self._gather, self.device):
                 mask = None if mask_BT is None else mask_BT.to(self.device)
                 output = self._model(
                     input_ids=ids_BT.to(self.device), attention_mask=mask, use_cache=False
@@ -150,14 +151,19 @@ class Passes:
         first, more, longer = shape(1, 8), shape(2, 8), shape(1, 9)
         axes = [a for a, (old, new) in enumerate(zip(first, more, strict=True)) if old != new]
         placed = [a for a, (old, new) in enumerate(zip(first, longer, strict=True)) if old != new]
-        if len(axes) != 1 or len(placed) != 1 or longer[placed[0]] != first[placed[0]] + 1:
+        if len(axes) != 1 or len(placed) != 1:
             raise ModelError(
                 f"{type(self._model).__name__}: hidden states {list(first)} enter its blocks, in "
                 "which sequences and tokens cannot be told apart; keep this model as it is"
             )
         (axis,), (token,) = axes, placed
-        tokens = token + (token < axis)
-        return Layout(sequences=axis, tokens=tokens, extra=first[token] - 8)
+        rows = longer[token] - first[token]
+        return Layout(
+            sequences=axis,
+            tokens=token + (token < axis),
+            rows=rows,
+            extra=first[token] - 8 * rows,
+        )
 
     def finish(self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None) -> torch.Tensor:
         """Logits [B, T, V] from the last block's output: final norm, head, caps and scales."""
@@ -166,7 +172,8 @@ class Passes:
         def replace(index: int, entered: torch.Tensor, call: BlockCall) -> torch.Tensor:
             return hidden_BTH.to(self.device) if index == last else entered
 
-        tokens = hidden_BTH.shape[self.layout.tokens] - self.layout.extra
+        layout = self.layout
+        tokens = (hidden_BTH.shape[layout.tokens] - layout.extra) // layout.rows
         ids_BT = torch.zeros(len(hidden_BTH), tokens, dtype=torch.int64)
         return self.run(ids_BT, None, replace, on_head or self._project)
 
@@ -232,12 +239,16 @@ class Passes:
         return logits if bias is None else logits + bias
 
 
-class _Rows(TorchFunctionMode):
-    """Answers a model that reads a row of its embedding's weight itself, of a padding token say."""
+class _Stage(TorchFunctionMode):
+    """What a skeleton's code finds besides its blocks during a pass.
 
-    def __init__(self, embedding: Any, gather: OnHead) -> None:
+    A row of the embedding's weight that the model reads itself, of a padding token say, comes from
+    `gather`; what it puts on the device of a tower that stays empty goes to the real `device`.
+    """
+
+    def __init__(self, embedding: Any, gather: OnHead, device: torch.device) -> None:
         super().__init__()
-        self._embedding, self._gather = embedding, gather
+        self._embedding, self._gather, self._device = embedding, gather, device
 
     def __torch_function__(
         self,
@@ -251,7 +262,16 @@ class _Rows(TorchFunctionMode):
             if isinstance(first, int):
                 row = self._gather(torch.tensor([first]))[0]
                 return row[tuple(rest)] if rest else row
-        return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and any(_is_empty(arg) for arg in args[1:]):
+            args = (args[0], *(self._device if _is_empty(arg) else arg for arg in args[1:]))
+        kwargs = kwargs or {}
+        if _is_empty(kwargs.get("device")):
+            kwargs = {**kwargs, "device": self._device}
+        return func(*args, **kwargs)
+
+
+def _is_empty(device: Any) -> bool:
+    return isinstance(device, torch.device | str) and str(device) == "meta"
 
 
 def lazy_paths(model: Any) -> tuple[str, str]:

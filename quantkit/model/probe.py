@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from quantkit.errors import ModelError
 from quantkit.model.experts import Routing
 from quantkit.model.trace import BlockTrace, NoiseMode, Use, make_noise
 
@@ -82,6 +83,8 @@ def find_groups(
 ) -> tuple[Found, ...]:
     """All scale groups of a block from its sketch, in the order of the producers.
 
+    None at all where sequences share rows of a product.
+
     `forward` gives what runs a sketch on B equal sequences of PROBE_TOKENS tokens.  Of several
     producers of the same input the first is kept.
     """
@@ -89,7 +92,11 @@ def find_groups(
     found: list[Found] = []
     taken: set[Key] = set()
     for candidate in [*_norms(drawn), *_products(trace)]:
-        group = _group(drawn, probe, candidate, tuple(head_sizes))
+        try:
+            group = _group(drawn, probe, candidate, tuple(head_sizes))
+        # Where sequences share rows of a product, no ratio tells what reads a channel.
+        except ModelError:
+            return ()
         if group is not None and not taken & set(group.readers):
             taken |= set(group.readers)
             found += _for_all_experts(group, trace)
@@ -230,12 +237,17 @@ class _ProbeMode(NoiseMode):
 
     def compare(self, x: torch.Tensor) -> _Reading:
         """x [..., I] of all sequences against the first one."""
-        return _compare(x.reshape(self.batch, -1, x.shape[-1]))
+        return _compare(self._rows(x))
 
     def scaled(self, y: torch.Tensor) -> torch.Tensor:
         """y [..., O] times the factors of its sequence."""
-        rows = y.reshape(self.batch, -1, y.shape[-1])
-        return (rows * self._factors[:, None]).reshape(y.shape)
+        return (self._rows(y) * self._factors[:, None]).reshape(y.shape)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """x as [B, rows, I]; ModelError if sequences share rows."""
+        if x.numel() // x.shape[-1] % self.batch:
+            raise ModelError(f"{tuple(x.shape)}: not as many rows for each of {self.batch}")
+        return x.reshape(self.batch, -1, x.shape[-1])
 
     def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
         # Experts run the same code: what holds of the first holds of all.

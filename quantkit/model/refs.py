@@ -20,7 +20,9 @@ class Piece:
 
     `parameter` is the full path in the model.  With `expert` the tensor is slice `expert` of a
     fused 3-D parameter; `rows` then names the rows of that slice (None: all), and with `transposed`
-    the parameter holds [I, O] of it.
+    the parameter holds [I, O] of it.  Without, `rows` are rows of the parameter.  `opaque` says
+    that the tensor fills it through a conversion that is run, not followed; `split` that quantkit
+    took it out of a tensor for all experts.
     """
 
     name: str
@@ -28,13 +30,15 @@ class Piece:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    opaque: bool = False
+    split: bool = False
 
     def part_of(self, value: torch.Tensor) -> torch.Tensor:
         """The view of the parameter's value that this tensor fills, shaped as the tensor."""
         if self.expert is not None:
             value = value[self.expert]
         if self.transposed:
-            value = value.t()
+            value = value.transpose(-2, -1)
         return value if self.rows is None else value[self.rows[0] : self.rows[1]]
 
 
@@ -60,6 +64,7 @@ class WeightRef:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     kept: str | None = None
+    split: bool = False
 
 
 def weight_view(block: nn.Module, ref: WeightRef) -> torch.Tensor:

@@ -46,7 +46,9 @@ def split_experts(source: Source, *, trust_remote_code: bool = False) -> Source:
             continue
         for expert in range(source.info(name).shape[0]):
             slices[expert_name(name, expert)] = _Slice(
-                name=name, expert=expert, transposed=bool(getattr(owner, "is_transposed", False))
+                name=name,
+                expert=expert,
+                transposed=bool(getattr(owner, "is_transposed", False)) != pieces[0].transposed,
             )
     return OneByOne(source, slices) if slices else source
 

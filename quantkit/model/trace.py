@@ -27,7 +27,8 @@ from quantkit.model.watched import watched
 
 # Why a matrix stays as it is.
 UNREACHED = "a pass over text does not reach it"
-OUTSIDE = "the model's own code reads this weight, not a linear layer alone"
+OUTSIDE = "the model's code reads this weight outside its layer"
+BARE = "no linear layer holds this weight"
 SHARED = "several blocks share this weight"
 _CASTS = frozenset(
     {
@@ -171,8 +172,14 @@ def _operands(
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Identity of the memory behind a tensor, the same for all its views; works on meta too."""
-    return tensor.untyped_storage()._cdata
+    """Identity of the memory behind a tensor, the same for all its views; works on meta too.
+
+    0 within vmap, whose tensors have none: masks are made there.
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except NotImplementedError:
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +195,7 @@ class BlockTrace:
     uses: tuple[Use, ...]
     inputs: tuple[int, ...]
     outputs: int | None
-    read: frozenset[str]
+    read: Mapping[str, str]
     kept: Mapping[str, str]
 
     def keys(self) -> dict[tuple[str, int | None], str]:
@@ -381,7 +388,10 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
         uses=tuple(mode.uses),
         inputs=tuple(mode.inputs),
         outputs=len(output) if isinstance(output, (tuple, list)) else None,
-        read=frozenset(read) | {use.path for use in mode.uses if _is_bare(drawn, use)},
+        read={
+            **{use.path: BARE for use in mode.uses if _is_bare(drawn, use)},
+            **dict.fromkeys(read, OUTSIDE),
+        },
         kept=kept,
     )
 

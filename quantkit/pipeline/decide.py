@@ -151,4 +151,6 @@ def planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> Planne
         scheme=scheme,
         transposed=ref.transposed and ref.expert is None,
         expert=ref.role == "expert",
+        split=ref.split,
+        joined=ref.expert is None and ref.rows is not None,
     )

@@ -108,14 +108,23 @@ def test_vllm_reads_bloom_unless_its_fused_projection_is_packed() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w4a16_g128", "w8a8_row", "nf4_b64", "w3a16_g128", None])
-def test_nobody_else_reads_experts_of_gpt_oss_one_by_one(scheme: str | None) -> None:
+def test_nobody_else_reads_experts_of_one_tensor_one_by_one(scheme: str | None) -> None:
+    name = "model.layers.0.mlp.experts.0.down_proj.weight"
     weights = [
-        planned("model.layers.0.mlp.experts.0.down_proj.weight", (384, 384), scheme, expert=True),
+        planned(name, (384, 384), scheme, expert=True, split=True),
         planned("model.layers.0.self_attn.q_proj.weight", (384, 384), scheme or "w4a16_g128"),
     ]
     chosen = make_format(default_format(Scheme.parse(scheme or "w4a16_g128")))
     assert all(reason is not None for reason in chosen.readers(weights, "gpt_oss").values())
     assert "one by one" in str(chosen.readers(weights, "gpt_oss")["transformers"])
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq_v2", "awq"])
+def test_transformers_joins_no_packed_rows(name: str) -> None:
+    joined = planned("model.layers.0.mlp.up_proj.weight", (384, 384), "w4a16_g128", joined=True)
+    assert "rows of several tensors" in str(
+        make_format(name).readers([joined], "minimax_m3_vl_text")["transformers"]
+    )
 
 
 def test_kept_experts_and_mixed_symmetry_stop_transformers() -> None:

@@ -361,10 +361,14 @@ def model_errors(model: nn.Module) -> Iterator[None]:
 
 
 def _raised_by_quantkit(error: Exception) -> bool:
-    """True if the innermost function outside of torch is one of ours."""
+    """True if the innermost function outside of torch is one of ours.
+
+    Those that torch hands every call to, while a pass runs, are not counted.
+    """
     names = [
         str(frame.f_globals.get("__name__", ""))
         for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name != "__torch_function__"
     ]
     outside = [name for name in names if not f"{name}.".startswith("torch.")]
     return not outside or outside[-1].partition(".")[0] in ("quantkit", "quantkit_eval")

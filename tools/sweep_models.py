@@ -2,7 +2,8 @@
 
     python -m tools.sweep_models --work DIR [--kinds causal image encoder] [--types llama ...]
 One process for each type, two at a time, with limits of time and memory.  A finding lies in DIR
-as soon as there is one, and a type that has one is not tried again unless --fresh.
+as soon as there is one, and a type that has one is not tried again unless --fresh.  When all types
+have one, eval/results/models.json and docs/models.md are written anew (`make sweep`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import version
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,6 +26,10 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from tools.sweep.one import examine, types
+from tools.sweep.page import page
+
+ROOT = Path(__file__).resolve().parents[1]
+KINDS = ("causal", "image", "encoder")
 
 _ERRORS = 2000
 
@@ -44,12 +50,28 @@ def main() -> None:
         found = json.loads(_file(options.work, kind, name).read_bytes())
         worst = next((r for r in found.get("runs", ()) if r["status"] == found["status"]), found)
         print(f"{kind}:{name}: {found['status']} {worst.get('message', '')[:200]}", flush=True)
-    print(dict(Counter(found["status"] for found in findings(options.work))))
+    found_all = findings(options.work)
+    print(dict(Counter(found["status"] for found in found_all)))
+    everything = {(kind, name) for kind in KINDS for name in types(kind)}
+    if everything <= {(found["kind"], found["model_type"]) for found in found_all}:
+        _publish(found_all)
 
 
 def findings(work: Path) -> list[dict[str, Any]]:
     """What lies in the scratch directory, sorted by kind and type."""
-    return [json.loads(file.read_bytes()) for file in sorted(work.glob("*.json"))]
+    found = [json.loads(file.read_bytes()) for file in work.glob("*.json")]
+    return sorted(found, key=lambda one: (KINDS.index(one["kind"]), one["model_type"]))
+
+
+def _publish(found_all: list[dict[str, Any]]) -> None:
+    names = ("quantkit", "torch", "transformers")
+    result = {
+        "command": "python -m tools.sweep_models --work DIR",
+        "versions": {name: version(name) for name in names},
+        "findings": found_all,
+    }
+    _write(ROOT / "eval/results/models.json", result)
+    (ROOT / "docs/models.md").write_text(page(result), encoding="utf-8")
 
 
 def _tried(wanted: list[tuple[str, str]], options: argparse.Namespace) -> Iterator[tuple[str, str]]:
@@ -109,7 +131,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="scratch and findings")
-    parser.add_argument("--kinds", nargs="+", default=["causal", "image", "encoder"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--types", nargs="+", default=[])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=240, help="for one type")

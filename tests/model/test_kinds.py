@@ -15,7 +15,7 @@ import torch
 from quantkit.errors import ModelError
 from quantkit.formats.format import expert_name
 from quantkit.model.trace import OUTSIDE, SHARED, UNREACHED
-from tools.sweep.one import METHODS, Finding, _build, examine
+from tools.sweep.one import METHODS, Finding, Kind, _build, examine
 
 # type -> what it has that others have not.
 WORKS = {
@@ -33,6 +33,15 @@ WORKS = {
 }
 
 
+# The same of other mappings of transformers.
+OTHERS = [
+    ("image", "kimi_k25", "a tower whose tensors transformers splits and permutes"),
+    ("image", "idefics3", "masks made on the device of a tower that stays empty"),
+    ("image", "minimax_m3_vl", "a linear layer whose rows are two tensors"),
+    ("encoder", "modernbert", "no causal mask"),
+]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     with jobs.one_thread():
@@ -46,6 +55,14 @@ def test_loaded_logits_are_those_of_the_decoded_weights(model_type: str, tmp_pat
     assert found.status == "works", found
     assert [run.method for run in found.runs] == list(METHODS)
     assert all((run.quantized or 0) >= 0.8 for run in found.runs)
+
+
+@pytest.mark.parametrize(("kind", "model_type", "_"), OTHERS, ids=lambda part: part[:13])
+def test_other_kinds_of_models_work_alike(
+    kind: Kind, model_type: str, _: str, tmp_path: Path
+) -> None:
+    found = examine(kind, model_type, tmp_path / "work")
+    assert found.status == "works", found
 
 
 def built(model_type: str, directory: Path) -> Path:

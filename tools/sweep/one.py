@@ -185,6 +185,8 @@ def _run(kind: Kind, method: str, model_dir: Path, work: Path, ids: Tensor) -> R
         loaded = quantkit.load(out, dtype=torch.float32, backend="reference")
         stage = "run"
         found = _logits(loaded, ids)
+        stage = "save"
+        _check_saved(loaded, out, work / "saved")
         del loaded
         stage = "decode"
         wanted = _decoded_logits(kind, model_dir, out, work / "decoded", ids)
@@ -206,6 +208,15 @@ def _run(kind: Kind, method: str, model_dir: Path, work: Path, ids: Tensor) -> R
         message = f"only {told['quantized']:.0%} of the weights in blocks are quantized"
     verdict: Status = "works" if right and enough else "wrong" if not right else "refused"
     return Run(method=method, status=verdict, message=message, error=error, **told)
+
+
+def _check_saved(loaded: nn.Module, out: Path, directory: Path) -> None:
+    """AssertionError unless what the loaded model saves are the tensors that it came from."""
+    loaded.save_pretrained(directory)
+    first, again = FileSource(out), FileSource(directory)
+    for name in first.names():
+        old, new = first.read(name), again.read(name)
+        assert old.shape == new.shape and torch.equal(old, new.to(old.dtype)), name
 
 
 def _told(plan: Plan) -> dict[str, Any]:

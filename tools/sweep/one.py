@@ -28,7 +28,8 @@ from quantkit.formats.format import expert_name
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.decoded import Unpacked
 from quantkit.model.trace import UNREACHED
-from quantkit.pipeline.job import Request, prepare
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.session import run
 from tools.sweep.shrink import FIRST_SPECIAL, MAX_PARAMETERS, tiny_config
@@ -177,7 +178,9 @@ def _run(kind: Kind, method: str, model_dir: Path, work: Path, ids: Tensor) -> R
     try:
         recipe = load_recipe(method, samples=8, seq_len=32)
         tokens = torch.randint(3, FIRST_SPECIAL, (8, 32), generator=_seed(2))
-        request = Request(recipe=recipe, calibration=tokens, device="cpu", allow_unreadable=True)
+        request = QuantizeOptions(
+            recipe=recipe, calibration=tokens, device="cpu", allow_unreadable=True
+        )
         job = prepare(str(model_dir), request)
         told = _told(job.plan)
         run(job, out, progress=False)

@@ -20,7 +20,8 @@ interop-checkpoints: $(VENV)/.installed
 # -P keeps the working directory, with its folders `kernels` and `eval`, off sys.path.
 interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 	$(INTEROP)/transformers/bin/python -P $(INTEROP_PYTEST) \
-		tests/interop/test_transformers.py tests/interop/test_bitsandbytes.py
+		tests/interop/test_compressed_tensors.py tests/interop/test_transformers.py \
+		tests/interop/test_bitsandbytes.py
 
 interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
 	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py

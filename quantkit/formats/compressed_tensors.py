@@ -2,7 +2,7 @@
 
 Shapes: O out features, I in features, G groups per row, b bits.  For weight NAME (less ".weight"):
 
-pack-quantized (4 and 8 bit, 16-bit activations)
+pack-quantized (integers of 2 to 8 bits, 16-bit activations)
     NAME.weight_packed      int32 [O, ceil(I*b/32)]   codes, the first in the lowest bits
     NAME.weight_scale       the model's dtype [O, G]
     NAME.weight_shape       int64 [2] = (O, I)
@@ -11,7 +11,8 @@ int-quantized (w8a8_row) and float-quantized (fp8a8_row, fp8a16_row)
     NAME.weight             int8 [O, I] = code - 128, or float8_e4m3fn [O, I]
     NAME.weight_scale       the model's dtype [O, 1]
 
-Only 4 and 8 bit are written: the layout of 3, 5, 6 and 7 changed twice in 2026 under one name.
+Codes lie without gaps, across words, as compressed-tensors 0.20 writes them.  Its older releases
+left bits of each word empty at 3, 5, 6 and 7 bits; their shapes differ, and they are refused.
 """
 
 from __future__ import annotations
@@ -56,20 +57,16 @@ _PLAIN: dict[Layout, torch.dtype] = {
 
 
 class CompressedTensors:
-    """Integers of 4 and 8 bits and FP8, each weight under its own scheme (vLLM, transformers)."""
+    """Integers of 2 to 8 bits and FP8, each weight under its own scheme (vLLM, transformers)."""
 
     name: ClassVar[str] = "compressed-tensors"
     holds_permuted: ClassVar[bool] = False
 
     def supports(self, scheme: Scheme) -> str | None:
-        """None if the scheme is 4 or 8 bit integer, or fp8."""
+        """None if the scheme is an integer, or fp8."""
         if scheme.kind == "fp8":
             return None if scheme.group_size is None else "it holds fp8 with a scale per row"
-        if scheme.kind != "int":
-            return f"it holds integers and fp8, not {scheme.kind}"
-        if scheme.bits not in (4, 8):
-            return "only 4 and 8 bit have a stable layout"
-        return None
+        return None if scheme.kind == "int" else f"it holds integers and fp8, not {scheme.kind}"
 
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None: rows of any length are padded; only the name must be that of a 2-D weight."""
@@ -309,7 +306,7 @@ def _read_targets(where: str, targets: object) -> list[str]:
 
 
 def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layout: Any) -> Scheme:
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    bits, strategy = weights.get("num_bits", 0), weights.get("strategy")
     group_size = weights.get("group_size")
     grouped = type(group_size) is int and group_size > 0
     if strategy is None:
@@ -318,7 +315,8 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         return _read_fp8(where, weights, activations, strategy)
     known = (
         weights.get("type", "int") == "int"
-        and bits in (4, 8)
+        and type(bits) is int
+        and 2 <= bits <= 8
         and (strategy == "channel" or (strategy == "group" and grouped))
         and weights.get("actorder") in (None, "weight", "static")
         and layout in ("pack-quantized", "int-quantized")
@@ -327,12 +325,12 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
     if not known:
         raise CheckpointError(
             f"{where}: {layout} with {bits} bit {weights.get('type')} weights per {strategy} "
-            f"(group_size {group_size}) is not read; pack-quantized with 4 or 8 bit weights per "
+            f"(group_size {group_size}) is not read; pack-quantized with 2 to 8 bit weights per "
             "group or channel, int-quantized w8a8 and float-quantized fp8 per channel are"
         )
     return Scheme(
         kind="int",
-        bits=8 if bits == 8 else 4,
+        bits=bits,
         group_size=group_size if strategy == "group" else None,
         symmetric=bool(weights.get("symmetric", True)),
         activation_bits=16 if activations is None else 8,

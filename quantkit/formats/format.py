@@ -287,10 +287,10 @@ def code_of(fmt: FormatReader) -> str:
 def default_format(scheme: Scheme) -> str:
     """The format a scheme is written in unless another is asked for.
 
-    compressed-tensors for 4 and 8 bit integers, gptq_v2 for 2 and 3, bitsandbytes for NF4 and FP4,
-    gguf for ggml's blocks.  Raises FormatError if no built-in format holds the scheme.
+    compressed-tensors for integers and floats, bitsandbytes for NF4 and FP4, gguf for ggml's
+    blocks.  Raises FormatError if no built-in format holds the scheme.
     """
-    for name in ("compressed-tensors", "bitsandbytes", "gptq_v2", "gguf"):
+    for name in ("compressed-tensors", "bitsandbytes", "gguf"):
         if make_format(name).supports(scheme) is None:
             return name
     raise FormatError(f"scheme {scheme.name}: no format holds it; " + _holders(scheme))

@@ -149,8 +149,12 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
     for scheme in _schemes(weights):
         if scheme.activation_bits == 8:
             continue
-        if scheme.bits == 8 and not scheme.symmetric:
-            return "vLLM 0.32 has no kernel for asymmetric 8-bit weights"
+        if scheme.bits not in _VLLM_GROUPS or (scheme.bits == 8 and not scheme.symmetric):
+            kind = "" if scheme.symmetric else "asymmetric "
+            return (
+                f"vLLM 0.32 multiplies {kind}{scheme.bits}-bit weights only on GPUs where the "
+                "package humming is installed, which was read in its source, not run"
+            )
         if scheme.group_size not in _VLLM_GROUPS[scheme.bits]:
             allowed = ", ".join(str(g) for g in _VLLM_GROUPS[scheme.bits] if g)
             return (

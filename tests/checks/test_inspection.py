@@ -37,8 +37,8 @@ def test_a_plain_checkpoint_has_its_dtypes_bits(tmp_path: Path) -> None:
     [
         # 4 bits, and per 32 weights a bfloat16 scale, a zero of 4 bits; per weight a shape.
         ("rtn", "w4a16_g32_asym", 4 + 20 / 32),
-        # A float16 scale, a zero of 3 bits.
-        ("rtn", "w3a16_g32", 3 + 19 / 32),
+        # A bfloat16 scale; per weight a shape.
+        ("rtn", "w3a16_g32", 3 + 16 / 32),
         # A byte per block of 64.
         ("nf4", "nf4_b64_dq", 4 + 8 / 64),
     ],

@@ -203,10 +203,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("down_proj", "96", "64", "32", "row"),
     ),
     "format cannot hold": (
-        ("--method", "gptq", "--scheme", "w3a16_g32", "--format", "compressed-tensors"),
-        ("compressed-tensors", "w3a16_g32", "gptq_v2"),
+        ("--method", "gptq", "--scheme", "w5a16_g32", "--format", "gptq_v2"),
+        ("gptq_v2", "w5a16_g32", "compressed-tensors"),
     ),
-    "no format holds": (("--method", "rtn", "--scheme", "w5a16_g32"), ("w5a16_g32",)),
+    "no format holds": (("--method", "nf4", "--scheme", "nf4_b96"), ("nf4_b96", "no format")),
     "unknown format": (
         ("--method", "rtn", "--format", "gguf9"),
         ("gguf9", "compressed-tensors", "bitsandbytes", "gptq_v2"),

@@ -28,6 +28,35 @@ def test_compressed_tensors_packs_as_its_owner_does() -> None:
     assert hexes(packed["a.weight_packed"]) == [["aa75400b", "df"], ["b37e4914", "e8"]]
 
 
+def words_of(codes: list[int], bits: int) -> list[str]:
+    """The codes as one long number, the first in its lowest bits, cut into 32-bit words."""
+    stream = sum(code << (bits * place) for place, code in enumerate(codes))
+    count = -(-len(codes) * bits // 32)
+    return [f"{stream >> (32 * word) & 0xFFFFFFFF:x}" for word in range(count)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7])
+def test_codes_of_any_width_lie_without_gaps(bits: int) -> None:
+    scheme = f"w{bits}a16_row_asym"
+    codes = (torch.arange(7 * 45).reshape(7, 45) * 53 + 11) % 2**bits
+    zero = 1 + torch.arange(7)[:, None] % (2**bits - 1)
+    packed = make_format("compressed-tensors").pack(
+        planned("a.weight", (7, 45), scheme), integers(scheme, codes, zero)
+    )
+    assert hexes(packed["a.weight_packed"]) == [words_of(row, bits) for row in codes.tolist()]
+    assert hexes(packed["a.weight_zero_point"].T) == [words_of(zero[:, 0].tolist(), bits)]
+
+
+def test_words_with_gaps_of_older_releases_are_refused() -> None:
+    chosen = make_format("compressed-tensors")
+    weight = planned("m.0.a.weight", (32, 64), "w3a16_g32")
+    packed = chosen.pack(weight, quantized(Scheme.parse("w3a16_g32"), (32, 64), torch.float16))
+    # Ten codes of 3 bits in each word.
+    packed["m.0.a.weight_packed"] = torch.zeros(32, 7, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=r"m\.0\.a\.weight_packed.*7"):
+        chosen.weights(stored(chosen, [weight], packed, torch.float16))
+
+
 def test_compressed_tensors_packs_zeros_along_rows() -> None:
     zero = torch.tensor([[1, 2], [3, 4], [15, 9]])
     tensor = integers("w4a16_g32_asym", torch.zeros(3, 64), zero)
@@ -270,7 +299,9 @@ def test_llm_compressors_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_bits": 3}, "3 bit"),
+        ({"num_bits": 3}, "weight_packed"),
+        ({"num_bits": 9}, "9 bit"),
+        ({"num_bits": True}, "not read"),
         ({"type": "float"}, "float"),
         ({"strategy": "tensor"}, "per tensor"),
         ({"actorder": "group"}, "not read"),

@@ -37,6 +37,14 @@ IMAGES = ("gemma3", "paligemma", "llava_onevision", "aya_vision")
 # 16 x 128 tokens: the suite reads what was written; how good it is, is measured elsewhere.
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
 
+# compressed-tensors' packs of widths that leave codes across words.
+DENSE = {
+    "dense2": "w2a16_g32",
+    "dense5": "w5a16_row",
+    "dense6": "w6a16_g32",
+    "dense3_asym": "w3a16_g64_asym",
+}
+
 CASES = (
     Case(name="rtn", source="demo", options=("--method", "rtn")),
     Case(name="gptq", source="demo", options=("--method", "gptq", *_CALIBRATION)),
@@ -48,8 +56,20 @@ CASES = (
     Case(name="nf4", source="demo", options=("--method", "nf4", "--scheme", "nf4_b64")),
     Case(name="fp8", source="demo", options=("--method", "fp8")),
     Case(name="fp8_weights", source="demo", options=("--method", "fp8", "--scheme", "fp8a16_row")),
-    Case(name="w3", source="demo", options=("--method", "rtn", "--scheme", "w3a16_g64_asym")),
-    Case(name="w2", source="demo", options=("--method", "rtn", "--scheme", "w2a16_g32")),
+    *(
+        Case(name=name, source="demo", options=("--method", "rtn", "--scheme", scheme))
+        for name, scheme in DENSE.items()
+    ),
+    Case(
+        name="w3",
+        source="demo",
+        options=("--method", "rtn", "--scheme", "w3a16_g64_asym", "--format", "gptq_v2"),
+    ),
+    Case(
+        name="w2",
+        source="demo",
+        options=("--method", "rtn", "--scheme", "w2a16_g32", "--format", "gptq_v2"),
+    ),
     Case(name="mixtral", source="mixtral", options=("--method", "rtn")),
     Case(name="qwen3_moe", source="qwen3_moe", options=("--method", "rtn")),
     *(

@@ -10,6 +10,7 @@ the embedded demo model.  For each case and export of cases.py:
     ROOT/NAME-dense              the same weights dequantized to float32, a plain checkpoint
     ROOT/NAME-dense/names.json   which of them are quantized in ROOT/NAME
     ROOT/NAME-logits.safetensors input_ids and float32 logits of `quantkit.load(ROOT/NAME)`
+    ROOT/samples                 single weights, see make_samples.py
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
 from cases import CASES, EXPORTS, IMAGES, PROMPTS
+from make_samples import write_samples
 
 _MOE_SIZES = {
     "hidden_size": 128,
@@ -56,6 +58,7 @@ _MOE_SIZES = {
 def main() -> None:
     root = Path(sys.argv[1])
     demo = Path(sys.argv[2]) if len(sys.argv) > 2 else demo_path()
+    write_samples(root)
     write_sources(root / "source", demo)
     for case in CASES:
         write(root, case.name, "quantize", root / "source" / case.source, case.options)

@@ -22,8 +22,9 @@ from transformers import (
 
 # Float32 sums in another order differ by less; one wrong code or scale differs by far more.
 TOLERANCE = 1e-3
-SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights"]
-ASYMMETRIC = ["awq"]
+DENSE = ["dense2", "dense5", "dense6"]
+SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights", *DENSE]
+ASYMMETRIC = ["awq", "dense3_asym"]
 INT8_ACTIVATIONS = ["w8a8", "smoothquant"]
 EIGHT_BIT_ACTIVATIONS = [*INT8_ACTIVATIONS, "fp8"]
 EXPERTS = ["mixtral", "qwen3_moe"]

@@ -137,8 +137,8 @@ def test_what_no_runtime_reads_needs_permission(mixtral: CausalModel) -> None:
         ("w4a16_g32", "compressed-tensors"),
         ("w8a16_row", "compressed-tensors"),
         ("w8a8_row", "compressed-tensors"),
-        ("w2a16_g32", "gptq_v2"),
-        ("w3a16_g32_asym", "gptq_v2"),
+        ("w2a16_g32", "compressed-tensors"),
+        ("w3a16_g32_asym", "compressed-tensors"),
         ("nf4_b64_dq", "bitsandbytes"),
         ("fp4_b64", "bitsandbytes"),
     ],
@@ -148,8 +148,8 @@ def test_a_scheme_has_a_default_format(scheme: str, expected: str, llama: Causal
 
 
 def test_a_format_that_cannot_hold_the_scheme_is_refused(llama: CausalModel) -> None:
-    with pytest.raises(FormatError, match=r"q_proj.weight: compressed-tensors cannot hold w3a16"):
-        plan_of(llama, scheme="w3a16_g32", format_name="compressed-tensors")
+    with pytest.raises(FormatError, match=r"q_proj.weight: gptq_v2 cannot hold w5a16"):
+        plan_of(llama, scheme="w5a16_g32", format_name="gptq_v2")
     with pytest.raises(FormatError, match="formats that can: bitsandbytes, compressed-tensors"):
         plan_of(llama, scheme="w8a8_row", format_name="gptq_v2")
 

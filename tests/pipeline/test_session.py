@@ -95,8 +95,8 @@ def test_a_recipe_ends_in_a_checkpoint_that_holds_its_numbers(
 
 
 SCHEMES = [
-    ("gptq", "w2a16_g32", "gptq_v2", 0.6),
-    ("gptq", "w3a16_g32_asym", "gptq_v2", 0.25),
+    ("gptq", "w2a16_g32", "compressed-tensors", 0.6),
+    ("gptq", "w3a16_g32_asym", "compressed-tensors", 0.25),
     ("gptq", "w4a16_row", "compressed-tensors", 0.15),
     ("gptq", "w8a16_g32_asym", "compressed-tensors", 0.01),
     ("awq", "w4a16_g32", "compressed-tensors", 0.3),

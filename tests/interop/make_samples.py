@@ -1,0 +1,55 @@
+"""Single weights as quantkit packs them, beside the numbers it decodes them to.
+
+    ROOT/samples/SCHEME-OxI-DTYPE.safetensors   the packed tensors, and `decoded` in DTYPE
+        metadata: `group`, the config group in JSON
+
+compressed-tensors' own compressors decode and encode them in test_compressed_tensors.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from quantkit.formats.format import make_format
+from quantkit.numbers.scheme import Scheme
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from format_samples import planned, quantized
+
+SCHEMES = tuple(
+    f"w{bits}a16_{group}{symmetry}"
+    for bits in range(2, 9)
+    for group in ("g32", "row")
+    for symmetry in ("", "_asym")
+)
+SHAPES = ((40, 96), (7, 32), (130, 160))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def write_samples(root: Path) -> None:
+    """One file for each scheme, shape and dtype that compressed-tensors holds."""
+    folder = root / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = make_format("compressed-tensors")
+    for name in SCHEMES:
+        scheme = Scheme.parse(name)
+        for rows, columns in SHAPES:
+            weight = planned("m.weight", (rows, columns), scheme)
+            if columns % (scheme.group_size or 1) or chosen.supports_shape(weight) is not None:
+                continue
+            for dtype in DTYPES:
+                tensor = quantized(scheme, (rows, columns), dtype)
+                config = chosen.config([weight], model_type="llama", dtype=dtype)
+                packed = chosen.pack(weight, tensor)
+                label = str(dtype).removeprefix("torch.")
+                save_file(
+                    {k.removeprefix("m."): v for k, v in packed.items()}
+                    | {"decoded": tensor.dequantize()},
+                    folder / f"{name}-{rows}x{columns}-{label}.safetensors",
+                    metadata={"group": json.dumps(config["config_groups"]["group_0"])},
+                )

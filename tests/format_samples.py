@@ -12,9 +12,16 @@ from torch import Tensor
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import CheckpointError
 from quantkit.formats.format import Format, PlannedWeight
-from quantkit.numbers.grid import store_scale
+from quantkit.methods.extent import pooled
+from quantkit.numbers.grid import float_scale, store_scale
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
+from quantkit.numbers.tensor import (
+    DividedScale,
+    NestedScale,
+    PlainScale,
+    QuantizedTensor,
+    Scale,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ def quantized(
         return torch.randint(low, high, tuple(size), generator=generator, dtype=torch.uint8)
 
     codes = whole(lowest, 2**scheme.bits, shape)
-    if scheme.kind == "fp8":
+    if scheme.kind in ("fp8", "mxfp8"):
         codes[(codes & 0x7F) == 0x7F] = 0  # the two NaNs
     groups = scheme.num_groups(shape)
     straddles = scheme.flat and shape[1] % (scheme.group_size or 1) != 0
@@ -98,14 +105,27 @@ def quantized(
         )
     else:
         values = torch.exp2(torch.rand(size, generator=generator) * 12 - 9)
-        scale = PlainScale(tensor=values if scheme.flat else store_scale(values))
+        scale = sample_scale(values, scheme)
     return QuantizedTensor(
         codes=codes,
         scale=scale,
         zero=None if scheme.symmetric else whole(1, 2**scheme.bits, size),
         scheme=scheme,
         dtype=dtype,
+        input_scale=torch.tensor(0.3125) if scheme.static_input else None,
     )
+
+
+def sample_scale(values: Tensor, scheme: Scheme, *, half: bool = False) -> Scale:
+    """Scales of about these sizes that the scheme has; `half`: that float16 holds too."""
+    if scheme.kind == "nvfp4":
+        return DividedScale.of(float_scale(6 * values, scheme), 37.5)
+    if scheme.kind in ("mxfp4", "mxfp8"):
+        return PlainScale(tensor=float_scale(values, scheme))
+    if scheme.flat:
+        return PlainScale(tensor=values)
+    shared = pooled(store_scale(values, half=half), scheme, torch.amax).contiguous()
+    return PlainScale(tensor=shared)
 
 
 def stored(
@@ -136,6 +156,7 @@ def same(first: QuantizedTensor, second: QuantizedTensor) -> bool:
         zeros
         and first.scheme == second.scheme
         and first.dtype == second.dtype
+        and first.input_scale == second.input_scale
         and torch.equal(first.codes, second.codes)
         and first.scale.values().shape == second.scale.values().shape
         and torch.equal(first.scale.values(), second.scale.values())

@@ -9,19 +9,18 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from quantkit.numbers.activations import fake_quantize_activation
-from quantkit.numbers.scheme import Kind
+from quantkit.numbers.activations import InputRounding
 
 
 class QuantizedActivations(TorchFunctionMode):
-    """While active, inputs of products with the named parameters of a block are 8-bit per token.
+    """While active, inputs of products with the named parameters of a block are rounded.
 
-    The same rounding that W8A8 layers apply at run time, so later blocks see its error.
+    As their layers do at run time, so that later blocks see the error.
     """
 
-    def __init__(self, block: nn.Module, parameters: Mapping[str, Kind]) -> None:
+    def __init__(self, block: nn.Module, parameters: Mapping[str, InputRounding]) -> None:
         super().__init__()
-        self._kinds = {
+        self._roundings = {
             parameter.untyped_storage().data_ptr(): parameters[path]
             for path, parameter in block.named_parameters()
             if path in parameters
@@ -34,12 +33,12 @@ class QuantizedActivations(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.linear and (kind := self._kind(args[1])) is not None:
-            args = (fake_quantize_activation(args[0], kind), *args[1:])
-        elif func is torch.addmm and (kind := self._kind(args[2])) is not None:
-            args = (args[0], fake_quantize_activation(args[1], kind), args[2])
+        if func is nn.functional.linear and (rounding := self._of(args[1])) is not None:
+            args = (rounding(args[0]), *args[1:])
+        elif func is torch.addmm and (rounding := self._of(args[2])) is not None:
+            args = (args[0], rounding(args[1]), args[2])
         return func(*args, **(kwargs or {}))
 
-    def _kind(self, weight: torch.Tensor) -> Kind | None:
-        """The number kind of the weight's activations; None if they stay as they are."""
-        return self._kinds.get(weight.untyped_storage().data_ptr())
+    def _of(self, weight: torch.Tensor) -> InputRounding | None:
+        """What happens to the weight's input; None if it stays as it is."""
+        return self._roundings.get(weight.untyped_storage().data_ptr())

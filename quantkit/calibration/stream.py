@@ -20,7 +20,7 @@ from quantkit.calibration.tokens import Calibration
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel, TapCallback
 from quantkit.model.refs import BlockCall
-from quantkit.numbers.scheme import Kind
+from quantkit.numbers.activations import InputRounding
 
 # Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
 # that the order of accumulation, and with it every bit of the result, stays the same.
@@ -104,19 +104,19 @@ class CalibrationStream:
         callback: TapCallback | None,
         *,
         write: bool,
-        eight_bit: Mapping[str, Kind] | None = None,
+        rounded: Mapping[str, InputRounding] | None = None,
     ) -> None:
         """Runs the block over all batches; with `write`, stores what enters the next one.
 
-        Inputs of the parameters named in `eight_bit` are rounded per token to 8 bits of that kind.
+        Inputs of the parameters named in `rounded` are rounded so.
         """
         for batch in self.batches:
             hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)
             with contextlib.ExitStack() as modes:
                 if callback is not None:
                     modes.enter_context(self.model.tap(index, block, batch.mask, callback))
-                if eight_bit:
-                    modes.enter_context(QuantizedActivations(block, eight_bit))
+                if rounded:
+                    modes.enter_context(QuantizedActivations(block, rounded))
                 out = self.model.run(block, hidden, self._call(index, batch))
             if write:
                 self.hidden.write(index + 1, batch.start, out)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.source import Source
+from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 
@@ -155,9 +156,7 @@ def _compare(
 def _steps(tensor: QuantizedTensor, values: Tensor, rows: slice) -> Tensor:
     """Distance between neighbouring values of the grid around each weight [rows, I]."""
     scheme: Scheme = tensor.scheme
-    # Sixteen values span twice the absmax of a block; the largest e4m3 numbers are 32 apart,
-    # those of e2m1 are 2.
-    width = {"int": 1.0, "fp8": 32.0, "mxfp4": 2.0}.get(scheme.kind, 2.0 / 15.0)
+    width = grid_of(scheme).spacing
     columns = tensor.shape[1]
     if values.ndim == 2:
         part = values[rows].abs() * width

@@ -15,17 +15,17 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from quantkit.checkpoint.source import Source
-from quantkit.errors import CheckpointError, NumericsError
+from quantkit.errors import CheckpointError
+from quantkit.formats.bitpack import unpack_nibbles
 from quantkit.formats.format import StoredWeight, expert_name
-from quantkit.formats.stored import model_dtype
+from quantkit.formats.stored import model_dtype, power_of_two
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_BLOCK_BYTES, _NAN = 16, 255
+_BLOCK_BYTES = 16
 
 
 class Mxfp4:
@@ -49,7 +49,7 @@ class Mxfp4:
                 name = expert_name(stem, expert)
                 found[name] = StoredWeight(
                     name=name,
-                    scheme=Scheme(kind="mxfp4", bits=4, group_size=2 * _BLOCK_BYTES),
+                    scheme=Scheme.parse("mxfp4a16"),
                     shape=(rows, columns),
                     dtype=dtype,
                     tensors=(stem + _BLOCKS, stem + _SCALES),
@@ -62,16 +62,11 @@ class Mxfp4:
         blocks_name, scales_name = weight.tensors
         expert = weight.expert
         assert expert is not None
-        exponent = source.read_rows(scales_name, expert, expert + 1)[0].view(torch.uint8)
-        if bool((exponent == _NAN).any()):
-            raise NumericsError(
-                f"{scales_name}: expert {expert} has a scale of {_NAN}, which is NaN; the "
-                "checkpoint is damaged, get it anew"
-            )
+        exponent = source.read_rows(scales_name, expert, expert + 1)[0]
         packed = source.read_rows(blocks_name, expert, expert + 1)[0]
         return QuantizedTensor(
-            codes=torch.stack([packed & 0xF, packed >> 4], dim=-1).reshape(weight.shape),
-            scale=PlainScale(tensor=_power_of_two(exponent)),
+            codes=unpack_nibbles(packed.flatten(1)),
+            scale=PlainScale(tensor=power_of_two(f"{scales_name}: expert {expert}", exponent)),
             zero=None,
             scheme=weight.scheme,
             dtype=weight.dtype,
@@ -95,10 +90,3 @@ def _shape(stem: str, source: Source) -> tuple[int, int, int]:
             f"{list(shape)} need torch.uint8 {list(shape[:-1])}"
         )
     return shape[0], shape[1], shape[2] * 2 * _BLOCK_BYTES
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2^(e - 127) in float32 for e of 0..254: the bits of the number, 2^-127 being subnormal."""
-    bits = exponent.to(torch.int32) << 23
-    bits[exponent == 0] = 1 << 22
-    return bits.view(torch.float32)

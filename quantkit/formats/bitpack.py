@@ -44,6 +44,18 @@ def unpack_rows(words_RW: Tensor, bits: int, columns: int) -> Tensor:
     return codes
 
 
+def pack_nibbles(codes_RC: Tensor) -> Tensor:
+    """uint8 [R, C/2] from codes of 4 bits, the first of two in the low nibble; C is even."""
+    return (codes_RC[:, ::2] | (codes_RC[:, 1::2] << 4)).contiguous()
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """uint8 codes [R, C]: the inverse of `pack_nibbles`."""
+    # Each byte becomes two in a little-endian 16-bit number: one pass, no copies.
+    wide = packed.to(torch.int16)
+    return ((wide & 15) | ((wide & 0xF0) << 4)).view(torch.uint8)
+
+
 def _pack(codes_RC: Tensor, bits: int) -> Tensor:
     """Bytes, at least as many as the row's words have: eight codes of b bits are b bytes."""
     rows, columns = codes_RC.shape
@@ -53,7 +65,7 @@ def _pack(codes_RC: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return padded
     if bits == 4:
-        return padded[:, ::2] | (padded[:, 1::2] << 4)
+        return pack_nibbles(padded)
     eights = padded.view(rows, -1, 8).to(torch.int64) << torch.arange(0, 8 * bits, bits)
     packed = eights.sum(-1, keepdim=True).view(torch.uint8)
     return packed[..., :bits].reshape(rows, -1)
@@ -65,9 +77,7 @@ def _unpack(raw: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return raw
     if bits == 4:
-        # Each byte becomes two in a little-endian 16-bit number: one pass, no copies.
-        wide = raw.to(torch.int16)
-        return ((wide & 15) | ((wide & 0xF0) << 4)).view(torch.uint8)
+        return unpack_nibbles(raw)
     padded = torch.zeros(rows, -(-num_bytes // bits) * bits, dtype=torch.uint8)
     padded[:, :num_bytes] = raw
     eights = torch.zeros(rows, padded.shape[1] // bits, 8, dtype=torch.uint8)

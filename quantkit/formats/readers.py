@@ -17,6 +17,8 @@ from quantkit.numbers.scheme import Scheme
 _NOT_IN_VLLM = frozenset({"gpt_neo"})
 # Groups for which a CUDA kernel exists: Marlin, for 4 bit also Triton.  None is one per row.
 _VLLM_GROUPS = {4: (None, 32, 64, 128, 256), 8: (None, 32, 64, 128)}
+# Projections that vLLM stacks on others, below which a block of rows must not go on.
+_STACKED = ("q_proj", "k_proj", "gate_proj", ".w1")
 _GPTQMODEL_GROUPS = (None, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -88,8 +90,9 @@ def _lacks_split_experts(weights: Sequence[PlannedWeight], model_type: str) -> s
 
 def _one_decompressor(schemes: Sequence[Scheme]) -> bool:
     """True if transformers, which decompresses all dense layers alike, would be right for all."""
-    kinds = {(scheme.bits, scheme.symmetric, scheme.activation_bits) for scheme in schemes}
-    return len(kinds) == 1 and all(scheme.activation_bits == 16 for scheme in schemes)
+    kinds = {(s.kind, s.bits, s.symmetric, s.activation_bits) for s in schemes}
+    decodable = all(s.activation_bits == 16 and not s.coarse_scales for s in schemes)
+    return len(kinds) == 1 and decodable
 
 
 def _transformers_bitsandbytes(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
@@ -124,6 +127,8 @@ def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) 
     if any(weight.scheme is None for weight in experts):
         return "it reads fused experts only if all of them are quantized"
     for scheme in schemes:
+        if scheme.coarse_scales:
+            return f"it was not tried whether it reads fused experts of {scheme.name}"
         if not scheme.symmetric or scheme.activation_bits != 16:
             return f"it reads fused experts only if symmetric and weight-only, not {scheme.name}"
     if not _one_decompressor(schemes):
@@ -146,8 +151,16 @@ def _vllm_lacks(weights: Sequence[PlannedWeight], model_type: str) -> str | None
 def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     if reason := _vllm_lacks(weights, model_type):
         return reason
+    for weight in weights:
+        blocks = weight.scheme is not None and weight.scheme.share == "block"
+        if blocks and weight.shape[0] % 128 and weight.module.endswith(_STACKED):
+            return (
+                f"{weight.name}: vLLM 0.32 stacks it with others only if its rows are a multiple "
+                f"of 128, not {weight.shape[0]}"
+            )
     for scheme in _schemes(weights):
-        if scheme.activation_bits == 8:
+        # 8-bit integers with 8-bit activations, and all floats.
+        if scheme.kind != "int" or scheme.activation_bits == 8:
             continue
         if scheme.bits not in _VLLM_GROUPS or (scheme.bits == 8 and not scheme.symmetric):
             kind = "" if scheme.symmetric else "asymmetric "

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
+from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+# The exponent that E8M0 keeps for NaN.
+_NAN = 255
 
 
 def stored_scale(name: str, tensor: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -45,6 +49,52 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     return dataclasses.replace(tensor, scale=PlainScale(tensor=rounded)), told
 
 
+def exponents_of(name: str, tensor: QuantizedTensor) -> Tensor:
+    """uint8 [O, G]: exponents plus 127 of scales that are powers of two; NumericsError if not."""
+    scale = tensor.scale.values().cpu()
+    bits = scale.view(torch.int32)
+    # 2^-127 is half of the smallest normal number.
+    exponent = torch.where(bits == 1 << 22, 0, bits >> 23).to(torch.uint8)
+    if not torch.equal(_power_of_two(exponent), scale):
+        raise NumericsError(f"{name}: a scale is no power of two, which {tensor.scheme.name} wants")
+    return exponent
+
+
+def power_of_two(name: str, exponent: Tensor) -> Tensor:
+    """2^(e - 127) in float32 for uint8 exponents of 0..254; NumericsError for 255, which is NaN."""
+    exponent = exponent.view(torch.uint8)
+    if bool((exponent == _NAN).any()):
+        raise NumericsError(
+            f"{name}: there is a scale of {_NAN}, which is NaN; the checkpoint is damaged, get it "
+            "anew"
+        )
+    return _power_of_two(exponent)
+
+
+def by_block(name: str, scale_OG: Tensor, scheme: Scheme) -> Tensor:
+    """One scale for all rows that share it: [ceil(O/R), G], or [1] for a whole weight.
+
+    NumericsError if rows of a block differ.  Scales of groups come back as they are.
+    """
+    if scheme.share == "group":
+        return scale_OG
+    rows = scheme.group_size if scheme.share == "block" else len(scale_OG)
+    stored = scale_OG[::rows].contiguous()
+    stored = stored if scheme.share == "block" else stored.reshape(1)
+    if not torch.equal(by_row(stored, scheme, len(scale_OG)), scale_OG):
+        raise NumericsError(f"{name}: rows that share a scale under {scheme.name} have others")
+    return stored
+
+
+def by_row(stored: Tensor, scheme: Scheme, rows: int) -> Tensor:
+    """Scales [O, G] of all rows: the inverse of `by_block`."""
+    if scheme.share == "group":
+        return stored
+    if scheme.share == "tensor":
+        return stored.reshape(1, 1).expand(rows, 1).contiguous()
+    return stored.repeat_interleave(scheme.group_size or rows, dim=0)[:rows].contiguous()
+
+
 def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """The dtype that config.json gives the model: layouts with float16 scales do not keep it."""
     text = config.get("text_config")
@@ -58,3 +108,10 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """The bits of the numbers, 2^-127 being subnormal."""
+    bits = exponent.to(torch.int32) << 23
+    bits[exponent == 0] = 1 << 22
+    return bits.view(torch.float32)

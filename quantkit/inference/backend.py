@@ -19,7 +19,7 @@ from torch import Tensor
 from quantkit.errors import BackendError
 from quantkit.inference.kernels import RoundedInputKernel, kernel_class
 from quantkit.inference.reference import ReferenceKernel
-from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
+from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor, Scale
 
 Backend = Literal["auto", "triton", "cpu", "cpu-int8", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -137,6 +137,8 @@ def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> Quantize
             absmax=move(tensor.scale.absmax),
             offset=move(tensor.scale.offset),
         )
+    elif isinstance(tensor.scale, DividedScale):
+        scale = DividedScale(tensor=move(tensor.scale.tensor), divisor=move(tensor.scale.divisor))
     else:
         assert isinstance(tensor.scale, PlainScale), tensor.scheme.name
         scale = PlainScale(tensor=move(tensor.scale.tensor))
@@ -146,4 +148,5 @@ def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> Quantize
         scale=scale,
         zero=None if tensor.zero is None else move(tensor.zero),
         columns=None if tensor.columns is None else move(tensor.columns),
+        input_scale=None if tensor.input_scale is None else move(tensor.input_scale),
     )

@@ -168,7 +168,7 @@ class RoundedInputKernel(PackedKernel):
         if scheme.kind == "int":
             group, bits = scheme.group_size, scheme.bits
             weight = int8_dot.pack(tensor.codes, scale, tensor.zero, group, bits)
-        elif scheme.kind == "fp8":
+        elif scheme.kind in ("fp8", "mxfp8"):
             weight = int8_dot.pack_floats(tensor.codes, scale, scheme.group_size)
         else:
             grid = grid_of(scheme)
@@ -191,6 +191,8 @@ class RoundedInputKernel(PackedKernel):
             return "activations are rounded to int8 on CPUs only"
         if scheme.flat and tensor.shape[1] % (scheme.group_size or 1):
             return f"{tensor.shape[1]} columns: blocks of {scheme.group_size} straddle the rows"
+        if scheme.static_input:
+            return f"the input of {scheme.name} has a scale of its own"
         return int8_dot.supported(bits=scheme.bits, group_size=scheme.group_size, dtype=dtype)
 
     def codes(self) -> Tensor:
@@ -347,7 +349,11 @@ def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
     scheme = tensor.scheme
     if scheme.kind == "nf4":
         return Nf4Kernel
-    if scheme.kind not in ("int", "fp8") or not isinstance(tensor.scale, PlainScale):
+    if (
+        scheme.kind not in ("int", "fp8")
+        or scheme.coarse_scales
+        or not isinstance(tensor.scale, PlainScale)
+    ):
         return None
     eight = scheme.activation_bits == 8
     if scheme.kind == "fp8":

@@ -11,9 +11,13 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from quantkit.numbers.activations import float8_activation, quantize_activation
+from quantkit.numbers.activations import (
+    fake_quantize_activation,
+    float8_activation,
+    quantize_activation,
+)
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor, Scale
+from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor, Scale
 
 # Weights decoded at a time: a head of 250,000 rows must not double the memory it saves.
 _ROWS_ELEMENTS = 1 << 24
@@ -35,7 +39,7 @@ class StoredModule(nn.Module):
 
 
 class StoredScale(StoredModule):
-    """The scales of a weight as stored, plain or nested."""
+    """The scales of a weight as stored: plain, nested or divided."""
 
     def __init__(self, scale: Scale) -> None:
         super().__init__()
@@ -47,12 +51,19 @@ class StoredScale(StoredModule):
             self.register_buffer("table", scale.table)
             self.register_buffer("absmax", scale.absmax)
             self.register_buffer("offset", scale.offset)
+        elif isinstance(scale, DividedScale):
+            self.register_buffer("numbers", scale.tensor)
+            self.register_buffer("divisor", scale.divisor)
         else:
             assert isinstance(scale, PlainScale), "files of blocks are decoded as they are loaded"
             self.register_buffer("plain", scale.tensor)
 
     def get(self) -> Scale:
         """The scale this was made of, on the same memory."""
+        if "divisor" in self._buffers:
+            return DividedScale(
+                tensor=self.get_buffer("numbers"), divisor=self.get_buffer("divisor")
+            )
         if self._shape is None:
             return PlainScale(tensor=self.get_buffer("plain"))
         return NestedScale(
@@ -67,7 +78,8 @@ class StoredScale(StoredModule):
 
 class ReferenceKernel(StoredModule):
     """Weight-only schemes decode the weight to the input's dtype and multiply; w8a8 quantizes each
-    token and multiplies integers exactly, fp8a8 e4m3 numbers.  Codes of up to 4 bits are kept
+    token and multiplies integers exactly, fp8a8 per row e4m3 numbers; all others round the input
+    and multiply both decoded in float32.  Codes of up to 4 bits are kept
     packed in bytes.
     """
 
@@ -76,6 +88,7 @@ class ReferenceKernel(StoredModule):
     codes: Tensor
     zero: Tensor | None
     columns: Tensor | None
+    input_scale: Tensor | None
 
     def __init__(self, tensor: QuantizedTensor) -> None:
         super().__init__()
@@ -87,6 +100,7 @@ class ReferenceKernel(StoredModule):
         self.scale = StoredScale(tensor.scale)
         self.register_buffer("zero", tensor.zero)
         self.register_buffer("columns", tensor.columns)
+        self.register_buffer("input_scale", tensor.input_scale)
 
     @property
     def quantized_tensor(self) -> QuantizedTensor:
@@ -98,19 +112,32 @@ class ReferenceKernel(StoredModule):
             scheme=self.scheme,
             dtype=self.weight_dtype,
             columns=self.columns,
+            input_scale=self.input_scale,
         )
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> [..., O] in the dtype of x."""
         values = self.scale.get().values()
-        if self.scheme.activation_bits == 8:
-            integers = self.scheme.kind == "int"
-            run = self._forward_int8 if integers else self._forward_fp8
-            out = run(x.detach(), values, None if bias is None else bias.detach())
+        if self.scheme.activation_bits != 16:
+            out = self._forward_rounded(x.detach(), values, None if bias is None else bias.detach())
             return out if not _wants_gradient(x, bias) else self._straight_through(out, x, bias)
         if self.columns is not None:
             # The weight stays in the order of its groups: the input follows it.
             x = x.index_select(-1, self.columns)
+        return self._forward_decoded(x, values, bias)
+
+    def _forward_rounded(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """The product of a scheme that rounds its input."""
+        if self.scheme.kind == "int":
+            return self._forward_int8(x, values, bias)
+        if self.scheme.name == "fp8a8_row":
+            return self._forward_fp8(x, values, bias)
+        # Both sides are exact in float32, where the products are summed; one rounding at last.
+        rounded = fake_quantize_activation(x.float(), self.scheme, self.input_scale)
+        return self._forward_decoded(rounded, values, bias).to(x.dtype)
+
+    def _forward_decoded(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """x times the weight decoded to x's dtype, rows at a time."""
         rows = self.out_features
         # Blocks that straddle rows are decoded whole: small, oddly shaped weights only.
         if values.ndim == 2 and self.in_features % values.shape[1] == 0:
@@ -128,6 +155,7 @@ class ReferenceKernel(StoredModule):
             zero=None if self.zero is None else self.zero[rows],
             scheme=self.scheme,
             dtype=self.weight_dtype,
+            input_scale=self.input_scale,
         )
         bias = None if bias is None else bias[rows].to(x.dtype)
         return nn.functional.linear(x, part.dequantize(x.dtype), bias)

@@ -10,7 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.numbers.grid import BlockGrid, CodebookGrid, Float8Grid, IntegerGrid, grid_of
+from quantkit.numbers.grid import (
+    BlockGrid,
+    CodebookGrid,
+    Float4Grid,
+    Float8Grid,
+    IntegerGrid,
+    grid_of,
+)
 from quantkit.numbers.scheme import Scheme
 
 
@@ -31,6 +38,8 @@ class ColumnRounder(Protocol):
 def column_rounder(scheme: Scheme, scale_RG: Tensor, zero_RG: Tensor | None) -> ColumnRounder:
     """The rounder of a scheme for these scales and zeros (copied)."""
     grid = grid_of(scheme)
+    if isinstance(grid, Float4Grid):
+        return _Float4Columns(grid, scale_RG)
     if isinstance(grid, CodebookGrid):
         return _CodebookColumns(grid, scale_RG)
     if isinstance(grid, Float8Grid):
@@ -96,6 +105,23 @@ class _CodebookColumns:
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
         self.scales[group] = scale_R.contiguous()
         self.reciprocals[group] = 1.0 / self.scales[group].clamp(min=1e-38)
+
+
+class _Float4Columns:
+    def __init__(self, grid: Float4Grid, scale_RG: Tensor) -> None:
+        self.grid = grid
+        self.scales = list(scale_RG.t().contiguous().unbind(0))
+
+    def __call__(
+        self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
+    ) -> None:
+        codes = self.grid.encode(target_R, self.scales[group], None)
+        value = self.grid.decode(codes, self.scales[group], None)
+        torch.sub(weight_R, value, out=error_R)
+        codes_R.copy_(codes)
+
+    def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
+        self.scales[group] = scale_R.contiguous()
 
 
 class _Float8Columns:

@@ -6,7 +6,9 @@ Shapes: R rows of work, G groups per row, B weights per group.  A weight's group
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +16,10 @@ from torch import Tensor
 
 from quantkit.errors import SchemeError
 from quantkit.methods.parts import GroupRange
-from quantkit.numbers.grid import Float8Grid, blocks, grid_of, store_scale
+from quantkit.numbers.grid import E4M3_LARGEST, blocks, float_scale, grid_of, store_scale
 from quantkit.numbers.nested import nest
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import PlainScale
+from quantkit.numbers.tensor import DividedScale, PlainScale
 
 # Weights per chunk of work, so that its temporaries stay in a core's cache.
 _CHUNK_ELEMENTS = 1 << 18
@@ -55,13 +57,11 @@ def scale_and_zero(
     code halves the range of a group without negative weights and clips it.  Below 8 bits it is
     negative where the largest magnitude is positive: the side that has a step more, -2^(b-1), goes
     to the side that needs it, as in llama.cpp's Q4_0 and AutoRound's symmetric files.  With 8-bit
-    activations: absmax / 127; fp8: absmax / 448.  Asymmetric: zeros in 1..2^b - 1, which every file
-    format can hold, so the extent is widened until at least one step lies below zero.
+    activations: absmax / 127.  Asymmetric: zeros in 1..2^b - 1, which every file format can hold,
+    so the extent is widened until at least one step lies below zero.  Floats: `float_scale`.
     """
     if scheme.flat:
         return extent.magnitude, None
-    if scheme.kind == "mxfp4":
-        raise SchemeError("mxfp4_g32 is read, not written: quantize to another scheme")
     if scheme.kind == "ggml":
         raise SchemeError(
             f"{scheme.name}: this range knows no block types of ggml; minmax, mse, clip and "
@@ -73,8 +73,11 @@ def scale_and_zero(
             return torch.where(scale == 0, 1.0, scale)
         return store_scale(scale, half=scheme.half_scales)
 
-    if scheme.kind == "fp8":
-        return store(extent.magnitude / Float8Grid().largest), None
+    if scheme.kind != "int":
+        magnitude = pooled(extent.magnitude, scheme, torch.amax)
+        if scheme.kind == "fp8":
+            return store(magnitude / E4M3_LARGEST), None
+        return float_scale(magnitude, scheme), None
     top = 2**scheme.bits - 1
     if scheme.activation_bits == 8:
         return store(extent.magnitude / (top // 2)), None
@@ -88,6 +91,50 @@ def scale_and_zero(
     return scale, torch.round(-low / scale).clamp_(1, top)
 
 
+def pooled(values_RG: Tensor, scheme: Scheme, pool: Callable[..., Tensor]) -> Tensor:
+    """What `pool` (called with dim and keepdim) makes of rows that share their scales, for each.
+
+    values [R, G, ...]; row 0 starts a block.  Where rows have their own, the values themselves.
+    """
+    if scheme.share == "group":
+        return values_RG
+    if scheme.share == "tensor":
+        return pool(values_RG, dim=0, keepdim=True).expand_as(values_RG)
+    parts = values_RG.split(_rows_together(scheme, len(values_RG)))
+    return torch.cat([pool(part, dim=0, keepdim=True).expand_as(part) for part in parts])
+
+
+def share_scales(found: Sequence[GroupRange], scheme: Scheme) -> list[GroupRange]:
+    """The ranges of weights that read one input, with what servers fuse made equal.
+
+    A server stacks queries, keys and values, and gate and up, and takes one divisor of NVFP4 scales
+    and one scale of FP8 per tensor for all; weights that share an input are at least those.  The
+    divisor is the power of two that brings the largest scale to 448 or just below, so that group
+    scales are exact unless 2^14 times smaller than the largest.
+    """
+    if scheme.share == "tensor":
+        widest = torch.stack([one.coding.max() for one in found]).max()
+        scales = [widest.expand_as(one.coding).contiguous() for one in found]
+        return [
+            dataclasses.replace(one, scale=PlainScale(tensor=scale), coding=scale)
+            for one, scale in zip(found, scales, strict=True)
+        ]
+    if scheme.kind != "nvfp4":
+        return list(found)
+    largest = max(float(one.coding.max()) for one in found)
+    divisor = 2.0 ** math.floor(math.log2(E4M3_LARGEST / largest))
+    divided = [DividedScale.of(one.coding, divisor) for one in found]
+    return [
+        dataclasses.replace(one, scale=scale, coding=scale.values())
+        for one, scale in zip(found, divided, strict=True)
+    ]
+
+
+def _rows_together(scheme: Scheme, num_rows: int) -> int:
+    """How many rows share their scales."""
+    return {"group": 1, "block": scheme.group_size or 1, "tensor": num_rows}[scheme.share]
+
+
 def chunks(weight_OI: Tensor, scheme: Scheme) -> Iterator[tuple[slice, Tensor]]:
     """(rows, groups [R, G, B]) of a float32 weight, a bounded number of weights at a time.
 
@@ -97,7 +144,9 @@ def chunks(weight_OI: Tensor, scheme: Scheme) -> Iterator[tuple[slice, Tensor]]:
         groups = weight_OI.view(weight_OI.shape[0], -1, scheme.group_size or weight_OI.shape[1])
     else:
         groups = blocks(weight_OI, scheme)[:, None]
+    together = _rows_together(scheme, len(groups))
     step = max(1, _CHUNK_ELEMENTS // (groups.shape[1] * groups.shape[2]))
+    step = -(-step // together) * together
     for start in range(0, groups.shape[0], step):
         rows = slice(start, min(start + step, groups.shape[0]))
         yield rows, groups[rows]

@@ -93,10 +93,11 @@ def unheld_groups(extent: Extent, scheme: Scheme) -> str | None:
     """How many groups, of a weight's `extent_of`, need scales that the file cannot hold, or None.
 
     Counted are those whose full range is stored so far off that its end moves by more than half a
-    step; `scheme` says what the file stores.  Super-blocks of ggml store one number for integers
+    step; `scheme` says what the file stores.  Powers of two and e4m3 numbers are none too far off.
+    Super-blocks of ggml store one number for integers
     that make up for it, unless it is off by a tenth.
     """
-    if scheme.flat:
+    if scheme.flat or (scheme.coarse_scales and scheme.share == "group"):
         return None
     half, grid = scheme.half_scales, grid_of(scheme.integer)
     steps = grid.steps if isinstance(grid, IntegerGrid) else _FLOAT8_STEPS

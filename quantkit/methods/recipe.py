@@ -197,7 +197,7 @@ class Recipe:
 
     def needs(self, scheme: Scheme) -> Needs:
         """The statistics this method reads for a weight of that scheme."""
-        needs = self.make_range().needs(scheme) | self.make_rounding().needs(scheme)
+        needs = input_needs(self.make_range(), self.make_rounding(), scheme)
         for transform in self.make_transforms():
             needs |= transform.needs(scheme)
         return needs
@@ -229,6 +229,12 @@ def check_size(samples: int, seq_len: int) -> None:
             f"{asked}: more than {MOST_TOKENS} tokens in all; the defaults, 128 x 2048, serve most "
             "models"
         )
+
+
+def input_needs(range_part: Range, rounding: Rounding, scheme: Scheme) -> Needs:
+    """The statistics that a range, a rounding and the scheme itself read at an input."""
+    needs = range_part.needs(scheme) | rounding.needs(scheme)
+    return needs | Needs(moments=True) if scheme.static_input else needs
 
 
 def builtin_recipes() -> dict[str, Path]:

@@ -10,7 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantkit.methods.extent import Extent, aligned, chunks, extent_of, group_range, scale_and_zero
+from quantkit.methods.extent import (
+    Extent,
+    aligned,
+    chunks,
+    extent_of,
+    group_range,
+    pooled,
+    scale_and_zero,
+)
 from quantkit.methods.parts import GroupRange, Work
 from quantkit.methods.stats import Stats
 from quantkit.numbers.grid import grid_of
@@ -48,8 +56,12 @@ def search_range(
     shrink: Shrink = both_ends,
     degraded: str | None = None,
 ) -> GroupRange:
-    """Scale and zero of each group with the least cost among the factors; the first wins ties."""
+    """Scale and zero of each group with the least cost among the factors; the first wins ties.
+
+    If there is a choice, floats that share coarse scales have their own: see `_steps_of`.
+    """
     grid = grid_of(scheme)
+    factors = _steps_of(scheme, factors)
     scales: list[Tensor] = []
     zeros: list[Tensor] = []
     for rows, groups in chunks(weight_OI, scheme):
@@ -58,7 +70,7 @@ def search_range(
         for factor in factors:
             new_scale, new_zero = scale_and_zero(shrink(full, factor), scheme)
             errors = grid.snap(groups, new_scale, new_zero).sub_(groups)
-            new_cost = cost(rows, errors)
+            new_cost = pooled(cost(rows, errors), scheme, torch.linalg.vector_norm)
             if least is None or scale is None:
                 least, scale, zero = new_cost, new_scale, new_zero
                 continue
@@ -85,6 +97,22 @@ def search_work(steps: int, rows: int, columns: int, scheme: Scheme, *, quadrati
     group = scheme.group_size or columns
     products = 2.0 * rows * columns * group if quadratic else 0.0
     return Work(products=steps * products, passes=steps * 10.0 * rows * columns)
+
+
+def _steps_of(scheme: Scheme, factors: Sequence[float]) -> Sequence[float]:
+    """The factors to try: those given, or what the scheme's scales can tell apart.
+
+    A power of two has two neighbours.  Scales of nvfp4 lie a sixteenth to an eighth apart; they may
+    also cover more than the largest weight, which then becomes 4 instead of 6 (a step above 4 is
+    twice as wide as those below; Cook et al. 2025, https://arxiv.org/abs/2512.02010), or even 3.
+    """
+    if len(factors) == 1:
+        return factors
+    if scheme.kind in ("mxfp4", "mxfp8"):
+        return (1.0, 2.0, 0.5)
+    if scheme.kind == "nvfp4":
+        return (*factors, *(1 + step / 16 for step in range(1, 17)))
+    return factors
 
 
 def squared(importance: Tensor | None = None) -> Cost:

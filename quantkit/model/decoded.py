@@ -16,6 +16,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.formats.format import FormatReader, StoredWeight, format_of, reader_of
 from quantkit.model import skeleton
+from quantkit.numbers.activations import InputRounding
 from quantkit.numbers.tensor import QuantizedTensor
 
 
@@ -84,6 +85,20 @@ class Unpacked(Reader):
             self._last = None
             self._last = name, self.quantized(name)
         return self._last[1]
+
+    def input_roundings(self) -> dict[str, InputRounding]:
+        """What happens to the inputs of quantized weights, of those where something does.
+
+        Reads the weights whose inputs have a scale of their own.
+        """
+        return {
+            name: InputRounding(
+                scheme=weight.scheme,
+                scale=self.quantized(name).input_scale if weight.scheme.static_input else None,
+            )
+            for name, weight in self.stored.items()
+            if weight.scheme.activation_bits != 16
+        }
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor; of a quantized one, its rows decoded."""

@@ -1,19 +1,35 @@
-"""8-bit activations, one scale per token: what an 8-bit layer does to its input, in one place.
+"""Activations in few bits: what a layer does to its input, in one place.
 
 The pipeline, which must show later blocks the error of earlier ones, and the running model use the
-same codes.  Shapes: T tokens (any leading dimensions), I in features.
+same codes.  Shapes: T tokens (any leading dimensions), I in features, G groups per token.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from quantkit.numbers.grid import Float8Grid
-from quantkit.numbers.scheme import Kind
+from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, Float8Grid, float_scale, grid_of
+from quantkit.numbers.scheme import Scheme
 
 # Symmetric, so that -128 stays unused: codes and weights then share one absmax / 127 rule.
 _LIMIT = 127.0
+# The largest e2m1 number times the largest e4m3 scale: what a divisor of nvfp4 spreads over.
+_DIVIDED = 6.0 * E4M3_LARGEST
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputRounding:
+    """What a layer of a scheme does to its input; see `fake_quantize_activation`."""
+
+    scheme: Scheme
+    scale: Tensor | None = None
+
+    def __call__(self, x_TI: Tensor) -> Tensor:
+        """x as the layer sees it, in its dtype."""
+        return fake_quantize_activation(x_TI, self.scheme, self.scale)
 
 
 def quantize_activation(x_TI: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,10 +50,50 @@ def float8_activation(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     return x.clamp_(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
-def fake_quantize_activation(x_TI: Tensor, kind: Kind = "int") -> Tensor:
-    """x as an 8-bit layer sees it: codes · scale in float32, rounded once to the dtype of x."""
-    codes, scale = float8_activation(x_TI) if kind == "fp8" else quantize_activation(x_TI)
-    return codes.to(torch.float32).mul_(scale).to(x_TI.dtype)
+def fake_quantize_activation(
+    x_TI: Tensor, scheme: Scheme, input_scale: Tensor | None = None
+) -> Tensor:
+    """x as a layer of the scheme sees it: codes · scale in float32, rounded once to x's dtype.
+
+    Scales are taken from each token, or its groups of `scheme.group_size` features; `input_scale`
+    is that of `QuantizedTensor`, for schemes with `static_input`.
+    """
+    if scheme.kind == "int":
+        codes, scale = quantize_activation(x_TI)
+        return codes.to(torch.float32).mul_(scale).to(x_TI.dtype)
+    groups = x_TI.to(torch.float32).unflatten(-1, (-1, scheme.group_size or x_TI.shape[-1]))
+    scale = _group_scales(groups.abs().amax(-1, keepdim=True), scheme, input_scale)
+    return grid_of(scheme).snap(groups, scale, None).flatten(-2).to(x_TI.dtype)
+
+
+def static_input_scale(largest: float, scheme: Scheme) -> float:
+    """The `input_scale` of a scheme for inputs of at most this magnitude; 1 for zero.
+
+    A bfloat16 value, so that every reader's cast leaves it as it is; rounded so that nothing clips.
+    """
+    if largest <= 0:
+        return 1.0
+    wanted = _DIVIDED / largest if scheme.kind == "nvfp4" else largest / E4M3_LARGEST
+    scale = torch.tensor(wanted, dtype=torch.float64).to(torch.bfloat16)
+    beyond = float(scale) > wanted if scheme.kind == "nvfp4" else float(scale) < wanted
+    if beyond:
+        toward = 0.0 if scheme.kind == "nvfp4" else float("inf")
+        scale = torch.nextafter(scale, torch.tensor(toward, dtype=torch.bfloat16))
+    return float(scale)
+
+
+def _group_scales(largest_TG: Tensor, scheme: Scheme, input_scale: Tensor | None) -> Tensor:
+    """Float32 scales [..., G, 1] of groups whose largest magnitudes are given."""
+    if not scheme.static_input:
+        if scheme.kind != "fp8":
+            return float_scale(largest_TG, scheme)
+        return (largest_TG / E4M3_LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    assert input_scale is not None, scheme.name
+    if scheme.kind == "fp8":
+        return input_scale.to(largest_TG.device).expand_as(largest_TG)
+    divisor = input_scale.to(largest_TG.device)
+    numbers = (largest_TG / 6.0 * divisor).clamp(E4M3_SMALLEST, E4M3_LARGEST)
+    return numbers.to(torch.float8_e4m3fn).to(torch.float32) / divisor
 
 
 def _scaled(x_TI: Tensor, limit: float) -> tuple[Tensor, Tensor]:

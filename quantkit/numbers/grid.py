@@ -8,6 +8,7 @@ the same thing there, since a group never straddles a row and a flat block is pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from quantkit_kernels.ops.codebook import NF4
@@ -27,6 +28,8 @@ E2M1_VALUES = tuple(
     sign * value for sign in (1.0, -1.0) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 )
 
+# The largest e4m3 number, and the smallest above zero.
+E4M3_LARGEST, E4M3_SMALLEST = 448.0, 2.0**-9
 # Magnitudes of bfloat16 scales: reciprocals stay finite, and so does 448 times a scale.
 SCALE_MIN, SCALE_MAX = 2.0**-126, 2.0**119
 # Of those that float16 holds too: its smallest subnormal number, and 65280, the largest that
@@ -51,6 +54,24 @@ def unblocks(blocks_NB: Tensor, shape: tuple[int, int]) -> Tensor:
     return blocks_NB.reshape(-1)[: shape[0] * shape[1]].view(shape)
 
 
+def float_scale(magnitude: Tensor, scheme: Scheme) -> Tensor:
+    """Scales, as stored, of groups of floats whose largest magnitudes are given; float32 > 0.
+
+    nvfp4: magnitude / 6 in four significant bits, which e4m3 numbers have.
+    mxfp4, mxfp8: the power of two that brings the magnitude into the numbers' highest binade, or
+    the next one if it lies in its last quarter (e2m1's 6 is 1.5 · 4, so up to 7 is taken for 6), as
+    compressed-tensors and vLLM choose it.
+    """
+    bits = magnitude.to(torch.float32)
+    if scheme.kind == "nvfp4":
+        bits = (bits / 6.0).clamp(min=2.0**-100).view(torch.int32)
+        # To the nearest of the numbers that end in twenty zeros, ties to the even one.
+        return ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20 << 20).view(torch.float32)
+    highest = 2 if scheme.kind == "mxfp4" else 8
+    exponent = ((bits.view(torch.int32) + (1 << 21)) >> 23) - highest
+    return (exponent.clamp(1, 254) << 23).view(torch.float32)
+
+
 def store_scale(scale: Tensor, *, half: bool = False) -> Tensor:
     """The scales that a file can hold, nearest to these: bfloat16 values in float32.
 
@@ -72,6 +93,8 @@ class IntegerGrid:
     low: int
     high: int
     center: int
+    # Of every grid: how far neighbours are apart where they are farthest, in units of the scale.
+    spacing: ClassVar[float] = 1.0
 
     @property
     def steps(self) -> int:
@@ -103,9 +126,11 @@ class IntegerGrid:
 @dataclass(frozen=True, kw_only=True)
 class CodebookGrid:
     """Sixteen values; value = values[code] · scale.  NF4's and FP4's lie in [-1, 1], their scale
-    is an absmax; those of e2m1 reach 6."""
+    is an absmax; those of e2m1 (Float4Grid) reach 6."""
 
     values: tuple[float, ...]
+    # Sixteen values span twice the absmax of a block: their mean distance.
+    spacing: ClassVar[float] = 2.0 / 15.0
 
     def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes of the nearest values, as float32 integers; a block of zeros codes to zero."""
@@ -139,10 +164,42 @@ class CodebookGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Float4Grid(CodebookGrid):
+    """e2m1 numbers times the scale, saturating at 6; ties go to the even mantissa, and what rounds
+    to zero is code 0."""
+
+    values: tuple[float, ...] = E2M1_VALUES
+    spacing: ClassVar[float] = 2.0
+
+    def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the nearest values, as float32 integers."""
+        assert zero is None, "float grids are symmetric"
+        return self.encode_unit(x / scale)
+
+    def encode_unit(self, unit: Tensor) -> Tensor:
+        """Codes, as float32 integers, of the values nearest to x / scale."""
+        values = self._rounded(unit)
+        size = values.abs()
+        codes = torch.where(size < 2, size * 2, torch.where(size < 4, size + 2, size / 2 + 4))
+        return codes.add_(8.0 * (values < 0))
+
+    def snap(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The grid value nearest to x: decode(encode(x)), in fewer passes."""
+        return self._rounded(x / scale).mul_(scale)
+
+    def _rounded(self, unit: Tensor) -> Tensor:
+        # Rounded in steps of 2 from 4 on, of 1 from 2 on, else of a half: the spacing there.
+        size = unit.abs().clamp_(max=6.0)
+        step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+        return size.div_(step).round_().mul_(step).copysign_(unit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Float8Grid:
     """e4m3 numbers times the scale, saturating at `largest`; a code is the number's byte."""
 
-    largest: float = 448.0
+    largest: float = E4M3_LARGEST
+    spacing: ClassVar[float] = 32.0
 
     def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes of the nearest values, as float32 integers; ties go to the even mantissa."""
@@ -174,6 +231,7 @@ class BlockGrid:
 
     high: int
     center: int
+    spacing: ClassVar[float] = 1.0
 
     def encode(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Nearest codes, as float32 integers."""
@@ -204,9 +262,9 @@ def grid_of(scheme: Scheme) -> Grid:
         return CodebookGrid(values=NF4)
     if scheme.kind == "fp4":
         return CodebookGrid(values=FP4_VALUES)
-    if scheme.kind == "mxfp4":
-        return CodebookGrid(values=E2M1_VALUES)
-    if scheme.kind == "fp8":
+    if scheme.kind in ("mxfp4", "nvfp4"):
+        return Float4Grid()
+    if scheme.kind in ("fp8", "mxfp8"):
         return Float8Grid()
     if scheme.block is not None:
         return BlockGrid(high=2**scheme.bits - 1, center=BLOCK_TYPES[scheme.block.upper()].center)

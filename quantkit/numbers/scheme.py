@@ -1,8 +1,8 @@
 """What one weight is quantized to: number kind, bits, group size, symmetry, activation width.
 
 A scheme says nothing about layer names, file formats or algorithms.
-Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`, and
-the block types of ggml, `q4_0` .. `q6_k`; `mxfp4_g32` is read only.
+Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`,
+those of `_FIXED`, kinds that come in few forms, and the block types of ggml, `q4_0` .. `q6_k`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,28 @@ from typing import Literal
 
 from quantkit.errors import SchemeError, ShapeError
 
-Kind = Literal["int", "nf4", "fp4", "fp8", "mxfp4", "ggml"]
+Kind = Literal["int", "nf4", "fp4", "fp8", "mxfp4", "mxfp8", "nvfp4", "ggml"]
+Bits = Literal[4, 8, 16]
+Share = Literal["group", "block", "tensor"]
+# Kinds that come in few forms: kind, bits, group size, bits of activations, who shares a scale.
+_FIXED: Mapping[str, tuple[Kind, int, int | None, Bits, Share]] = {
+    "fp8a8_b128": ("fp8", 8, 128, 8, "block"),
+    "fp8a8_tensor": ("fp8", 8, None, 8, "tensor"),
+    "mxfp8a16": ("mxfp8", 8, 32, 16, "group"),
+    "mxfp8a8": ("mxfp8", 8, 32, 8, "group"),
+    "mxfp4a16": ("mxfp4", 4, 32, 16, "group"),
+    "mxfp4a4": ("mxfp4", 4, 32, 4, "group"),
+    "nvfp4a16": ("nvfp4", 4, 16, 16, "group"),
+    "nvfp4a4": ("nvfp4", 4, 16, 4, "group"),
+}
 NAMES = (
     "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row, "
-    "and for gguf q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k_m, q4_k_m, q5_k_m, q6_k"
+    + ", ".join(_FIXED)
+    + ", and for gguf q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k_m, q4_k_m, q5_k_m, q6_k"
 )
 
 _INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
 _FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
-_MICROSCALED = "mxfp4_g32"
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
 # Block type of ggml -> (bits, weights that share a scale, symmetric); numbers/superblock.py has all
 # of it.  Mixes, named as llama-quantize does, are what most of their weights are.
@@ -41,9 +54,12 @@ class Scheme:
     `group_size` counts the consecutive weights that share a scale: along a row for integers (None =
     the whole row), along the flattened row-major weight for nf4 and fp4 (bitsandbytes' blocks).
     fp8 is e4m3 (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433), written with a scale
-    per row; checkpoints of others have groups.
-    mxfp4 is e2m1 in groups of 32 along a row that share a power of two (OCP Microscaling Formats
-    1.0, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
+    per row (checkpoints of others have groups), per block of 128 x 128 or per weight (`share`).
+    mxfp4 and mxfp8 are e2m1 and e4m3 in groups of 32 along a row that share a power of two (OCP
+    Microscaling Formats 1.0,
+    https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf).
+    nvfp4 is e2m1 in groups of 16 whose scales are e4m3 numbers over one float32 for the weight
+    (https://developer.nvidia.com/blog/introducing-nvfp4-for-efficient-and-accurate-low-precision-inference).
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     ggml has the block types of llama.cpp's files: `block` names one, or a mix of them, which only
     stands for a whole model.
@@ -55,12 +71,17 @@ class Scheme:
     bits: int
     group_size: int | None
     symmetric: bool = True
-    activation_bits: Literal[8, 16] = 16
+    activation_bits: Bits = 16
     double_quant: bool = False
     block: str | None = None
     half_scales: bool = False
+    share: Share = "group"
 
     def __post_init__(self) -> None:
+        if self._fixed_name is not None:
+            return
+        if self.coarse_scales:
+            raise SchemeError(f"{self.kind} in this form is unknown; known: {', '.join(_FIXED)}")
         if self.group_size is not None and self.group_size < 2:
             raise SchemeError(f"group size {self.group_size}: a group holds at least 2 weights")
         if self.kind == "int":
@@ -68,8 +89,10 @@ class Scheme:
                 raise SchemeError(f"{self.bits} bits: integer schemes have 2 to 8")
             if self.double_quant:
                 raise SchemeError("double quantization is for nf4 and fp4 only")
-            if self.activation_bits == 8 and (
-                self.bits != 8 or self.group_size is not None or not self.symmetric
+            if self.activation_bits != 16 and (
+                (self.bits, self.activation_bits) != (8, 8)
+                or self.group_size is not None
+                or not self.symmetric
             ):
                 raise SchemeError(
                     f"{self.name}: 8-bit activations go with 8-bit symmetric weights per row only; "
@@ -78,14 +101,14 @@ class Scheme:
         elif self.kind == "fp8":
             if self.bits != 8 or not self.symmetric or self.double_quant:
                 raise SchemeError("fp8 has 8 bits and no zeros: fp8a8_row or fp8a16_row")
-            if self.group_size is not None and self.activation_bits == 8:
+            if self.activation_bits != 16 and (
+                self.group_size is not None or self.activation_bits != 8
+            ):
                 raise SchemeError("8-bit activations go with fp8 weights per row: fp8a8_row")
         elif self.kind == "ggml":
             known = BLOCKS.get((self.block or "").removesuffix("_m"))
             if known != (self.bits, self.group_size, self.symmetric):
                 raise SchemeError(f"block type {self.block!r}: known are {', '.join(BLOCKS)}")
-        elif self.kind == "mxfp4" and (self.group_size != 32 or self.double_quant):
-            raise SchemeError("mxfp4 has groups of 32 and no double quantization: mxfp4_g32")
         elif self.bits != 4 or not self.symmetric or self.activation_bits != 16:
             raise SchemeError(f"{self.kind} is 4-bit, symmetric and weight-only")
         elif self.group_size is None:
@@ -94,11 +117,11 @@ class Scheme:
     @property
     def name(self) -> str:
         """The scheme's name, which `Scheme.parse` reads back."""
+        if (fixed := self._fixed_name) is not None:
+            return fixed
         if self.kind == "fp8":
             group = "row" if self.group_size is None else f"g{self.group_size}"
             return f"fp8a{self.activation_bits}_{group}"
-        if self.kind == "mxfp4":
-            return _MICROSCALED
         if self.block is not None:
             return self.block
         if self.kind != "int":
@@ -119,6 +142,23 @@ class Scheme:
     def flat(self) -> bool:
         """True if blocks run along the flattened weight and may straddle rows."""
         return self.kind in ("nf4", "fp4")
+
+    @property
+    def coarse_scales(self) -> bool:
+        """True if scales are powers of two or e4m3 numbers, or rows share them."""
+        return self.kind in ("mxfp4", "mxfp8", "nvfp4") or self.share != "group"
+
+    @property
+    def static_input(self) -> bool:
+        """True if calibration gives the input a scale: all of it (fp8), or over its groups'."""
+        return self.share == "tensor" or (self.kind == "nvfp4" and self.activation_bits != 16)
+
+    @property
+    def _fixed_name(self) -> str | None:
+        if not self.symmetric or self.double_quant:
+            return None
+        form = (self.kind, self.bits, self.group_size, self.activation_bits, self.share)
+        return next((name for name, fixed in _FIXED.items() if fixed == form), None)
 
     @classmethod
     def parse(cls, name: str) -> Scheme:
@@ -152,8 +192,15 @@ class Scheme:
             return cls(
                 kind="ggml", bits=bits, group_size=group_size, symmetric=symmetric, block=name
             )
-        if name == _MICROSCALED:
-            return cls(kind="mxfp4", bits=4, group_size=32)
+        if name in _FIXED:
+            kind, bits, size, activation_bits, share = _FIXED[name]
+            return cls(
+                kind=kind,
+                bits=bits,
+                group_size=size,
+                activation_bits=activation_bits,
+                share=share,
+            )
         raise SchemeError(f"scheme {name!r} is unknown; allowed: {NAMES}")
 
     def check_shape(self, weight: str, shape: tuple[int, int]) -> None:
@@ -161,6 +208,11 @@ class Scheme:
         columns = shape[1]
         if self.flat or self.group_size is None or columns % self.group_size == 0:
             return
+        if self._fixed_name is not None:
+            raise ShapeError(
+                f"{weight}: {columns} columns are not divisible by the {self.group_size} of "
+                f"{self.name}; keep this weight with --skip, or give it another scheme by a rule"
+            )
         fitting = [g for g in range(16, columns + 1) if columns % g == 0 and g <= 256]
         allowed = ", ".join(str(g) for g in fitting[:12])
         raise ShapeError(

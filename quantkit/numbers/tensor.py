@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import NumericsError
-from quantkit.numbers.grid import blocks, grid_of, unblocks
+from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, blocks, grid_of, unblocks
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BlockScale
 
@@ -52,7 +52,31 @@ class NestedScale:
         return (self.table[self.codes.to(torch.int64)] * outer + self.offset).view(self.shape)
 
 
-Scale = PlainScale | NestedScale | BlockScale
+@dataclass(frozen=True, kw_only=True)
+class DividedScale:
+    """Group scales as NVFP4 stores them: `tensor` float8_e4m3fn [O, G] over one float32 `divisor`.
+
+    value = tensor / divisor, divided and rounded in float32 as compressed-tensors and vLLM do.
+    """
+
+    tensor: Tensor
+    divisor: Tensor
+
+    @classmethod
+    def of(cls, scale_OG: Tensor, divisor: float) -> DividedScale:
+        """The nearest to float32 scales; none becomes zero."""
+        numbers = (scale_OG * divisor).clamp_(E4M3_SMALLEST, E4M3_LARGEST)
+        return cls(
+            tensor=numbers.to(torch.float8_e4m3fn),
+            divisor=torch.tensor(divisor, dtype=torch.float32),
+        )
+
+    def values(self) -> Tensor:
+        """The scales in float32, [O, G]."""
+        return self.tensor.to(torch.float32) / self.divisor
+
+
+Scale = PlainScale | NestedScale | DividedScale | BlockScale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +85,8 @@ class QuantizedTensor:
     A block type's minima are part of its scale.
 
     dtype    the weight's before quantization, which runtimes restore
+    input_scale  float32 []: what calibration gives the input of a scheme with `static_input`: its
+             scale (fp8), or the divisor of its groups' scales (nvfp4); None for all others
     columns  int64 [I]: codes[:, j] belong to column columns[j] of the weight (checkpoints of others
              with activation order, whose groups are not neighbours); None: to column j
     """
@@ -71,10 +97,12 @@ class QuantizedTensor:
     scheme: Scheme
     dtype: torch.dtype
     columns: Tensor | None = None
+    input_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.codes.dtype == torch.uint8 and self.codes.ndim == 2
         assert (self.zero is None) == (self.scheme.symmetric or self.scheme.kind == "ggml")
+        assert (self.input_scale is not None) == self.scheme.static_input
         assert self.columns is None or not self.scheme.flat
 
     @property
@@ -111,9 +139,18 @@ class QuantizedTensor:
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
+        if isinstance(self.scale, DividedScale) and bool((scale <= 0).any()):
+            raise NumericsError(
+                f"{name}: a scale is zero or negative, which {self.scheme.name} forbids"
+            )
+        if self.input_scale is not None and not 0 < float(self.input_scale) < float("inf"):
+            raise NumericsError(
+                f"{name}: the input's scale is {float(self.input_scale)}, not positive"
+            )
         if not self.codes.numel():
             return
-        if self.scheme.kind == "fp8" and int((self.codes & 0x7F).max()) == 0x7F:
+        float8 = self.scheme.kind in ("fp8", "mxfp8")
+        if float8 and int((self.codes & 0x7F).max()) == 0x7F:
             raise NumericsError(f"{name}: a code is the NaN of e4m3")
         highest = int(self.codes.max())
         if highest >= 2**self.scheme.bits:

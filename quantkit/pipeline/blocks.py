@@ -21,12 +21,14 @@ from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.shards import ShardWriter
 from quantkit.formats.format import PlannedWeight
+from quantkit.methods.recipe import input_needs
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
 from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.model.refs import WeightRef
-from quantkit.numbers.scheme import Kind, Scheme
+from quantkit.numbers.activations import InputRounding
+from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
 from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights
@@ -149,7 +151,8 @@ class BlockWork:
         propagate = self.plan.recipe.propagate
         book = self._statistics(index, block)
         folded = self._fold(index, block, book)
-        weights = list(self._quantize(index, block, book))
+        rounded: dict[str, InputRounding] = {}
+        weights = list(self._quantize(index, block, book, rounded))
         for fate in self.plan.fates_of_block.get(index, ()):
             if fate.fate == "rescaled":
                 now = self.model.tensor(block, index, fate.name)
@@ -160,8 +163,7 @@ class BlockWork:
         last = index == self.model.num_blocks - 1 and self.plan.head is None
         if self.stream is not None and self.shared is None and not last:
             if propagate:
-                eight_bit = self._eight_bit(index)
-                self.stream.forward(index, block, None, write=True, eight_bit=eight_bit)
+                self.stream.forward(index, block, None, write=True, rounded=rounded)
             self.stream.hidden.sync(index + 1)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
@@ -181,15 +183,6 @@ class BlockWork:
             stream="quantized" if propagate else "original",
             write=not propagate,
         )
-
-    def _eight_bit(self, index: int) -> dict[str, Kind]:
-        """Parameters of the block whose inputs are 8-bit at run time, and of which kind."""
-        return {
-            ref.parameter: self.plan.scheme_of(ref).kind
-            for _, refs in self.plan.input_groups(index)
-            for ref in refs
-            if self.plan.scheme_of(ref).activation_bits == 8
-        }
 
     def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
@@ -219,13 +212,20 @@ class BlockWork:
                 self.folds.put(name, vector)
         return tuple(dict.fromkeys(changed))
 
-    def _quantize(self, index: int, block: nn.Module, book: Book | None) -> Iterator[WeightRecord]:
+    def _quantize(
+        self, index: int, block: nn.Module, book: Book | None, rounded: dict[str, InputRounding]
+    ) -> Iterator[WeightRecord]:
+        """Quantizes a block's weights; `rounded` receives parameters whose inputs are, and how."""
         for key, refs in self.plan.input_groups(index):
             stats = book.get(key) if book is not None and key in book else None
             weights = [self.model.weight(block, ref) for ref in refs]
             for solved in self._solve(refs, weights, stats):
                 self._put(self.plan.weight_of[solved.ref.name], solved)
                 self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
+                if solved.tensor.scheme.activation_bits != 16:
+                    rounded[solved.ref.parameter] = InputRounding(
+                        scheme=solved.tensor.scheme, scale=solved.tensor.input_scale
+                    )
                 self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.cost.error:.1e}")
                 yield WeightRecord.of(
                     solved, solved.ref.name, None if stats is None else stats.count
@@ -261,7 +261,7 @@ class BlockWork:
         head = self.plan.head
         assert head is not None
         scheme = self.plan.scheme_of(head)
-        needs = self.range.needs(scheme) | self.rounding.needs(scheme)
+        needs = input_needs(self.range, self.rounding, scheme)
         needs = _fitting(needs, head.shape[1])
         stats: Stats | None = None
         if self.stream is not None and needs:
@@ -306,7 +306,7 @@ def block_needs(plan: Plan, index: int) -> BlockNeeds:
     features: dict[str, int] = {}
     for key, refs in plan.input_groups(index):
         scheme = plan.scheme_of(refs[0])
-        needs[key] = range_part.needs(scheme) | rounding.needs(scheme)
+        needs[key] = input_needs(range_part, rounding, scheme)
         features[key] = refs[0].shape[1]
     for group in plan.groups[index]:
         for transform in recipe.make_transforms():

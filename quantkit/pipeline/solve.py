@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RecipeError
-from quantkit.methods.extent import Extent
+from quantkit.methods.extent import Extent, share_scales
 from quantkit.methods.fidelity import Cost, beyond_half, cost_of, unheld_groups
 from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Transform
 from quantkit.methods.stats import Stats
 from quantkit.model.refs import ScaleGroup, WeightRef
+from quantkit.numbers.activations import static_input_scale
 from quantkit.numbers.grid import blocks
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BlockScale
@@ -64,10 +65,14 @@ def quantize_weights(
             _solve_blocks(ref, weight, scheme, stats, range_part, rounding, dtype)
             for ref, weight in zip(refs, floats, strict=True)
         ]
-    found = [
-        range_part(ref.name, weight, scheme, stats)
-        for ref, weight in zip(refs, floats, strict=True)
-    ]
+    found = share_scales(
+        [
+            range_part(ref.name, weight, scheme, stats)
+            for ref, weight in zip(refs, floats, strict=True)
+        ],
+        scheme,
+    )
+    input_scale, unseen = _input_scale(scheme, stats)
     stackable = all(group_range.coding.ndim == 2 for group_range in found)
     batches = [list(range(len(refs)))] if stackable else [[k] for k in range(len(refs))]
     solved: list[Solved] = []
@@ -92,8 +97,9 @@ def quantize_weights(
                 zero=None if zero is None else zero.to(torch.uint8),
                 scheme=dataclasses.replace(scheme, half_scales=False),
                 dtype=dtype,
+                input_scale=input_scale,
             )
-            notes = (found[k].degraded, rounded.degraded)
+            notes = (found[k].degraded, rounded.degraded, unseen)
             solved.append(_solved(refs[k], floats[k], tensor, scheme, stats, notes))
     return solved
 
@@ -165,6 +171,15 @@ def choose_scale(
     shared = None if torch.equal(group.channel_map, identity) else group.channel_map
     scale_I = transform(readers, stats, shared)
     return None if scale_I is None else group.pool(scale_I)
+
+
+def _input_scale(scheme: Scheme, stats: Stats | None) -> tuple[Tensor | None, str | None]:
+    """What calibration gives the input of these weights, and a note if it saw none."""
+    if not scheme.static_input:
+        return None, None
+    if stats is None or stats.count == 0:
+        return torch.tensor(1.0), "input scale 1: no calibration token reached this weight"
+    return torch.tensor(static_input_scale(float(stats.max_abs.max()), scheme)), None
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from format_samples import planned, quantized, same, stored
+from format_samples import planned, quantized, same, sample_scale, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
@@ -20,9 +20,8 @@ from quantkit.formats.format import (
     format_of,
     make_format,
 )
-from quantkit.numbers.grid import store_scale
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+from quantkit.numbers.tensor import QuantizedTensor
 
 SCHEMES = [
     "w2a16_g32",
@@ -45,6 +44,14 @@ SCHEMES = [
     "w8a8_row",
     "fp8a8_row",
     "fp8a16_row",
+    "fp8a8_b128",
+    "fp8a8_tensor",
+    "mxfp8a16",
+    "mxfp8a8",
+    "mxfp4a16",
+    "mxfp4a4",
+    "nvfp4a16",
+    "nvfp4a4",
     "nf4_b64",
     "nf4_b64_dq",
     "nf4_b96",
@@ -53,7 +60,7 @@ SCHEMES = [
     "fp4_b32",
     "fp4_b64_dq",
 ]
-SHAPES = [(32, 64), (64, 96), (96, 128), (5, 64), (7, 33), (1, 96)]
+SHAPES = [(32, 64), (64, 96), (96, 128), (5, 64), (7, 33), (1, 96), (200, 256)]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -82,7 +89,7 @@ def together(chosen: Format) -> list[Scheme]:
     for first in able:
         found = [first]
         for scheme in able:
-            mixed = [planned(f"a.{k}.weight", (64, 192), s) for k, s in enumerate([*found, scheme])]
+            mixed = [planned(f"a.{k}.weight", (64, 768), s) for k, s in enumerate([*found, scheme])]
             if scheme != first and chosen.supports_together(mixed) is None:
                 found.append(scheme)
         best = max(best, found, key=len)
@@ -111,7 +118,7 @@ def test_every_scale_that_the_format_says_it_holds_comes_back(
         half = chosen.scale_dtype(dtype) == torch.float16
         size = tensor.scale.values().shape
         wild = torch.logspace(-38, 38, size.numel()).view(size)
-        scale = PlainScale(tensor=wild if scheme.flat else store_scale(wild, half=half))
+        scale = sample_scale(wild, scheme, half=half)
         tensor = dataclasses.replace(tensor, scale=scale)
         assert chosen.represent(tensor) == (tensor, None)
         source = stored(chosen, [weight], chosen.pack(weight, tensor), dtype)
@@ -204,13 +211,13 @@ def test_mixed_schemes_and_kept_weights_come_back(format_name: str) -> None:
     originals: dict[str, QuantizedTensor] = {}
     for number in range(2 * len(schemes)):
         scheme = schemes[number % len(schemes)] if number % 3 else schemes[0]
-        shape = (64, 192)
+        shape = (64, 768)
         weight = planned(f"model.layers.{number}.mlp.up_proj.weight", shape, scheme)
         kept = planned(f"model.layers.{number}.mlp.down_proj.weight", shape, None)
         weights += [weight, kept]
         originals[weight.name] = quantized(scheme, shape, torch.float16, seed=number)
         tensors.update(chosen.pack(weight, originals[weight.name]))
-        tensors[kept.name] = torch.zeros(64, 192, dtype=torch.float16)
+        tensors[kept.name] = torch.zeros(64, 768, dtype=torch.float16)
     weights.append(planned("lm_head.weight", (64, 64), None))
     source = stored(chosen, weights, tensors, torch.float16)
     found = chosen.weights(source)
@@ -224,7 +231,7 @@ def test_experts_of_another_scheme_and_a_quantized_head_come_back(format_name: s
     chosen = make_format(format_name)
     common, other, *_ = together(chosen)
     weights = [
-        planned(f"model.layers.{block}.self_attn.{name}.weight", (64, 192), common)
+        planned(f"model.layers.{block}.self_attn.{name}.weight", (64, 768), common)
         for block in range(3)
         for name in ("q_proj", "o_proj")
     ]
@@ -232,17 +239,17 @@ def test_experts_of_another_scheme_and_a_quantized_head_come_back(format_name: s
         PlannedWeight(
             name=f"model.layers.0.block_sparse_moe.experts.{number}.w1.weight",
             module="model.layers.0.mlp.experts.gate_up_proj",
-            shape=(64, 192),
+            shape=(64, 768),
             scheme=other,
             expert=True,
         )
         for number in range(4)
     ]
-    weights.append(planned("lm_head.weight", (64, 192), common))
+    weights.append(planned("lm_head.weight", (64, 768), common))
     tensors: dict[str, Tensor] = {}
     for weight in weights:
         assert weight.scheme is not None
-        tensors.update(chosen.pack(weight, quantized(weight.scheme, (64, 192), torch.float16)))
+        tensors.update(chosen.pack(weight, quantized(weight.scheme, (64, 768), torch.float16)))
     source = stored(chosen, weights, tensors, torch.float16)
     found = chosen.weights(source)
     assert {name: entry.scheme for name, entry in found.items()} == {
@@ -255,7 +262,7 @@ def test_readers_give_none_or_a_reason(format_name: str) -> None:
     chosen = make_format(format_name)
     for scheme in map(Scheme.parse, SCHEMES):
         if chosen.supports(scheme) is None:
-            weight = planned("model.layers.0.mlp.up_proj.weight", (64, 192), scheme)
+            weight = planned("model.layers.0.mlp.up_proj.weight", (64, 768), scheme)
             readers = chosen.readers([weight], "llama")
             assert {"transformers", "vllm"} <= set(readers)
             assert all(reason is None or len(reason) > 10 for reason in readers.values())

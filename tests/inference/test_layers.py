@@ -168,7 +168,9 @@ def test_int8_layer_equals_integer_arithmetic_in_float64() -> None:
 def test_int8_layer_agrees_with_the_fake_quantization_of_the_pipeline() -> None:
     tensor = make_tensor("w8a8_row", (24, 64))
     x = torch.randn(5, 64)
-    simulated = nn.functional.linear(fake_quantize_activation(x), tensor.dequantize())
+    simulated = nn.functional.linear(
+        fake_quantize_activation(x, Scheme.parse("w8a8_row")), tensor.dequantize()
+    )
     # The same codes; float32 sums of 64 products in another order.
     torch.testing.assert_close(QuantLinear(tensor)(x), simulated, rtol=1e-5, atol=1e-6)
 
@@ -178,7 +180,7 @@ def test_activation_codes_round_half_to_even_and_stay_within_127() -> None:
     codes, scale = quantize_activation(x)
     assert codes.tolist() == [[127, 0, 2, -2, -127], [0, 0, 0, 0, 0]]
     assert scale[0].item() == 1.0
-    assert torch.equal(fake_quantize_activation(x)[1], torch.zeros(5))
+    assert torch.equal(fake_quantize_activation(x, Scheme.parse("w8a8_row"))[1], torch.zeros(5))
 
 
 def test_a_non_finite_activation_shows_in_the_output() -> None:

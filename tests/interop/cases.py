@@ -45,6 +45,18 @@ DENSE = {
     "dense3_asym": "w3a16_g64_asym",
 }
 
+# Floats whose scales are coarse, and what calibrates their inputs.
+FLOATS = {
+    "fp8_blocks": ("fp8a8_b128", ()),
+    "fp8_tensor": ("fp8a8_tensor", _CALIBRATION),
+    "mxfp8": ("mxfp8a8", ()),
+    "mxfp4": ("mxfp4a4", ()),
+    "nvfp4": ("nvfp4a4", _CALIBRATION),
+    "mxfp8_weights": ("mxfp8a16", ()),
+    "mxfp4_weights": ("mxfp4a16", ()),
+    "nvfp4_weights": ("nvfp4a16", ()),
+}
+
 CASES = (
     Case(name="rtn", source="demo", options=("--method", "rtn")),
     Case(name="gptq", source="demo", options=("--method", "gptq", *_CALIBRATION)),
@@ -59,6 +71,10 @@ CASES = (
     *(
         Case(name=name, source="demo", options=("--method", "rtn", "--scheme", scheme))
         for name, scheme in DENSE.items()
+    ),
+    *(
+        Case(name=name, source="demo", options=("--method", "fp8", "--scheme", scheme, *options))
+        for name, (scheme, options) in FLOATS.items()
     ),
     Case(
         name="w3",

@@ -27,6 +27,10 @@ SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights", *DENSE]
 ASYMMETRIC = ["awq", "dense3_asym"]
 INT8_ACTIVATIONS = ["w8a8", "smoothquant"]
 EIGHT_BIT_ACTIVATIONS = [*INT8_ACTIVATIONS, "fp8"]
+# Products in float32 with activations rounded as quantkit's; what runs in bfloat16 only.
+FLOAT8 = ["fp8_blocks", "fp8_tensor"]
+BFLOAT16_WEIGHTS = ["mxfp8_weights", "mxfp4_weights", "nvfp4_weights"]
+BFLOAT16 = [*BFLOAT16_WEIGHTS, "mxfp8", "mxfp4", "nvfp4"]
 EXPERTS = ["mixtral", "qwen3_moe"]
 
 
@@ -71,6 +75,28 @@ def test_int8_activations_are_quantized_per_token(root: Path, name: str) -> None
     rule = int8_tokens(levels=127.5, lowest=-128)
     expected = logits(dense_model(root, name, activation=rule), root, name)
     assert (logits(loaded(root, name), root, name) - expected).abs().max().item() < TOLERANCE
+
+
+@pytest.mark.parametrize("name", FLOAT8)
+def test_float8_with_rounded_activations_gives_the_logits_of_quantkit(
+    root: Path, name: str
+) -> None:
+    assert max_difference(loaded(root, name), root, name) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_floats_that_run_in_bfloat16_decode_to_quantkits_weights(root: Path, name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.bfloat16).eval()
+    found = logits(model, root, name)
+    for weight, expected in quantized_weights(root, name).items():
+        actual = model.get_submodule(weight.removesuffix(".weight")).weight
+        assert torch.equal(actual, expected.bfloat16()), weight
+    expected = load_file(root / f"{name}-logits.safetensors")["logits"]
+    distance = ((found - expected).norm() / expected.norm()).item()
+    print(f"{name}: bfloat16 logits are {distance:.4f} from float32's")
+    # bfloat16 moves the logits of dense weights by 1 %, and which of 8 or 16 numbers an
+    # activation is rounded to by more.
+    assert distance < (0.02 if name in BFLOAT16_WEIGHTS else 0.2)
 
 
 @pytest.mark.parametrize("name", [*SYMMETRIC, *ASYMMETRIC, *EXPERTS])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +20,6 @@ from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
 from quantkit.model.requantized import Decoded
-from quantkit.numbers.scheme import Scheme
 from quantkit_eval.sequences import Batch, Workload
 
 
@@ -64,8 +63,8 @@ class States:
 class ModelStream:
     """One model and where its hidden states are between two blocks.
 
-    Quantized weights are decoded once and multiplied in `dtype`; inputs of 8-bit activation schemes
-    are rounded per token as the layers that run them do.
+    Quantized weights are decoded once and multiplied in `dtype`; inputs of schemes that
+    round them are rounded as the layers that run them do.
     """
 
     def __init__(
@@ -84,8 +83,7 @@ class ModelStream:
         self.model = CausalModel.open(
             source, trust_remote_code=trust_remote_code, dtype=dtype, device=device
         )
-        schemes: Mapping[str, Scheme] = source.schemes if isinstance(source, Decoded) else {}
-        self._eight_bit = {n: s.kind for n, s in schemes.items() if s.activation_bits == 8}
+        self._rounded = source.input_roundings() if isinstance(source, Decoded) else {}
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
         first, _ = self._call(workload.batches[0])
         self.hidden_size: int = first.shape[-1]
@@ -113,15 +111,15 @@ class ModelStream:
         batch = self.workload.batches[number]
         hidden = self.read(number) if hidden_BTH is None else hidden_BTH
         call = self._calls_of(batch)[index]
-        eight_bit = {
-            ref.parameter: self._eight_bit[ref.name]
+        rounded = {
+            ref.parameter: self._rounded[ref.name]
             for ref in self.model.weights(index)
-            if ref.name in self._eight_bit
+            if ref.name in self._rounded
         }
         with contextlib.ExitStack() as modes:
             modes.enter_context(torch.no_grad())
-            if eight_bit:
-                modes.enter_context(QuantizedActivations(block, eight_bit))
+            if rounded:
+                modes.enter_context(QuantizedActivations(block, rounded))
             return self.model.run(block, hidden.to(self.device), call)
 
     @contextlib.contextmanager

@@ -54,9 +54,9 @@ class Descent:
         self.scheme, self.grid = scheme, grid_of(scheme)
         self.matrix, self.diagonal = matrix_II, diagonal_I
         self.group_size = weight_RI.shape[1] // scale_RG.shape[1]
-        # Scales that are stored in two levels stay as the range chose them.
-        nested = scheme.double_quant or scheme.kind == "ggml"
-        self.refit = self.group_size <= _LARGEST_BLOCK and not nested
+        # Scales that are stored in two levels, or are coarse, stay as the range chose them.
+        fixed = scheme.double_quant or scheme.coarse_scales or scheme.kind == "ggml"
+        self.refit = self.group_size <= _LARGEST_BLOCK and not fixed
         self.block = self.group_size if self.refit else _BLOCK
         self.scale = scale_RG.t().contiguous()
         self.zero = None if zero_RG is None else zero_RG.t().contiguous()

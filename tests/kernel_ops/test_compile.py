@@ -117,7 +117,11 @@ def test_loading_says_what_runs_on_the_reference_path(
         ("cpu-int8", "cuda", "on cuda"),
     ],
 )
-def test_backends_that_cannot_run_are_refused(backend: str, device: str, word: str) -> None:
+def test_backends_that_cannot_run_are_refused(
+    backend: str, device: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A device that is not there is refused first.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(BackendError, match=word):
         check_backend(backend, device)
 

@@ -67,7 +67,7 @@ def test_small_weights_cost_what_large_ones_do(
 def test_a_format_with_float16_scales_says_what_it_cannot_hold(models: dict[float, Path]) -> None:
     with jobs.one_thread():
         (_, fine), (_, report) = (
-            run(model, "rtn", "w4a16_g32", format_name="gptq") for model in models.values()
+            run(model, "rtn", "w4a16_g32", format="gptq") for model in models.values()
         )
     assert not any("float16" in note for note in fine["degraded"].values())
     lost = {name for name, note in report["degraded"].items() if "float16 does not hold" in note}

@@ -177,7 +177,6 @@ def test_the_command_writes_a_model_into_a_triton_repository(
         (("--format", "onnx", "--out", "a", "--allow-rounding"), "--allow-rounding goes with"),
         (("--format", "onnx", "--out", "a", "--max-shard-size", "5GB"), "--max-shard-size goes"),
         (("--format", "gguf", "--out", "a", "--allow-unreadable"), "a format of safetensors, not"),
-        (("--format", "gguf", "--out", "a", "--trust-remote-code"), "--trust-remote-code goes"),
         (("--format", "gptq", "--out", "a", "--accuracy-level", "4"), "goes with --format onnx"),
     ],
 )

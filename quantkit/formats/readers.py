@@ -90,7 +90,10 @@ def _lacks_split_experts(weights: Sequence[PlannedWeight], model_type: str) -> s
 
 def _one_decompressor(schemes: Sequence[Scheme]) -> bool:
     """True if transformers, which decompresses all dense layers alike, would be right for all."""
-    kinds = {(s.kind, s.bits, s.symmetric, s.activation_bits) for s in schemes}
+    # Zeros are spread over columns by the first scheme's groups; scales by their own shape.
+    kinds = {
+        (s.kind, s.bits, s.activation_bits, s.symmetric or f"g{s.group_size}") for s in schemes
+    }
     decodable = all(s.activation_bits == 16 and not s.coarse_scales for s in schemes)
     return len(kinds) == 1 and decodable
 
@@ -116,7 +119,7 @@ def _transformers_compressed(weights: Sequence[PlannedWeight], model_type: str) 
         return f"it does not convert the Conv1D layers of {model_type}"
     dense = _schemes([weight for weight in weights if not weight.expert])
     if any(not scheme.symmetric for scheme in _schemes(weights)) and not _one_decompressor(dense):
-        return "it decompresses asymmetric weights only if all have the same bits and symmetry"
+        return "it decompresses asymmetric weights only if all have the same bits and groups"
     weight_only = any(scheme.activation_bits == 16 for scheme in dense)
     if model_type == "falcon" and weight_only and not _one_decompressor(dense):
         return "FalconLinear works only if all weights have the same bits and symmetry"

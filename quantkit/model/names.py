@@ -348,7 +348,7 @@ def load_into(
     in the skeleton (integers keep theirs).  Holds one checkpoint tensor beside the part.
     """
     for inner, module in part.named_modules() if only is None else [("", part)]:
-        prefix = f"{path}.{inner}." if inner else f"{path}."
+        prefix = "".join(f"{part}." for part in (path, inner) if part)
         for key, old in module._parameters.items():
             if old is not None and old.is_meta and only in (None, key):
                 value = read_parameter(names, f"{prefix}{key}", source, old.dtype).to(device)

@@ -106,6 +106,13 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
         jobs.make_job(model, "rtn", None, allow_unreadable=True)
 
 
+def test_an_encoder_with_a_decoder_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    # It has a buffer of its own, outside all modules, which is found.
+    found = examine("encoder", "bart", tmp_path / "work")
+    assert found.status == "refused"
+    assert "BartForConditionalGeneration: its forward fails" in found.runs[0].message
+
+
 def test_experts_may_be_kept_knowingly(tmp_path: Path) -> None:
     model = built("llama4_text", tmp_path / "model")
     job = jobs.make_job(model, "rtn", None, skip=("*experts*",), allow_unreadable=True)

@@ -34,6 +34,7 @@ from quantkit.formats.format import (
     PlannedWeight,
     StoredWeight,
     check_stored,
+    kept_modules,
     named_as_weight,
     skipped_too,
 )
@@ -171,13 +172,7 @@ class Bitsandbytes:
         Raises FormatError if a kept module's name would make transformers skip a quantized one.
         """
         quantized = [weight for weight in weights if weight.scheme is not None]
-        kept = {w.module: None for w in weights if w.scheme is None and not w.expert}
-        modules = {weight.module for weight in weights}
-        for info in others:
-            module = info.name.removesuffix(".weight")
-            if len(info.shape) == 2 and info.name != module and module not in modules:
-                kept[module] = None
-        skipped = list(kept)
+        skipped = kept_modules(weights, others)
         if (reason := skipped_too(skipped, quantized)) is not None:
             raise FormatError(reason)
         scheme = quantized[0].scheme

@@ -37,7 +37,6 @@ _PACKAGE = "quantkit.formats"
 _ENTRY_POINTS = "quantkit.formats"
 # quant_method -> file and class of what reads it and cannot write it.
 _READ_ONLY: Mapping[str, tuple[str, str]] = {
-    "fp8": ("_fp8_blocks", "Fp8Blocks"),
     "mxfp4": ("_mxfp4", "Mxfp4"),
     "onnx": ("onnx.format", "OnnxWeights"),
 }
@@ -348,7 +347,7 @@ def format_of(source: Source) -> FormatReader:
         stem, class_name = _READ_ONLY[method]
         module = importlib.import_module(f"{_PACKAGE}.{stem}")
         return cast(FormatReader, getattr(module, class_name)())
-    elif method in ("awq", "compressed-tensors", "bitsandbytes"):
+    elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8"):
         return make_format(method)
     elif isinstance(method, str) and (found := _installed(method)) is not None:
         return found
@@ -389,6 +388,17 @@ def named_as_weight(weight: PlannedWeight) -> str | None:
     if not weight.name.endswith(".weight"):
         return 'the tensor\'s name must end in ".weight"'
     return None
+
+
+def kept_modules(weights: Sequence[PlannedWeight], others: Sequence[TensorInfo]) -> list[str]:
+    """Modules of kept weights outside experts, and of a model's other matrices: what to skip."""
+    kept = {w.module: None for w in weights if w.scheme is None and not w.expert}
+    modules = {weight.module for weight in weights}
+    for info in others:
+        module = info.name.removesuffix(".weight")
+        if len(info.shape) == 2 and info.name != module and module not in modules:
+            kept[module] = None
+    return list(kept)
 
 
 def skipped_too(

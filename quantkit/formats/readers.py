@@ -60,6 +60,14 @@ def bitsandbytes_readers(
     }
 
 
+def fp8_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
+    """Runtime -> None if it reads fp8 files of these weights in 128 x 128 blocks, else why not."""
+    return {
+        "transformers": _transformers_fp8(weights, model_type),
+        "vllm": _vllm_lacks(weights, model_type) or _vllm_stacks(weights),
+    }
+
+
 def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
     """Runtime -> None if it reads gptq_v2 files of these weights, else why not."""
     return {
@@ -151,9 +159,8 @@ def _vllm_lacks(weights: Sequence[PlannedWeight], model_type: str) -> str | None
     return None
 
 
-def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
-    if reason := _vllm_lacks(weights, model_type):
-        return reason
+def _vllm_stacks(weights: Sequence[PlannedWeight]) -> str | None:
+    """Why vLLM cannot stack projections whose rows share scales in blocks."""
     for weight in weights:
         blocks = weight.scheme is not None and weight.scheme.share == "block"
         if blocks and weight.shape[0] % 128 and weight.module.endswith(_STACKED):
@@ -161,6 +168,14 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
                 f"{weight.name}: vLLM 0.32 stacks it with others only if its rows are a multiple "
                 f"of 128, not {weight.shape[0]}"
             )
+    return None
+
+
+def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if reason := _vllm_lacks(weights, model_type):
+        return reason
+    if reason := _vllm_stacks(weights):
+        return reason
     for scheme in _schemes(weights):
         # 8-bit integers with 8-bit activations, and all floats.
         if scheme.kind != "int" or scheme.activation_bits == 8:
@@ -176,6 +191,24 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
             return (
                 f"vLLM 0.32 has kernels for groups of {allowed} or a row, not {scheme.group_size}"
             )
+    return None
+
+
+def _transformers_fp8(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
+    if reason := _lacks_split_experts(weights, model_type):
+        return reason
+    for weight in weights:
+        if weight.scheme is None:
+            continue
+        if weight.expert:
+            return "it was not tried whether it reads fused experts in blocks"
+        if weight.shape[0] % 128:
+            return (
+                f"{weight.name}: it cuts {weight.shape[0]} rows into blocks of equal height where "
+                "it decodes while loading, as on a CPU; only multiples of 128 come out right"
+            )
+    if model_type == "falcon":
+        return "it was not tried whether it replaces FalconLinear by FP8 layers"
     return None
 
 

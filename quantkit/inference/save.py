@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.source import Source
 from quantkit.errors import ModelError
-from quantkit.formats.format import FormatReader, PlannedWeight, demand_writer
+from quantkit.formats.format import FormatReader, PlannedWeight, check_supported, demand_writer
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import FusedLinear, SharedProduct
 from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
@@ -111,7 +111,8 @@ def canonical_tensors(
     """Checkpoint name -> CPU tensor: quantized weights packed, everything else as it is now.
 
     Parameters the checkpoint did not have (added since) come under their module path.  Raises
-    ModelError if a quantized layer is no longer where it was, FormatError if the format only reads.
+    ModelError if a quantized layer is no longer where it was, FormatError if the format only reads,
+    or reads schemes that it does not write.
     """
     writer = demand_writer(fmt)
     tensors: dict[str, Tensor] = {}
@@ -135,6 +136,7 @@ def canonical_tensors(
                 expert=piece.expert is not None,
             )
             covered.update(id(buffer) for buffer in found.buffers())
+            check_supported(writer, [weight])
             tensors.update(writer.pack(weight, found.quantized_tensor))
             continue
         covered.add(id(found))

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 import torch
+from format_samples import planned, quantized, same, stored
 from safetensors.torch import load_file, save_file
 
 import quantkit
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats.format import make_format
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
+from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.export import export
 
 BLOCK = (16, 32)
@@ -83,13 +86,50 @@ def test_weights_are_decoded_run_and_quantized_anew(
     assert verify(out).ok
 
 
-def test_nothing_is_written_so(tmp_path: Path) -> None:
+def test_blocks_of_the_scheme_come_back_and_go_on(tmp_path: Path) -> None:
+    shape = (200, 256)
+    chosen, scheme = make_format("fp8"), Scheme.parse("fp8a8_b128")
+    weight = planned("model.layers.0.mlp.up_proj.weight", shape, scheme)
+    tensor = quantized(scheme, shape, torch.bfloat16)
+    packed = chosen.pack(weight, tensor)
+    assert packed[f"{weight.name}_scale_inv"].shape == (2, 2)
+    assert packed[f"{weight.name}_scale_inv"].dtype == torch.float32
+    numbers = packed[weight.name].float()
+    for row in (0, 127, 128, 199):
+        for column in (0, 127, 128, 255):
+            scale = packed[f"{weight.name}_scale_inv"][row // 128, column // 128]
+            value = (numbers[row, column] * scale).bfloat16()
+            assert tensor.dequantize()[row, column] == value
+    config = chosen.config([weight], model_type="llama", dtype=torch.bfloat16)
+    assert config["weight_block_size"] == [128, 128]
+    assert config["activation_scheme"] == "dynamic"
+    # The same numbers fit compressed-tensors' blocks.
+    source = stored(chosen, [weight], packed, torch.bfloat16)
+    again = chosen.unpack(chosen.weights(source)[weight.name], source)
+    assert same(again, tensor)
+    other = make_format("compressed-tensors")
+    assert other.represent(again) == (again, None)
+    # Inputs are rounded only where the checkpoint says so.
+    source.config["quantization_config"]["activation_scheme"] = "static"
+    assert chosen.weights(source)[weight.name].scheme.name == "fp8a16_g128"
+
+
+def test_readers_are_told_of_rows_that_fill_no_block() -> None:
+    for rows, read in ((256, True), (200, False)):
+        weights = [planned("model.layers.0.mlp.gate_proj.weight", (rows, 256), "fp8a8_b128")]
+        found = make_format("fp8").readers(weights, "llama")
+        assert {reason is None for reason in found.values()} == {read}
+
+
+def test_other_blocks_are_not_written(tmp_path: Path) -> None:
     model = jobs.build("llama", tmp_path / "model")
     write_fp8(model, tmp_path / "fp8", BLOCK)
     with pytest.raises(FormatError, match="not fp8a16_g32"):
+        export(tmp_path / "fp8", tmp_path / "x", format_name="fp8", progress=False)
+    with pytest.raises(FormatError, match="not fp8a16_g32"):
         export(tmp_path / "fp8", tmp_path / "x", format_name="compressed-tensors", progress=False)
     loaded = quantkit.load(tmp_path / "fp8")
-    with pytest.raises(FormatError, match="read, not written"):
+    with pytest.raises(FormatError, match=r"_proj.*not fp8a16_g32"):
         loaded.save_pretrained(tmp_path / "y")
 
 

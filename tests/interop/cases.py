@@ -100,5 +100,6 @@ EXPORTS = (
     Export(name="gptq_v1_asym", source="awq", format="gptq"),
     Export(name="awq_gemm", source="awq", format="awq"),
     Export(name="awq_gemm_sym", source="gptq", format="awq"),
+    Export(name="fp8_native", source="fp8_blocks", format="fp8"),
     Export(name="int8_rows", source="w8a8", format="bitsandbytes"),
 )

@@ -84,6 +84,18 @@ def test_float8_with_rounded_activations_gives_the_logits_of_quantkit(
     assert max_difference(loaded(root, name), root, name) < TOLERANCE
 
 
+def test_native_fp8_decodes_to_quantkits_weights(root: Path) -> None:
+    # Without a GPU transformers decodes the blocks while loading, and mixes dtypes in float32.
+    model = AutoModelForCausalLM.from_pretrained(root / "fp8_native", dtype=torch.bfloat16).eval()
+    for weight, expected in quantized_weights(root, "fp8_native").items():
+        actual = model.get_submodule(weight.removesuffix(".weight")).weight
+        assert torch.equal(actual.bfloat16(), expected.bfloat16()), weight
+    expected = logits(dense_model(root, "fp8_native"), root, "fp8_native")
+    found = logits(model, root, "fp8_native")
+    # bfloat16 moves the logits of dense weights by 1 %.
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_floats_that_run_in_bfloat16_decode_to_quantkits_weights(root: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.bfloat16).eval()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +20,13 @@ from quantkit.checkpoint.safetensors import TensorInfo, tensor_bytes
 # Checkpoints up to this size are fingerprinted whole, larger ones by samples of each tensor.
 _WHOLE_BYTES = 256 * 2**20
 _SAMPLE_BYTES = 4096
+# Side files that say which model it is, at the top of its folder.
+_OWN_FILES = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.*", "merges.txt", "*.model", "*.tiktoken", "chat_template*",
+    "additional_chat_templates/*.jinja", "*preprocessor_config.json", "processor_config.json",
+    "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*",
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -59,6 +68,10 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Hex sha256 that identifies config, tensors and side files (see `Reader`)."""
+        ...
+
+    def fingerprint_beside(self) -> str:
+        """Hex sha256 over everything that travels beside the tensors."""
         ...
 
     def side_files(self) -> dict[str, Path | bytes]:
@@ -149,8 +162,8 @@ class Reader(ABC):
         return found.reshape(len(positions), *shape[1:])
 
     def fingerprint(self) -> str:
-        """Hex sha256 over config, side files (and why others are none), and each tensor: name,
-        dtype, shape and content.
+        """Hex sha256 that says which model this is: config, tokenizer and the like, and each
+        tensor's name, dtype, shape and content.  A text laid beside it changes nothing.
 
         How the tensors are split into files does not matter, nor do times.  Up to 256 MiB of
         weights are hashed whole; of a larger checkpoint 16 KiB of each tensor in four places, as
@@ -159,14 +172,9 @@ class Reader(ABC):
         infos = [self.info(name) for name in self.names()]
         whole = sum(info.nbytes for info in infos) <= _WHOLE_BYTES
         total = hashlib.sha256(self._config_bytes())
-        for name, content in sorted(self.side_files().items()):
-            if isinstance(content, bytes):
-                digest = hashlib.sha256(content).hexdigest()
-            else:
-                digest = file_sha256(content)
-            total.update(json.dumps([name, digest]).encode())
-        for left in sorted(self.left_files().items()):
-            total.update(json.dumps(left).encode())
+        for name, digest in self._digests():
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in _OWN_FILES):
+                total.update(json.dumps([name, digest]).encode())
         for info in infos:
             total.update(json.dumps([info.name, str(info.dtype), info.shape]).encode())
             step = _SAMPLE_BYTES // info.dtype.itemsize
@@ -179,6 +187,21 @@ class Reader(ABC):
                 piece = self.read_flat(info.name, start, min(start + step, info.numel))
                 total.update(tensor_bytes(piece))
         return total.hexdigest()
+
+    def fingerprint_beside(self) -> str:
+        """Hex sha256 over all side files, and what was left with its reason."""
+        total = hashlib.sha256(json.dumps(sorted(self.left_files().items())).encode())
+        for name, digest in self._digests():
+            total.update(json.dumps([name, digest]).encode())
+        return total.hexdigest()
+
+    def _digests(self) -> Iterator[tuple[str, str]]:
+        """(name, sha256) of each side file, sorted."""
+        for name, content in sorted(self.side_files().items()):
+            if isinstance(content, bytes):
+                yield name, hashlib.sha256(content).hexdigest()
+            else:
+                yield name, file_sha256(content)
 
     def _row(self, name: str) -> tuple[int, tuple[int, ...]]:
         """Elements of one row, and the shape."""

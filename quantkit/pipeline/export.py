@@ -128,6 +128,7 @@ def export(
         )
     fingerprint = {
         EXPORT_OF: source.fingerprint(),
+        "side files": source.fingerprint_beside(),
         "format": f"{plan.format.name} {code_of(plan.format)}".rstrip(),
         "allow rounding": str(allow_rounding),
         "max shard bytes": str(max_shard_bytes),

@@ -193,6 +193,7 @@ def _fingerprint(
         hardware = torch.cuda.get_device_name(device)
     return {
         "model": source.fingerprint(),
+        "side files": source.fingerprint_beside(),
         "recipe": json.dumps(request.loaded.to_dict(), sort_keys=True),
         "third-party parts": request.loaded.code() or "none",
         "calibration": "none" if calibration is None else calibration.fingerprint,

@@ -163,23 +163,28 @@ def test_plan_and_outcome_tell_what_stays(
 
 def test_an_output_inside_the_folder_is_not_taken_for_the_models(tmp_path: Path) -> None:
     model = jobs.build("llama", tmp_path / "model")
-    before = FileSource(model).fingerprint()
+    before = FileSource(model).fingerprint_beside()
     out = jobs.finish(jobs.make_job(model), model / "out").out
     shutil.copytree(out, model / "other.partial")
     write(model / "out.partial.lock", "1")
-    assert FileSource(model).fingerprint() == before
+    assert FileSource(model).fingerprint_beside() == before
     assert not jobs.finish(jobs.make_job(model), model / "out").written
 
 
-def test_a_side_file_belongs_to_the_fingerprint(tmp_path: Path) -> None:
+def test_a_side_file_belongs_to_the_job_and_not_to_the_model(tmp_path: Path) -> None:
     model = jobs.build("llama", tmp_path / "model")
-    found = {FileSource(model).fingerprint()}
+    which = FileSource(model).fingerprint()
+    found = {FileSource(model).fingerprint_beside()}
     for content in ("a", "b"):
         write(model / "1_Pooling" / "config.json", content)
-        found.add(FileSource(model).fingerprint())
+        found.add(FileSource(model).fingerprint_beside())
     write(model / "model.gguf", "left, and told in the report")
-    found.add(FileSource(model).fingerprint())
+    found.add(FileSource(model).fingerprint_beside())
     assert len(found) == 4
+    # An evaluation asks which model it is: a text laid beside it is no other model.
+    assert FileSource(model).fingerprint() == which
+    write(model / "tokenizer_config.json", "{}")
+    assert FileSource(model).fingerprint() != which
 
 
 def test_odd_entries_are_left_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,6 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("fp8", "per row", "fp8a8_row"),
     ),
     "unknown method": (("--method", "magic"), ("magic", "awq", "gptq", "nf4")),
-    "no method": ((), ("--method",)),
     "unknown option of a part": (
         ("--method", "gptq", "--set", "rounding.dampening=1"),
         ("dampening", "damp", "act_order"),

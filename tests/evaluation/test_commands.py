@@ -73,12 +73,6 @@ def test_wishes_that_cannot_be_met_show_before_the_work(
         assert not list(tmp_path.iterdir())
 
 
-def test_gguf_takes_no_evaluation(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    line = ["quantize", model, "--out", tmp_path / "out", "--format", "gguf", "--scheme", "q8_0"]
-    assert jobs.command(*line, "--eval") == 2
-    assert "not taken with --format gguf" in capsys.readouterr().err
-
-
 def test_bench_measures_speed_and_memory(model: Path, capsys: Capture) -> None:
     line = ["bench", model, "--batches", "1,3", "--prompt-tokens", 16, "--new-tokens", 4]
     assert jobs.command(*line, "--repeats", 2, "--device", "cpu", "--json") == 0

@@ -53,3 +53,14 @@ def test_methods_are_compared_as_files_of_gguf(tmp_path: Path) -> None:
     assert found == 0
     for method in ("rtn", "awq"):
         assert (tmp_path / "out" / f"{method}-q4_k_m" / MODEL_FILE).is_file()
+
+
+def test_a_gguf_is_evaluated_as_it_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A short text of a few words that both models have read before.\n" * 400)
+    line = ["quantize", demo_path(), "--out", tmp_path / "out", "--format", "gguf"]
+    line += ["--method", "rtn", "--eval", "--text", text, "--fail-if", "kl>9", "--json"]
+    assert jobs.command(*line) == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"]["violated"] is False

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
         group_range,
         scale_and_zero,
     )
-    from quantkit.methods.nearest import nearest_codes
     from quantkit.methods.parts import GroupRange, Range, Reader, Rounded, Rounding, Transform
+    from quantkit.methods.rounding.nearest import nearest_codes
     from quantkit.methods.search import both_ends, search_range, shrink_factors
     from quantkit.methods.stats import Needs, Stats
     from quantkit.numbers.grid import grid_of
@@ -111,7 +111,7 @@ _HOMES = (
     "methods.parts",
     "methods.stats",
     "methods.extent",
-    "methods.nearest",
+    "methods.rounding.nearest",
     "methods.search",
     "formats.format",
     "formats.stored",
@@ -125,7 +125,7 @@ MOVED: Mapping[str, str] = {
     "grid": "numbers.grid",
     "hf": "inference.hf",
     "loading": "inference.load",
-    "nearest": "methods.nearest",
+    "nearest": "methods.rounding.nearest",
     "nested": "numbers.nested",
     "parts": "methods.parts",
     "ranges": "methods.ranges",

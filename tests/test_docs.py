@@ -25,10 +25,10 @@ from reference import activations, output_error, stats_of, weights
 import quantkit
 from quantkit.cli.app import app
 from quantkit.formats.format import available_formats
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import PartKind, available, make_part, part_class
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.methods.recipe import Recipe, builtin_recipes, load_recipe
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import decode_rows
 
@@ -253,6 +253,15 @@ def test_python_page_lists_exactly_the_arguments_there_are(name: str) -> None:
 def test_formats_page_has_every_format() -> None:
     table = list(rows(prose(DOCS / "formats.md").split("## ")[0]))
     assert {code(row[0]) for row in table} - {""} == set(available_formats())
+
+
+def test_files_that_the_design_names_are_there() -> None:
+    text = (DOCS / "design.md").read_text()
+    named = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", text))
+    assert len(named) > 40
+    homes = (ROOT / "quantkit", ROOT)
+    lost = {name for name in named if not any((home / name).is_file() for home in homes)}
+    assert not lost
 
 
 # The worked examples: the page's blocks as files, put through what every part has to keep.

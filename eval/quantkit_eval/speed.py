@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import format_size, peak_rss
+from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.inference.load import load
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.machine import machine_facts, version_facts

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.checkpoint.door import file_sha256
-from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -18,8 +18,8 @@ from quantkit.checks.against import Vectors
 from quantkit.checks.inspection import inspect
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
+from quantkit.model.decoded import Decoded, open_decoded
 from quantkit.model.fold_vectors import FOLDS_FILE
-from quantkit.model.requantized import Decoded, open_decoded
 from quantkit_eval.errors import EvaluationError
 
 if TYPE_CHECKING:

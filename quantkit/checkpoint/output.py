@@ -28,7 +28,7 @@ from quantkit.checkpoint.disk import (
 from quantkit.checkpoint.door import RECORD_BYTES, given_path, read_json
 from quantkit.checkpoint.journal import Journal, compare_fingerprints
 from quantkit.checkpoint.manifest import MANIFEST, write_manifest
-from quantkit.errors import OutputError
+from quantkit.errors import CheckpointError, OutputError
 
 FINGERPRINT = "quantkit/fingerprint.json"
 _SCRATCH = ".scratch"
@@ -269,3 +269,25 @@ def _is_empty(folder: Path, but: str | None = None) -> bool:
     return not entries or (
         but is not None and [entry.name for entry in entries] == [but] and _is_empty(entries[0])
     )
+
+
+def refuse_unfinished(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError if the directory is an output that was never finished.
+
+    A path that is none, such as a name on the Hub, is left to others.  What a directory holds says
+    so, not what it is called: the manifest comes last, and with it one is finished even if someone
+    renamed it.
+    """
+    path = given_path(path)
+    named = Path(os.path.abspath(path))
+    partial = Path(f"{named}.partial")
+    if not path.exists() and partial.is_dir():
+        raise CheckpointError(
+            f"{path}: not there yet: {partial.name} is unfinished; run the quantize command again "
+            "to finish it"
+        )
+    begun = named.name.endswith(".partial") or (path / "quantkit").is_dir()
+    if (path / ".scratch").exists() or (begun and not (path / MANIFEST).is_file()):
+        raise CheckpointError(
+            f"{path}: an unfinished output; run the quantize command again to finish it"
+        )

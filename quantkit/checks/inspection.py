@@ -13,8 +13,8 @@ from typing import Any
 
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
-from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import format_size
+from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, QuantkitError

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.errors import ModelError
 from quantkit.formats.format import format_of
 from quantkit.formats.open import open_source

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from quantkit.checkpoint.finished import refuse_unfinished
+from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.formats.format import Format, StoredWeight, format_of

@@ -16,7 +16,9 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.formats.format import FormatReader, StoredWeight, format_of, reader_of
 from quantkit.model import skeleton
+from quantkit.model.split_experts import split_experts
 from quantkit.numbers.activations import InputRounding
+from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 
 
@@ -135,3 +137,25 @@ class Unpacked(Reader):
 
     def _config_bytes(self) -> bytes:
         return json.dumps(self.packed.config, sort_keys=True).encode()
+
+
+class Decoded(Unpacked):
+    """`Unpacked` whose quantized weights are read in float32, though `info` names their own dtype:
+    who computes in it rounds nothing."""
+
+    decoded_dtype: ClassVar[torch.dtype | None] = torch.float32
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Scheme of every quantized weight by its checkpoint name."""
+        return {name: weight.scheme for name, weight in self.stored.items()}
+
+
+def open_decoded(source: Source, *, trust_remote_code: bool = False) -> Source | Decoded:
+    """The source, experts one by one, if it is not quantized, else its decoded view.
+
+    Raises FormatError for a quantized checkpoint in an unknown format.
+    """
+    if reader_of(source) is None:
+        return split_experts(source, trust_remote_code=trust_remote_code)
+    return Decoded.open(source, trust_remote_code=trust_remote_code)

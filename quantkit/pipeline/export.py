@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 
 from quantkit.checkpoint.door import given_path
-from quantkit.checkpoint.finished import refuse_unfinished
 from quantkit.checkpoint.memory import release_free_memory
-from quantkit.checkpoint.output import OutputDirectory, OutputState
+from quantkit.checkpoint.output import OutputDirectory, OutputState, refuse_unfinished
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.shards import TensorWriter
 from quantkit.checkpoint.sidefiles import left_lines, side_record

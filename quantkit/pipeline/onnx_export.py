@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from quantkit.checkpoint.disk import disk_errors, write_file
 from quantkit.checkpoint.door import given_path
-from quantkit.checkpoint.finished import refuse_unfinished
-from quantkit.checkpoint.output import OutputDirectory, OutputState
+from quantkit.checkpoint.output import OutputDirectory, OutputState, refuse_unfinished
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.checkpoint.sidefiles import copy_side_files

@@ -9,8 +9,8 @@ import torch
 from reference import activations, stats_of, weights
 from torch import Tensor
 
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import GroupRange, Range, available, make_part
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor

@@ -6,9 +6,9 @@ import pytest
 import torch
 from reference import activations, output_error, stats_of, weights
 
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import Rounding, available, make_part
 from quantkit.methods.ranges.minmax import Minmax
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import decode_rows

@@ -20,8 +20,7 @@ from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
 from quantkit.formats.format import expert_name, format_of
 from quantkit.formats.open import open_source
-from quantkit.model.decoded import Unpacked
-from quantkit.model.requantized import open_decoded
+from quantkit.model.decoded import Unpacked, open_decoded
 from quantkit.numbers.scheme import Scheme
 
 NUMBERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

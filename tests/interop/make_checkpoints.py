@@ -36,7 +36,7 @@ from transformers import (
 import quantkit
 from quantkit.demo import demo_path
 from quantkit.formats.open import open_source
-from quantkit.model.requantized import Decoded
+from quantkit.model.decoded import Decoded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))

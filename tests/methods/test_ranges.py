@@ -12,12 +12,12 @@ from torch import Tensor
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import Extent, extent_of, scale_and_zero
 from quantkit.methods.feedback import factorize
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import GroupRange, make_part
 from quantkit.methods.ranges.clip import Clip
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.methods.ranges.mse import Mse
 from quantkit.methods.ranges.weighted_mse import WeightedMse
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.stats import Needs
 from quantkit.numbers.grid import store_scale
 from quantkit.numbers.nested import dynamic_map, nest

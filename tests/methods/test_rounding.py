@@ -19,11 +19,11 @@ from reference import (
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.methods.feedback import factorize, feedback_of
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import make_part
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.methods.ranges.weighted_mse import WeightedMse
 from quantkit.methods.rounding.gptq import Gptq
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import decode_rows
 
@@ -287,7 +287,7 @@ def test_nearest_codes_in_bounded_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     scheme, weight = Scheme.parse("w4a16_g16_asym"), weights(33, 64, 29)
     found = Minmax()("w", weight, scheme, None)
     whole = nearest_codes(weight, scheme, found.coding, found.zero)
-    monkeypatch.setattr("quantkit.methods.nearest._CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("quantkit.methods.rounding.nearest._CHUNK_ELEMENTS", 200)
     assert torch.equal(nearest_codes(weight, scheme, found.coding, found.zero), whole)
     assert found.zero is not None
     for o, i in ((0, 0), (7, 33), (32, 63)):

@@ -10,10 +10,10 @@ from torch import Tensor
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import extent_of, scale_and_zero, snap_rows
 from quantkit.methods.feedback import factorize
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import Reader, make_part
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.methods.rounding.gptq import Gptq
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.transforms.awq import Awq
 from quantkit.methods.transforms.smoothquant import Smoothquant
 from quantkit.numbers.scheme import Scheme

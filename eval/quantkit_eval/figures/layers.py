@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantkit.checks.against import Vectors
 from quantkit.model.causal import CausalModel, WeightRef
-from quantkit.model.requantized import Decoded
+from quantkit.model.decoded import Decoded
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit_eval.subjects import Subject
 

@@ -19,7 +19,7 @@ from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
-from quantkit.model.requantized import Decoded
+from quantkit.model.decoded import Decoded
 from quantkit_eval.sequences import Batch, Workload
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from quantkit.methods.columns import column_rounder
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.methods.feedback import Feedback, feedback_of
-from quantkit.methods.nearest import nearest_codes
 from quantkit.methods.parts import Rounded, Work
 from quantkit.methods.rounding._descent import Descent, normal_matrix
+from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 

@@ -36,8 +36,11 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     """The tensor with scales that are exact in a dtype, and what was rounded, or None."""
     assert isinstance(tensor.scale, PlainScale)
     scale = tensor.scale.tensor
-    wide, largest = scale.float(), torch.finfo(dtype).max
-    rounded = wide.clamp(-largest, largest).to(dtype)
+    wide, finfo = scale.float(), torch.finfo(dtype)
+    rounded = wide.clamp(-finfo.max, finfo.max).to(dtype)
+    # A scale of zero would be no scale: the smallest subnormal stands for what is below it.
+    least = torch.full_like(wide, finfo.smallest_normal * finfo.eps).copysign(wide).to(dtype)
+    rounded = torch.where((rounded == 0) & (wide != 0), least, rounded)
     change = ((rounded.float() - wide) / wide).abs().nan_to_num_(0.0)
     changed = int((change > 0).sum())
     if not changed:

@@ -64,9 +64,10 @@ class QuantizeOptions:
         metadata=_told(
             "--scheme",
             (
-                r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, for gguf "
-                "`q4_k_m`...; see [recipes](recipes.md#schemes). What you name is taken as it "
-                "is; the recipe's own is fitted to the shapes"
+                r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, "
+                "`fp8a8_row` and other floats, for gguf `q4_k_m`...; see "
+                "[recipes](recipes.md#schemes). What you name is taken as it is; the recipe's own "
+                "is fitted to the shapes"
             ),
             shown="the recipe's",
         ),
@@ -76,8 +77,8 @@ class QuantizeOptions:
         metadata=_told(
             "--format",
             (
-                "`compressed-tensors` for 4 and 8 bit, `bitsandbytes` for nf4 and fp4, `gptq_v2` "
-                "for 2 and 3 bit, `gguf` for its own schemes; see [formats](formats.md)"
+                "`bitsandbytes` for nf4 and fp4, `gguf` for its own schemes, `compressed-tensors` "
+                "for all else; see [formats](formats.md)"
             ),
             shown="by scheme",
         ),

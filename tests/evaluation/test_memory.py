@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,21 +14,25 @@ import tiny_jobs as jobs
 ROOT = Path(__file__).parent.parent.parent
 
 
+# A child of the test's own process would count that one's peak as its own.
+_LAUNCH = """
+import os, sys
+pid = os.posix_spawn(sys.executable, [sys.executable, "-m", "quantkit", *sys.argv[1:]], os.environ)
+_, status, usage = os.wait4(pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024)
+"""
+
+
 def run(*arguments: object) -> tuple[int, int, str]:
     """(exit code, peak resident bytes, stderr) of the command line in a process of its own."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(write, 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        folders = os.pathsep.join(str(ROOT / name) for name in (".", "eval", "kernels"))
-        os.environ.update(PYTHONPATH=folders, OMP_NUM_THREADS="1")
-        os.execv(sys.executable, [sys.executable, "-m", "quantkit", *map(str, arguments)])
-    os.close(write)
-    with os.fdopen(read) as stream:
-        text = stream.read()
-    _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024, text
+    folders = os.pathsep.join(str(ROOT / name) for name in (".", "eval", "kernels"))
+    done = subprocess.run(
+        [sys.executable, "-c", _LAUNCH, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    code, peak = done.stdout.splitlines()[-1].split()
+    return int(code), int(peak), done.stderr
 
 
 def test_smallest_budget_that_is_named_is_kept(tmp_path: Path) -> None:

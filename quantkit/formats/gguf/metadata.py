@@ -238,19 +238,22 @@ def llama3_rope(theta: float, factors: Tensor) -> dict[str, Any] | None:
     """The rope_parameters behind the frequency factors of a Llama 3 file, or None.
 
     The file has only what each frequency is divided by, float32 [rotated / 2].  All models of this
-    kind share three of the four numbers, and the largest factor is the fourth.
+    kind share two of the four numbers, the largest factor is the third, and the length that the
+    model was first trained on is a power of two: 8192 in those that were published.
     """
     known = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": float(factors.max()),
-        "original_max_position_embeddings": 8192,
-        **known,
-    }
-    expected = _llama3_factors(rope, 2 * len(factors))
-    # Their tables are computed in float32.
-    return rope if torch.allclose(expected, factors, rtol=1e-4) else None
+    for length in (8192, *(2**k for k in range(4, 21) if k != 13)):
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": float(factors.max()),
+            "original_max_position_embeddings": length,
+            **known,
+        }
+        # Their tables are computed in float32.
+        if torch.allclose(_llama3_factors(rope, 2 * len(factors)), factors, rtol=1e-4):
+            return rope
+    return None
 
 
 def _rope_parameters(family: Family, header: GgufHeader) -> dict[str, Any]:

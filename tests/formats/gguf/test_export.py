@@ -368,6 +368,14 @@ def test_scaled_rotary_embeddings_come_back(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("length", [64, 1024, 8192])
+def test_the_length_behind_the_frequencies_of_llama_3_is_found(tmp_path: Path, length: int) -> None:
+    rope = {**_LLAMA3, "original_max_position_embeddings": length}
+    source = save_model(tmp_path / "source", "llama", rope_parameters=rope)
+    out = export_gguf(source, tmp_path / "out").out
+    assert torch.allclose(logits(quantkit.load(out)), logits(quantkit.load(source)), atol=1e-4)
+
+
 def test_an_unknown_architecture_is_inspected_and_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "clip")

@@ -224,9 +224,11 @@ class Container(Protocol):
 class WholeFormat(Format, Protocol):
     """A format that is a container of a whole model (GGUF), not tensors in safetensors.
 
+    default_method   what quantizes to it unless another method is named
     default_scheme   what built-in methods write in it unless another scheme is named
     """
 
+    default_method: ClassVar[str]
     default_scheme: ClassVar[str]
 
     def container(
@@ -299,6 +301,15 @@ def default_scheme(format_name: str | None) -> str | None:
     """The scheme that goes with a format; None where that is for the method to say."""
     fmt = None if format_name is None else make_format(format_name)
     return fmt.default_scheme if isinstance(fmt, WholeFormat) else None
+
+
+def default_method(format_name: str | None, scheme: str | None) -> str | None:
+    """The method that goes with a format, or with a scheme that only it has; None for others."""
+    if format_name is None and scheme is not None:
+        parsed = Scheme.parse(scheme)
+        format_name = default_format(parsed) if parsed.kind == "ggml" else None
+    fmt = None if format_name is None else make_format(format_name)
+    return fmt.default_method if isinstance(fmt, WholeFormat) else None
 
 
 def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:

@@ -47,7 +47,8 @@ class QuantizeOptions:
         default=None,
         metadata=_told(
             "--method",
-            "a built-in method, see `quantkit methods`; `awq` unless there is a `--recipe`",
+            "a built-in method, see `quantkit methods`; without it and `--recipe` `awq`, for gguf "
+            "`gptq`",
         ),
     )
     out: str | os.PathLike[str] | None = field(
@@ -210,14 +211,14 @@ class QuantizeOptions:
     @cached_property
     def loaded(self) -> Recipe:
         """The recipe with all of this applied.  Raises RecipeError or SchemeError."""
-        from quantkit.formats.format import default_scheme
+        from quantkit.formats.format import default_method, default_scheme
         from quantkit.methods.recipe import Recipe, load_recipe
 
         if isinstance(self.recipe, Recipe):
             return self.recipe
         method = self.method
         if method is None and self.recipe is None:
-            method = DEFAULT_METHOD
+            method = default_method(self.format, self.scheme) or DEFAULT_METHOD
         return load_recipe(
             method,
             path=None if self.recipe is None else Path(self.recipe),

@@ -72,5 +72,7 @@ def test_a_command_may_take_some_of_them() -> None:
 def test_no_method_means_awq_and_a_recipe_needs_none() -> None:
     assert QuantizeOptions().loaded.method == "awq"
     assert QuantizeOptions(format="gguf").loaded.scheme.name == "q4_k_m"
+    for options in (QuantizeOptions(format="gguf"), QuantizeOptions(scheme="q6_k")):
+        assert options.loaded.method == "gptq"
     recipe = QuantizeOptions("gptq").loaded
     assert QuantizeOptions(recipe=recipe).loaded is recipe

@@ -34,6 +34,7 @@ class Gguf:
 
     name: ClassVar[str] = "gguf"
     holds_permuted: ClassVar[bool] = False
+    default_method: ClassVar[str] = "gptq"
     default_scheme: ClassVar[str] = "q4_k_m"
 
     def supports(self, scheme: Scheme) -> str | None:

@@ -38,9 +38,7 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     scale = tensor.scale.tensor
     wide, finfo = scale.float(), torch.finfo(dtype)
     rounded = wide.clamp(-finfo.max, finfo.max).to(dtype)
-    # A scale of zero would be no scale: the smallest subnormal stands for what is below it.
-    least = torch.full_like(wide, finfo.smallest_normal * finfo.eps).copysign(wide).to(dtype)
-    rounded = torch.where((rounded == 0) & (wide != 0), least, rounded)
+    lost = (rounded == 0) & (wide != 0)
     change = ((rounded.float() - wide) / wide).abs().nan_to_num_(0.0)
     changed = int((change > 0).sum())
     if not changed:
@@ -49,7 +47,25 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
         f"{changed} of {scale.numel()} scales rounded from {_name(scale.dtype)} to {_name(dtype)}, "
         f"by up to {float(change.max()):.2g} of themselves"
     )
+    if bool(lost.any()):
+        tensor, rounded = _emptied(tensor, rounded, lost)
     return dataclasses.replace(tensor, scale=PlainScale(tensor=rounded)), told
+
+
+def _emptied(
+    tensor: QuantizedTensor, scale_OG: Tensor, lost_OG: Tensor
+) -> tuple[QuantizedTensor, Tensor]:
+    """The tensor with zeros in groups whose scale the dtype has no number for, and its scales.
+
+    No runtime wants a scale of zero: such a group gets the dtype's smallest and codes of zero.
+    """
+    finfo, scheme = torch.finfo(scale_OG.dtype), tensor.scheme
+    least = torch.full_like(scale_OG, finfo.smallest_normal * finfo.eps).copysign(scale_OG)
+    rows, columns = tensor.shape
+    none: Tensor | int = 2 ** (scheme.bits - 1) if tensor.zero is None else tensor.zero[..., None]
+    codes = tensor.codes.view(rows, scale_OG.shape[1], columns // scale_OG.shape[1])
+    codes = torch.where(lost_OG[..., None], none, codes).to(torch.uint8).view(rows, columns)
+    return dataclasses.replace(tensor, codes=codes), torch.where(lost_OG, least, scale_OG)
 
 
 def exponents_of(name: str, tensor: QuantizedTensor) -> Tensor:

@@ -95,7 +95,9 @@ def test_perplexity_is_quantkits_own(root: Path, name: str) -> None:
     ours = losses(expected["logits"][0], ids).mean()
     theirs = losses(logits_of(opened(root / "gguf" / name / "model.gguf"), ids.tolist()), ids)
     print(f"{name}: perplexity {np.exp(theirs.mean()):.4f}, quantkit's own {np.exp(ours):.4f}")
-    assert abs(np.exp(theirs.mean() - ours) - 1) < 0.005
+    # It rounds activations to 8 bits; at 2 and 3 bits .0052 was seen with AVX512, .003 with AVX2.
+    limit = 0.01 if name in ("q2_k", "q3_k_m") else 0.005
+    assert abs(np.exp(theirs.mean() - ours) - 1) < limit
 
 
 def test_model_description_is_the_quantized_type(root: Path) -> None:

@@ -192,12 +192,10 @@ class Format(FormatReader, Protocol):
 class Container(Protocol):
     """How one model lies in a file of its own format, which knows the model and not only weights.
 
-    compute_dtype   what the blocks run in while they are quantized
     left_out        why a tensor of the source has no place in the file
     notes           what its reader will do otherwise, or what could not be as asked
     """
 
-    compute_dtype: ClassVar[torch.dtype]
     left_out: ClassVar[str]
     notes: list[str]
 
@@ -224,10 +222,12 @@ class Container(Protocol):
 class WholeFormat(Format, Protocol):
     """A format that is a container of a whole model (GGUF), not tensors in safetensors.
 
+    compute_dtype    what the blocks run in while they are quantized
     default_method   what quantizes to it unless another method is named
     default_scheme   what built-in methods write in it unless another scheme is named
     """
 
+    compute_dtype: ClassVar[torch.dtype]
     default_method: ClassVar[str]
     default_scheme: ClassVar[str]
 
@@ -303,13 +303,13 @@ def default_scheme(format_name: str | None) -> str | None:
     return fmt.default_scheme if isinstance(fmt, WholeFormat) else None
 
 
-def default_method(format_name: str | None, scheme: str | None) -> str | None:
-    """The method that goes with a format, or with a scheme that only it has; None for others."""
-    if format_name is None and scheme is not None:
-        parsed = Scheme.parse(scheme)
-        format_name = default_format(parsed) if parsed.kind == "ggml" else None
-    fmt = None if format_name is None else make_format(format_name)
-    return fmt.default_method if isinstance(fmt, WholeFormat) else None
+def asked_format(format_name: str | None, scheme: Scheme | None) -> Format | None:
+    """The format that is named, or that a scheme of ggml's blocks means; None if neither is."""
+    if format_name is not None:
+        return make_format(format_name)
+    if scheme is not None and scheme.kind == "ggml":
+        return make_format(default_format(scheme))
+    return None
 
 
 def check_supported(chosen: Format, weights: Sequence[PlannedWeight]) -> None:

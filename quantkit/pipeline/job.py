@@ -22,7 +22,7 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, ModelError
-from quantkit.formats.format import Format, WholeFormat, code_of, make_format
+from quantkit.formats.format import Format, WholeFormat, asked_format, code_of
 from quantkit.formats.open import open_source
 from quantkit.inference.backend import choose_device
 from quantkit.methods.stats import has_bf16_units
@@ -150,29 +150,27 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
     There bfloat16 products take four times as long as float32 ones, and the result is rounded to
     the stored dtype all the same.
     """
-    whole = [_is_whole(request) for request in requests]
-    if any(whole) and not all(whole):
+    whole = [fmt for request in requests if (fmt := _whole_format(request)) is not None]
+    if whole and len(whole) < len(requests):
         raise FormatError(
             "gguf cannot be compared with other formats in one run: its blocks run in float32; "
             "compare gguf with gguf"
         )
-    if any(whole):
-        return torch.float32
+    if whole:
+        return whole[0].compute_dtype
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
 
 
-def _is_whole(request: QuantizeOptions) -> bool:
-    """True if the format is a container of a whole model."""
-    name = request.format
-    if name is None:
-        return request.loaded.scheme.kind == "ggml"
-    return isinstance(make_format(name), WholeFormat)
+def _whole_format(request: QuantizeOptions) -> WholeFormat | None:
+    """The format, if it is a container of a whole model."""
+    fmt = asked_format(request.format, request.loaded.scheme)
+    return fmt if isinstance(fmt, WholeFormat) else None
 
 
 def _device(requests: Sequence[QuantizeOptions]) -> str:
     """Where the jobs run; blocks of ggml are fitted on the CPU."""
     name = requests[0].device
-    if not any(_is_whole(request) for request in requests):
+    if all(_whole_format(request) is None for request in requests):
         return choose_device(name)
     if name not in ("auto", "cpu"):
         raise ModelError(f"--device {name}: gguf files are quantized on the CPU")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.memory import parse_size
+from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,14 +212,16 @@ class QuantizeOptions:
     @cached_property
     def loaded(self) -> Recipe:
         """The recipe with all of this applied.  Raises RecipeError or SchemeError."""
-        from quantkit.formats.format import default_method, default_scheme
+        from quantkit.formats.format import WholeFormat, asked_format, default_scheme
         from quantkit.methods.recipe import Recipe, load_recipe
 
         if isinstance(self.recipe, Recipe):
             return self.recipe
         method = self.method
         if method is None and self.recipe is None:
-            method = default_method(self.format, self.scheme) or DEFAULT_METHOD
+            scheme = None if self.scheme is None else Scheme.parse(self.scheme)
+            fmt = asked_format(self.format, scheme)
+            method = fmt.default_method if isinstance(fmt, WholeFormat) else DEFAULT_METHOD
         return load_recipe(
             method,
             path=None if self.recipe is None else Path(self.recipe),

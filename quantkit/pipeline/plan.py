@@ -18,6 +18,7 @@ from quantkit.formats.format import (
     Format,
     PlannedWeight,
     WholeFormat,
+    asked_format,
     check_supported,
     default_format,
     make_format,
@@ -177,9 +178,7 @@ def make_plan(
     refs = _block_weights(model)
     check_rules(recipe, model)
     check_enough(recipe, model)
-    fmt = None if format_name is None else make_format(format_name)
-    if fmt is None and recipe.scheme.kind == "ggml":
-        fmt = make_format(default_format(recipe.scheme))
+    fmt = asked_format(format_name, recipe.scheme)
     container = None if fmt is None else open_container(model, fmt)
     decisions = {ref.name: decide(recipe, ref) for block in refs for ref in block}
     if fmt is not None and container is not None:

@@ -39,8 +39,6 @@ class GgufContainer:
     Raises FormatError if the `gguf` package is missing, or llama.cpp has no such model or tensor.
     """
 
-    # Blocks run as llama.cpp decodes them: nothing is rounded to the checkpoint's dtype.
-    compute_dtype: ClassVar[torch.dtype] = torch.float32
     left_out: ClassVar[str] = "llama.cpp computes it, or it is the embedding"
 
     def __init__(

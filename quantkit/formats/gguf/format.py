@@ -34,6 +34,8 @@ class Gguf:
 
     name: ClassVar[str] = "gguf"
     holds_permuted: ClassVar[bool] = False
+    # Blocks run as llama.cpp decodes them: nothing is rounded to the checkpoint's dtype.
+    compute_dtype: ClassVar[torch.dtype] = torch.float32
     default_method: ClassVar[str] = "gptq"
     default_scheme: ClassVar[str] = "q4_k_m"
 

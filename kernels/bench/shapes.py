@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from quantkit_kernels.gpu import tuning
-from quantkit_kernels.ops import fp8a8, fp8a16, nf4, w4a16, w4a16_experts, w8a8, w8a16
-from quantkit_kernels.ops.codebook import NF4
+from quantkit_kernels.ops import e2m1, fp8a8, fp8a16, nf4, w4a16, w4a16_experts, w8a8, w8a16
+from quantkit_kernels.ops.codebook import E2M1, NF4
 from torch import Tensor
 
 SCHEMES = ("w4a16_g128", "w4a16_g128_asym", "w4a16_g64", "w4a16_g32", "w4a16_row")
 SCHEMES += ("w8a16_row", "w8a16_g128", "w8a8_row", "nf4_b64")
-SCHEMES += ("fp8a16_row", "fp8a16_g128", "fp8a8_row")
+SCHEMES += ("fp8a16_row", "fp8a16_g128", "fp8a8_row", "mxfp4a16", "nvfp4a16")
 # Experts of `w4a16_experts`, and how many each token goes to.
 EXPERTS, CHOSEN = 8, 2
 
@@ -47,6 +47,8 @@ def make(scheme: str, shape: tuple[int, int], device: torch.device, seed: int) -
         return _fp8(scheme, shape, device, draw)
     if scheme.startswith("nf4"):
         return _nf4(shape, device, draw)
+    if scheme in ("mxfp4a16", "nvfp4a16"):
+        return _e2m1(scheme, shape, device, draw)
     bits = int(scheme[1])
     size = scheme.split("_")[1]
     group = None if size == "row" else int(size[1:])
@@ -240,6 +242,33 @@ def _nf4(shape: tuple[int, int], device: torch.device, draw: torch.Generator) ->
         multiply=_multiply(
             lambda x: nf4.product(x, words, stored, *packed.nest, None, shape[0]),
             {"kind": "nf4", "packed": words, "scale": stored, "zero": None, "group": nf4.BLOCK},
+            shape,
+        ),
+        exact=lambda x: x.double() @ (book[codes.long()] * values).t(),
+        nbytes=words.nbytes + stored.nbytes,
+    )
+
+
+def _e2m1(
+    scheme: str, shape: tuple[int, int], device: torch.device, draw: torch.Generator
+) -> Sample:
+    group, outer = (32, None) if scheme == "mxfp4a16" else (16, torch.tensor(0.01, device=device))
+    codes = torch.randint(0, 16, shape, generator=draw, device=device, dtype=torch.uint8)
+    count = (shape[0], shape[1] // group)
+    scale = torch.exp2(torch.randint(-8, -4, count, generator=draw, device=device).float())
+    if outer is not None:
+        scale = scale * torch.randint(8, 16, count, generator=draw, device=device)
+    packed = e2m1.pack(codes, scale, outer, group, "triton")
+    words, stored, factor = packed.packed, packed.scale, packed.outer
+    values = scale.double().repeat_interleave(group, 1) * (1.0 if outer is None else outer.double())
+    book = torch.tensor(E2M1, device=device, dtype=torch.float64)
+    return Sample(
+        multiply=_multiply(
+            lambda x: e2m1.product(x, words, stored, factor, None, group, shape[0]),
+            {
+                **{"kind": "e2m1", "packed": words, "scale": stored, "zero": None},
+                **{"group": group, "outer": factor},
+            },
             shape,
         ),
         exact=lambda x: x.double() @ (book[codes.long()] * values).t(),

@@ -47,7 +47,7 @@ SHARED_LIMIT = {
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _SIXTEEN = [["tt.divisibility", 16]]
 # Kernels whose longest loop goes over the columns, and how often it may wait for its products.
-_OVER_COLUMNS = ("int4", "int8", "fp8", "nf4", "w8a8", "experts")
+_OVER_COLUMNS = ("int4", "int8", "fp8", "nf4", "e2m1", "w8a8", "experts")
 _WAITS = 2
 # What still stalls: Triton 3.7 loads operands of tcgen05's 8-bit products to registers, and on
 # sm_120 zeros of groups of 32 by the byte; Triton 3.6 multiplies scaled weights step by step.
@@ -129,10 +129,15 @@ def builds(arch: int) -> list[Build]:
     found.append(_fused("fp8", 0, "bf16", warps=4))
     found.append(_fused("fp8", 0, "bf16", tokens=64, warps=8))
     found.append(_fused("fp8", 128, "fp16", warps=4))
+    found.append(_fused("e2m1", 32, "bf16", warps=few))
+    found.append(_fused("e2m1", 16, "bf16", warps=few, outer=True))
+    found.append(_fused("e2m1", 16, "bf16", tokens=64, warps=8, outer=True))
+    found.append(_fused("e2m1", 16, "fp16", warps=few, outer=True))
     for tokens, warps in ((16, few), (64, 8)):
         found.append(_experts(128, "bf16", tokens=tokens, warps=warps))
     found.append(_experts(32, "bf16", warps=few, zero=True))
     found += [_decoder("int4", 128), _decoder("int8", 0), _decoder("nf4", 64), _decoder("fp8", 0)]
+    found.append(_decoder("e2m1", 16, outer=True))
     for tokens, warps in ((16, few), (64, 8), (128, 8)):
         if tokens < 128 or arch == 90:
             found.append(_eight("w8a8", "*i8", tokens, warps))
@@ -216,6 +221,7 @@ def _fused(
     warps: int,
     tokens: int = 16,
     zero: bool = False,
+    outer: bool = False,
 ) -> Build:
     wide = group >= 64
     label = f"{kind} {'row' if group == 0 else f'g{group}'}{' asym' if zero else ''}"
@@ -227,6 +233,7 @@ def _fused(
             "packed": "*i32",
             "scale": "*fp32" if wide else "*bf16",
             "zero": "*i32" if wide else "*u8",
+            "outer": "*fp32",
             "bias": f"*{dtype}",
             "out": "*fp32",
             "M": "i32",
@@ -239,6 +246,7 @@ def _fused(
             "KIND": kind,
             "GROUP": group,
             "HAS_ZERO": zero,
+            "HAS_OUTER": outer,
             "HAS_BIAS": False,
             "EVEN_K": True,
             "SPLIT": 4,
@@ -283,14 +291,15 @@ def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool
     )
 
 
-def _decoder(kind: str, group: int) -> Build:
+def _decoder(kind: str, group: int, *, outer: bool = False) -> Build:
     return Build(
         name=f"decode {kind}, 64 rows, 4 warps",
         kernel=fused_triton.decode_kernel,
         types={
             "packed": "*i32",
-            "scale": "*bf16" if group == 0 else "*fp32",
+            "scale": "*bf16" if group < 64 else "*fp32",
             "zero": "*i32",
+            "outer": "*fp32",
             "out": "*bf16",
             "N": "i32",
             "N_PAD": "i32",
@@ -300,6 +309,7 @@ def _decoder(kind: str, group: int) -> Build:
             "KIND": kind,
             "GROUP": group,
             "HAS_ZERO": False,
+            "HAS_OUTER": outer,
             "BN": 64,
             "ASM": True,
         },

@@ -10,14 +10,14 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from quantkit_kernels.ops import fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
+from quantkit_kernels.ops import e2m1, fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8, w8a16
 from quantkit_kernels.ops.device import Device
 from torch import Tensor
 
 from quantkit.errors import BackendError, ShapeError
 from quantkit.inference.reference import StoredModule, StoredScale
 from quantkit.numbers.grid import CodebookGrid, grid_of
-from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
+from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor
 
 
 class PackedKernel(StoredModule, ABC):
@@ -344,11 +344,56 @@ class Nf4Kernel(PackedKernel):
         )
 
 
+class E2m1Kernel(PackedKernel):
+    """NVFP4 and MXFP4 weights on `quantkit::e2m1`; NVFP4's divisor is a factor of the rows."""
+
+    decodes_always = True
+    packed: Tensor
+    kernel_scale: Tensor
+    kernel_outer: Tensor | None
+
+    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
+        super().__init__(tensor, device)
+        scale, outer = tensor.scale.values(), None
+        if isinstance(tensor.scale, DividedScale):
+            scale, outer = tensor.scale.tensor.to(torch.float32), 1 / tensor.scale.divisor
+        self.group_size = tensor.scheme.group_size or 0
+        weight = e2m1.pack(tensor.codes, scale, outer, self.group_size, device)
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("kernel_scale", weight.scale)
+        self.register_buffer("kernel_outer", weight.outer)
+
+    @staticmethod
+    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
+        """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        return e2m1.supported(
+            group_size=tensor.scheme.group_size, shape=tensor.shape, dtype=dtype, device=device
+        )
+
+    def codes(self) -> Tensor:
+        """Codes uint8 [O, I] in fresh memory."""
+        return e2m1.unpack(self.packed, self.shape)
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x, whose columns are in the order of the codes."""
+        return e2m1.product(
+            x,
+            self.packed,
+            self.kernel_scale,
+            self.kernel_outer,
+            bias,
+            self.group_size,
+            self.shape[0],
+        )
+
+
 def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
     """The kernel for a scheme, if there is one."""
     scheme = tensor.scheme
     if scheme.kind == "nf4":
         return Nf4Kernel
+    if scheme.kind in ("mxfp4", "nvfp4") and scheme.activation_bits == 16:
+        return E2m1Kernel
     if (
         scheme.kind not in ("int", "fp8")
         or scheme.coarse_scales

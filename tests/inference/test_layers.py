@@ -10,7 +10,13 @@ from quantkit.inference.layers import QuantExperts, QuantLinear, int8_matmul
 from quantkit.numbers.activations import fake_quantize_activation, quantize_activation
 from quantkit.numbers.grid import blocks, grid_of, store_scale, unblocks
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
+from quantkit.numbers.tensor import (
+    DividedScale,
+    NestedScale,
+    PlainScale,
+    QuantizedTensor,
+    Scale,
+)
 
 SCHEMES = [
     "w4a16_g32",
@@ -24,6 +30,8 @@ SCHEMES = [
     "fp8a16_row",
     "nf4_b64",
     "nf4_b64_dq",
+    "mxfp4a16",
+    "nvfp4a16",
 ]
 
 
@@ -38,13 +46,19 @@ def make_tensor(
     zero = None
     absmax = grouped.abs().amax(dim=1, keepdim=True)
     step = absmax if scheme.flat else store_scale(absmax * 2 / (2**scheme.bits - 1))
+    if scheme.kind == "mxfp4":
+        step = torch.exp2((absmax / 6).log2().ceil())
+    elif scheme.kind == "nvfp4":
+        step = DividedScale.of(absmax / 6, 300.0).values()
     if not scheme.symmetric:
         zero = torch.full_like(step, 2 ** (scheme.bits - 1) - 1)
     codes = unblocks(grid_of(scheme).encode(grouped, step, zero), shape).to(torch.uint8)
     straddles = scheme.flat and shape[1] % (scheme.group_size or 1) != 0
     scale_shape = (-1,) if straddles else (shape[0], -1)
     values = step.view(scale_shape)
-    scale: PlainScale | NestedScale = PlainScale(tensor=values)
+    scale: Scale = PlainScale(tensor=values)
+    if scheme.kind == "nvfp4":
+        scale = DividedScale.of(values, 300.0)
     if scheme.double_quant:
         count = step.numel()
         scale = NestedScale(
@@ -75,6 +89,10 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
             (a.scale.offset, b.scale.offset),
         ]
         assert (a.scale.shape, a.scale.block) == (b.scale.shape, b.scale.block)
+    elif isinstance(a.scale, DividedScale):
+        assert isinstance(b.scale, DividedScale)
+        parts += [(a.scale.divisor, b.scale.divisor)]
+        parts += [(a.scale.tensor.view(torch.uint8), b.scale.tensor.view(torch.uint8))]
     else:
         assert isinstance(b.scale, PlainScale)
         parts.append((a.scale.tensor, b.scale.tensor))

@@ -81,7 +81,7 @@ def of_hopper(compiled: list[dict[str, Any]], *starts: str) -> list[dict[str, An
 
 
 def test_hopper_uses_its_warpgroup_instructions(compiled: list[dict[str, Any]]) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "experts"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "e2m1", "experts"):
         assert count(row, "HGMMA") >= 8 and not count(row, "HMMA"), row["name"]
     for row in of_hopper(compiled, "w8a8"):
         assert count(row, "IGMMA") >= 4 and not count(row, "IMMA"), row["name"]
@@ -94,7 +94,7 @@ def test_hopper_uses_its_warpgroup_instructions(compiled: list[dict[str, Any]]) 
 def test_weights_are_decoded_without_conversions_or_shuffles(
     compiled: list[dict[str, Any]],
 ) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "decode"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8 ", "nf4", "e2m1", "decode"):
         assert not count(row, "I2F"), row["name"]
     for row in of_hopper(
         compiled, "int4 g128", "int4 g64", "int4 row", "int8", "fp8 ", "nf4", "experts int4 g128"
@@ -106,7 +106,7 @@ def test_loops_over_the_columns_do_not_stall(compiled: list[dict[str, Any]]) -> 
     def inside(row: dict[str, Any], prefix: str) -> int:
         return sum(n for name, n in row["loop_opcodes"].items() if name.startswith(prefix))
 
-    for row in of_hopper(compiled, "int4", "int8", "fp8", "nf4", "w8a8", "experts"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8", "nf4", "e2m1", "w8a8", "experts"):
         # Loads to registers are waited for; two waits are one for products and one for copies.
         assert not inside(row, "LDG."), row["name"]
         assert inside(row, "LDGSTS") and inside(row, "WARPGROUP.DEPBAR") <= 2, row["name"]
@@ -169,7 +169,7 @@ def test_the_longest_loop_is_found_in_a_disassembly() -> None:
 
 
 def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
-    for row in of_hopper(compiled, "int4", "int8", "fp8", "nf4", "w8a8", "experts"):
+    for row in of_hopper(compiled, "int4", "int8", "fp8", "nf4", "e2m1", "w8a8", "experts"):
         assert count(row, "LDGSTS.E.BYPASS.128") >= 12, row["name"]
     for row in of_hopper(compiled, "decode"):
         assert count(row, "LDG.E.EF.128"), row["name"]
@@ -183,6 +183,8 @@ def test_weights_are_loaded_sixteen_bytes_at_a_time(compiled: list[dict[str, Any
         ("int8 row bf16, 128x16", 450),
         ("fp8 row bf16, 128x16", 520),
         ("nf4 g64 bf16, 128x16", 750),
+        ("e2m1 g32 bf16, 128x16", 520),
+        ("e2m1 g16 bf16, 128x16", 520),
     ],
 )
 def test_loops_stay_short(compiled: list[dict[str, Any]], start: str, most: int) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from quantkit_kernels.gpu import asm
-from quantkit_kernels.ops.codebook import NF4
+from quantkit_kernels.ops.codebook import E2M1, NF4
 
 from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
@@ -78,6 +78,7 @@ def fma(op: str, a: Words, b: Words, c: Words) -> Words:
 
 OPS = {
     "mov": lambda _, a: a,
+    "shl": lambda _, a, b: a << b,
     "shr": lambda _, a, b: a >> b,
     "and": lambda _, a, b: a & b,
     "xor": lambda _, a, b: a ^ b,
@@ -135,6 +136,17 @@ def test_fp8_gives_e4m3_numbers(words: Words, name: str) -> None:
         there = ~np.isnan(numbers)
         assert (found[there] == numbers[there]).all()
         assert (np.signbit(found) == (codes.numpy() > 127)).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_e2m1_gives_its_numbers(words: Words, name: str) -> None:
+    outputs = run(asm.e2m1(name), words)
+    assert sorted(outputs) == list(range(8))
+    for place, bits in outputs.items():
+        code = words >> np.uint32(4 * (place // 2 + 4 * (place % 2))) & 15
+        found = as_float(bits, DTYPES[name])
+        assert (found == np.array(E2M1)[code]).all()
+        assert (np.signbit(found) == (code > 7)).all()
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from quantkit_kernels.gpu import tuning
 from quantkit_kernels.gpu.tuning import Problem, Tile
-from quantkit_kernels.ops import device, fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16, weight_only
+from quantkit_kernels.ops import device, e2m1, fp8a8, fp8a16, nf4, w4a16, w8a8, w8a16, weight_only
+from quantkit_kernels.ops.codebook import E2M1, NF4
 
 TILE = Tile(rows=64, tokens=16, split=2, warps=4, stages=2)
 ROWS, COLUMNS = 37, 192
@@ -74,6 +75,18 @@ def test_int8(asked: list[Problem]) -> None:
     )
 
 
+def test_e2m1(asked: list[Problem]) -> None:
+    codes = torch.randint(0, 16, (ROWS, COLUMNS), dtype=torch.uint8)
+    scale, outer = torch.full((ROWS, COLUMNS // 16), 2.5), torch.tensor(0.01)
+    four = e2m1.pack(codes, scale, outer, 16, "triton")
+    check(
+        lambda x, bias: e2m1._cuda(x, four.packed, four.scale, four.outer, bias, 16, ROWS),
+        torch.tensor(E2M1).double()[codes.long()] * 2.5 * outer.double(),
+        asked,
+    )
+    assert asked[0].op == "e2m1" and asked[0].group == 16
+
+
 def test_fp8(asked: list[Problem]) -> None:
     codes, scale, weight = cases.float8_weight((ROWS, COLUMNS), None)
     packed = fp8a16.pack(codes, scale, None, "triton")
@@ -99,7 +112,7 @@ def test_nf4(asked: list[Problem]) -> None:
     codes = torch.randint(0, 16, (ROWS, COLUMNS), generator=draw, dtype=torch.uint8)
     scale = torch.rand(ROWS, COLUMNS // 64, generator=draw) + 0.1
     packed = nf4.pack(codes, scale, "triton")
-    book = torch.tensor(nf4.NF4, dtype=torch.float64)
+    book = torch.tensor(NF4, dtype=torch.float64)
     check(
         lambda x, bias: nf4._cuda(x, packed.packed, packed.scale, None, None, None, bias, ROWS),
         book[codes.long()] * scale.double().repeat_interleave(64, 1),

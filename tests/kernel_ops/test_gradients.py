@@ -22,7 +22,7 @@ from quantkit.inference.layers import QuantLinear
 from quantkit.inference.load import load
 
 WEIGHT_ONLY = ["w4a16_g32", "w4a16_g64_asym", "w4a16_row", "w8a16_row", "w8a16_g32"]
-WEIGHT_ONLY += ["fp8a16_row", "fp8a16_g32", "nf4_b64", "nf4_b64_dq"]
+WEIGHT_ONLY += ["fp8a16_row", "fp8a16_g32", "nf4_b64", "nf4_b64_dq", "mxfp4a16", "nvfp4a16"]
 ROUNDED = ["w8a8_row", "fp8a8_row"]
 INT8_DOT = ["w3a16_g32", "w4a16_g32_asym", "w8a16_row", "w8a8_row", "nf4_b64", "fp8a16_row"]
 SHAPE = (70, 192)

@@ -86,6 +86,32 @@ def fp8(dtype: str) -> str:
     return "\n".join([*lines, "}"])
 
 
+def e2m1(dtype: str) -> str:
+    """The e2m1 numbers of the eight nibbles of `$8`: outputs 2i, 2i+1 are nibbles i and i + 4.
+
+    As `fp8`: sign, exponent and mantissa move to where the wider type has them, which makes the
+    number 2^-126 (bfloat16) or 2^-14 (float16) of itself.
+    """
+    place, mask, power = {"bf16": (6, 0x01C0, 0x7E80), "f16": (9, 0x0E00, 0x7400)}[dtype]
+    lines = ["{", ".reg .b32 s,t,m,none;"]
+    lines.append(f"mov.b32 m, {_pair(power)};")
+    lines.append(f"mov.b32 none, {_pair(SIGN)};")
+    for index in range(4):
+        left = place - 4 * index
+        move = f"shl.b32 s, $8, {left};" if left > 0 else f"shr.u32 s, $8, {-left};"
+        lines += [move, f"and.b32 s, s, {_pair(mask)};"]
+        sign = "$8"
+        if index < 3:
+            sign = "t"
+            lines.append(f"shl.b32 t, $8, {12 - 4 * index};")
+        lines += [
+            f"lop3.b32 t, {sign}, {_pair(SIGN)}, s, 0xea;",
+            f"fma.rn.{dtype}x2 t, t, m, none;",
+            f"mov.b32 {{${2 * index},${2 * index + 1}}}, t;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
 def table4(values: Sequence[int]) -> str:
     """Sixteen 16-bit patterns looked up by the eight nibbles of `$8`, in order.
 

@@ -1,7 +1,7 @@
 """Triton: packed words to values in the order of the columns, for every weight-only op.
 
 A block is 128 columns; BN rows of the weight at a time.  KIND is "int4" (code - zero), "int8",
-"fp8" (e4m3) or "nf4" (the codebook's value).  Integers and e4m3 numbers are exact in every dtype.
+"fp8" (e4m3), "e2m1" or "nf4" (the codebook's value).  All but NF4's are exact in every dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _INT8_BF16 = tl.constexpr(asm.int8("bf16"))
 _INT8_F16 = tl.constexpr(asm.int8("f16"))
 _FP8_BF16 = tl.constexpr(asm.fp8("bf16"))
 _FP8_F16 = tl.constexpr(asm.fp8("f16"))
+_E2M1_BF16 = tl.constexpr(asm.e2m1("bf16"))
+_E2M1_F16 = tl.constexpr(asm.e2m1("f16"))
 _NF4_BF16 = tl.constexpr(asm.table4([asm.bf16_bits(value) for value in NF4]))
 _NF4_F16 = tl.constexpr(asm.table4([asm.f16_bits(value) for value in NF4]))
 _EIGHT = tl.constexpr(asm.constraints(8, 1))
@@ -57,6 +59,8 @@ def decode(
         words = _words(packed, block, rows, N_PAD, 16)
         if KIND == "nf4":
             o0, o1, o2, o3, o4, o5, o6, o7 = _table(words, DTYPE, ASM)
+        elif KIND == "e2m1":
+            o0, o1, o2, o3, o4, o5, o6, o7 = _short_floats(words, DTYPE, ASM)
         elif HAS_ZERO:
             offset = _zeros(zero, block, rows, N_PAD, GROUP, BN)
             o0, o1, o2, o3, o4, o5, o6, o7 = _nibbles(words, offset, True, DTYPE, ASM)
@@ -167,6 +171,31 @@ def _e4m3(code):
     value = (mantissa + 8.0) * tl.exp2((exponent - 10).to(tl.float32))
     value = tl.where(exponent == 0, small, value)
     return tl.where((code & 128) != 0, -value, value)
+
+
+@triton.jit
+def _short_floats(word, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The e2m1 numbers in each word; outputs 2i and 2i + 1 are nibbles i and i + 4."""
+    if not ASM:
+        o0, o1 = _e2m1(word), _e2m1(word >> 16)
+        o2, o3 = _e2m1(word >> 4), _e2m1(word >> 20)
+        o4, o5 = _e2m1(word >> 8), _e2m1(word >> 24)
+        o6, o7 = _e2m1(word >> 12), _e2m1(word >> 28)
+        return o0, o1, o2, o3, o4, o5, o6, o7
+    elif tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(_E2M1_BF16, _EIGHT, [word], (tl.bfloat16,) * 8, True, 1)
+    else:
+        return tl.inline_asm_elementwise(_E2M1_F16, _EIGHT, [word], (tl.float16,) * 8, True, 1)
+
+
+@triton.jit
+def _e2m1(code):
+    """The numbers of the lowest nibbles, in float32."""
+    exponent = (code >> 1) & 3
+    half = 0.5 * (code & 1).to(tl.float32)
+    value = (1.0 + half) * tl.exp2((exponent - 1).to(tl.float32))
+    value = tl.where(exponent == 0, half, value)
+    return tl.where((code & 8) != 0, -value, value)
 
 
 @triton.jit

@@ -23,11 +23,12 @@ from quantkit_kernels.gpu.tuning import Tile
 class Weight:
     """What the kernels read of a weight.
 
-    kind    "int4", "int8", "fp8" or "nf4"
+    kind    "int4", "int8", "fp8", "e2m1" or "nf4"
     packed  int32 [K'/128, N', 16 or 32]
     scale   [G', N']
     zero    [G', N'] or None (8 for int4)
     group   columns that share a scale; 0 means the row
+    outer   float32 [N'], a factor of each row beside the scales, or None
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Weight:
     scale: Tensor
     zero: Tensor | None
     group: int
+    outer: Tensor | None = None
 
 
 @triton.jit
@@ -71,6 +73,7 @@ def accumulate(
     packed,
     scale,
     zero,
+    outer,
     rows,
     first,
     last,
@@ -79,6 +82,7 @@ def accumulate(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -114,12 +118,17 @@ def accumulate(
             else:
                 group = (block * (128 // GROUP) + tl.arange(0, 128 // GROUP))[None, :]
                 s = _scales(scale, group, rows, N_PAD)
+                if HAS_OUTER:
+                    # Scales beside an outer factor are e4m3 numbers: exact in 16 bits.
+                    s = s.to(values.dtype)
                 grouped = tl.reshape(values, (BN, 128 // GROUP, GROUP))
                 if s.dtype == values.dtype:
                     grouped = grouped * s[:, :, None]
                 else:
                     grouped = grouped.to(tl.float32) * s.to(tl.float32)[:, :, None]
                 acc += tl.dot(tl.reshape(grouped, (BN, 128)).to(x_KM.dtype), x_KM)
+    if HAS_OUTER:
+        acc *= tl.load(outer + rows)[:, None]
     return acc
 
 
@@ -129,6 +138,7 @@ def fused_kernel(
     packed,
     scale,
     zero,
+    outer,
     bias,
     out,
     M,
@@ -139,6 +149,7 @@ def fused_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -162,6 +173,7 @@ def fused_kernel(
         packed,
         scale,
         zero,
+        outer,
         rows,
         first,
         tl.minimum(first + share, blocks),
@@ -170,6 +182,7 @@ def fused_kernel(
         KIND,
         GROUP,
         HAS_ZERO,
+        HAS_OUTER,
         EVEN_K,
         BN,
         BM,
@@ -189,6 +202,7 @@ def decode_kernel(
     packed,
     scale,
     zero,
+    outer,
     out,
     N,
     N_PAD,
@@ -196,10 +210,11 @@ def decode_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
     BN: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out [N, K] = value · scale."""
+    """out [N, K] = value · scale (· outer)."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     block = tl.program_id(1)
     # float16 holds integer codes exactly whatever the output's dtype.
@@ -210,9 +225,11 @@ def decode_kernel(
         group = tl.arange(0, 1)[None, :]
     else:
         group = (block * 128 // GROUP + tl.arange(0, PER_BLOCK))[None, :]
-    s = _scales(scale, group, rows, N_PAD)
+    s = _scales(scale, group, rows, N_PAD).to(tl.float32)
+    if HAS_OUTER:
+        s *= tl.load(outer + rows)[:, None]
     grouped = tl.reshape(values, (BN, PER_BLOCK, 128 // PER_BLOCK))
-    weight = tl.reshape(grouped * s.to(tl.float32)[:, :, None], (BN, 128))
+    weight = tl.reshape(grouped * s[:, :, None], (BN, 128))
     columns = block * 128 + tl.arange(0, 128)
     place = rows[:, None].to(tl.int64) * K + columns[None, :]
     inside = (rows < N)[:, None] & (columns < K)[None, :]
@@ -244,6 +261,7 @@ def matmul(
         weight.packed,
         weight.scale,
         unused if weight.zero is None else weight.zero,
+        unused if weight.outer is None else weight.outer,
         bias if whole and bias is not None else unused,
         target,
         rows,
@@ -254,6 +272,7 @@ def matmul(
         KIND=weight.kind,
         GROUP=weight.group,
         HAS_ZERO=weight.zero is not None,
+        HAS_OUTER=weight.outer is not None,
         HAS_BIAS=whole and bias is not None,
         EVEN_K=columns % 128 == 0,
         SPLIT=tile.split,
@@ -282,6 +301,7 @@ def dequantize(
         weight.packed,
         weight.scale,
         unused if weight.zero is None else weight.zero,
+        unused if weight.outer is None else weight.outer,
         out,
         shape[0],
         padded,
@@ -289,6 +309,7 @@ def dequantize(
         KIND=weight.kind,
         GROUP=weight.group,
         HAS_ZERO=weight.zero is not None,
+        HAS_OUTER=weight.outer is not None,
         BN=block_rows,
         ASM=use_asm,
         num_warps=4,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
-from quantkit_kernels.ops import layout, weight_only
-from quantkit_kernels.ops.codebook import NF4
+from quantkit_kernels.ops import codebook, layout, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
@@ -80,7 +79,7 @@ def pack(
         scale = layout.pad_groups(scale_NG, codes_NK.shape[1], BLOCK)
         words = layout.pack_qk4(codes_NK, adjacent=True)
         return Packed(packed=words, scale=scale, nested=None)
-    packed = codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
+    packed = codebook.pack_pairs(codes_NK)
     return Packed(packed=packed, scale=scale_NG.contiguous(), nested=nested)
 
 
@@ -88,7 +87,7 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Codes uint8 [N, K], the inverse of `pack` on both devices."""
     if packed.dtype == torch.int32:
         return layout.unpack_qk4(packed, *shape, adjacent=True)
-    return torch.stack((packed & 15, packed >> 4), dim=-1).view(shape)
+    return codebook.unpack_pairs(packed, shape)
 
 
 def scales(
@@ -122,7 +121,7 @@ def dequantize(
     codes = unpack(packed, shape).to(torch.int32)
     if packed.dtype == torch.int32:
         scale = scale.t()[:rows, : columns // BLOCK]
-    book = torch.tensor(NF4, device=packed.device)
+    book = torch.tensor(codebook.NF4, device=packed.device)
     value = scales(scale, 0, table, absmax, offset).repeat_interleave(BLOCK, dim=1)
     return (book[codes] * value).to(dtype)
 
@@ -158,15 +157,11 @@ def _cpu(
     x_MK, out_shape = flat_rows(x, out_features)
     if x_MK.shape[0] == 0:
         return x.new_empty(out_shape)
-    # Both values of a byte at once: half the lookups.
-    book = torch.tensor(NF4)
-    pairs = torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=-1)
+    pairs = codebook.pairs(codebook.NF4)
 
     def decode(rows: slice) -> Tensor:
-        part = packed[rows]
-        values = pairs.index_select(0, part.reshape(-1).to(torch.int32))
         value = scales(scale[rows], rows.start, table, absmax, offset)
-        return values.view(len(part), -1, BLOCK).mul_(value[..., None]).view(len(part), -1)
+        return codebook.decode_pairs(packed[rows], pairs, value)
 
     return tiled_linear(x_MK, out_features, bias, decode).view(out_shape)
 

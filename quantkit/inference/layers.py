@@ -6,7 +6,7 @@ Shapes: T tokens, O out features, I in features, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from quantkit.inference.backend import Backend, WeightKernel, choose_kernel, moved
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.reference import int8_matmul
-from quantkit.model.experts import run_experts, run_sorted_experts
+from quantkit.inference.slices import SlicedWeight
+from quantkit.model.experts import run_experts, run_sorted_experts, uses_interface
 from quantkit.numbers.activations import fake_quantize_activation, quantize_activation
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
@@ -109,7 +110,8 @@ class QuantExperts(nn.Module):
     function, biases and whatever stays fused.  A projection is either packed, all experts in one
     product, or `projections[name][expert]` are the linears that fill that expert's rows of the
     fused parameter, in order (gate, then up).  All packed: no loop over experts, no shape that
-    depends on the routing.
+    depends on the routing.  A base outside of transformers' ExpertsInterface runs its own code, on
+    a `SlicedWeight` in the place of each projection.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class QuantExperts(nn.Module):
         projections: Mapping[str, Sequence[Sequence[nn.Module]] | PackedExperts],
     ) -> None:
         super().__init__()
+        shapes = {name: base.get_parameter(name).shape for name in projections}
         for name in projections:
             base.register_parameter(name, None)
         self.base = base
@@ -131,9 +134,20 @@ class QuantExperts(nn.Module):
         )
         packed = [part for part in self.projections.values() if isinstance(part, PackedExperts)]
         self.sorted = len(packed) == 2
+        self.own_code = not uses_interface(base)
+        if self.own_code:
+            for name, shape in shapes.items():
+                slices = [self.linears(name, number) for number in range(shape[0])]
+                base.__dict__[name] = SlicedWeight(slices, shape)
 
-    def forward(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Output [T, H], each expert on the tokens routed to it."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base's forward gives: by the interface [T, H], see `run_experts`."""
+        if self.own_code:
+            own: Tensor = self.base(*args, **kwargs)
+            return own
+        return self._routed(*args, **kwargs)
+
+    def _routed(self, hidden_TH: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         if self.sorted:
             return run_sorted_experts(
                 self.base, hidden_TH, index_TK, weight_TK, self._project_sorted

@@ -30,6 +30,7 @@ from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
 from quantkit.inference.save import SavedTensors, attach_quantizer_, find_module
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
+from quantkit.model.experts import uses_interface
 from quantkit.model.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.model.refs import Piece
 from quantkit.numbers.tensor import QuantizedTensor
@@ -260,7 +261,7 @@ def _experts(
     projections: dict[str, list[list[nn.Module]] | PackedExperts] = {}
     for leaf, pieces in target.parameters.items():
         old = target.module.get_parameter(leaf)
-        if all(piece.name in quantized for piece in pieces):
+        if uses_interface(target.module) and all(piece.name in quantized for piece in pieces):
             packed = _packed_experts(pieces, tensor, old.dtype, backend)
             if packed is not None:
                 projections[leaf] = packed

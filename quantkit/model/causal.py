@@ -25,13 +25,13 @@ from quantkit.model.replay import check_replay
 from quantkit.model.tied import under_owners
 from quantkit.model.trace import (
     SHARED,
-    BlockTrace,
     Tap,
     TapCallback,
     discover,
     noise_like,
     sketch_,
 )
+from quantkit.model.uses import BlockTrace
 from quantkit.model.watched import watched
 
 __all__ = ["BlockCall", "CausalModel", "Folded", "ScaleGroup", "TapCallback", "WeightRef"]
@@ -95,6 +95,21 @@ class CausalModel:
         Raises ModelError (unknown type, structure that cannot be streamed, experts that do not use
         transformers' interface), CheckpointError (a tensor is missing or misshapen).
         """
+        opened = cls.traced(source, trust_remote_code=trust_remote_code, dtype=dtype, device=device)
+        for signature in opened._traces:
+            opened.weights(opened._signatures.index(signature))  # raises what planning would
+        return opened
+
+    @classmethod
+    def traced(
+        cls,
+        source: Source,
+        *,
+        trust_remote_code: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> CausalModel:
+        """As `open`, of a checkpoint that may hold its weights in ways in which none is read."""
         model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=dtype)
         for config in (model.config, model.config.get_text_config()):
             # Kept hidden states of all blocks at once would be what streaming avoids.
@@ -191,6 +206,12 @@ class CausalModel:
             elif use.path in trace.read:
                 role = "read"
             for piece in self._pieces(index, use.path, use.expert):
+                if piece.split and piece.transposed != use.transposed:
+                    raise ModelError(
+                        f"{piece.name}: {use.path} has slices of {use.shape[0]} rows and columns, "
+                        "which the model's code multiplies by the other way round than a linear "
+                        "layer does; a file does not tell that apart, so keep this model as it is"
+                    )
                 rows = piece.rows or (0, use.shape[0])
                 shared = piece.name in self._shared and role == "linear"
                 refs.append(
@@ -209,6 +230,15 @@ class CausalModel:
                     )
                 )
         return tuple(refs)
+
+    def sliced(self) -> dict[str, bool]:
+        """Parameter path -> whether it holds [I, O], of all that are multiplied by in slices."""
+        return {
+            f"{self.block_path(index)}.{use.path}": use.transposed
+            for index, signature in enumerate(self._signatures)
+            for use in self._traces[signature].uses
+            if use.expert is not None
+        }
 
     def kept(self, index: int) -> dict[str, str]:
         """Checkpoint name -> reason, of the block's matrices that cannot be quantized.
@@ -410,8 +440,6 @@ class CausalModel:
             )
         if last[0].shape[:-1] != (1, _TRACE_TOKENS):
             self._passes.layout = self._passes.find_layout()
-        for signature in self._traces:
-            self.weights(self._signatures.index(signature))  # raises what planning would
 
     def _probe(self, index: int) -> tuple[Found, ...]:
         @functools.cache

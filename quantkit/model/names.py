@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 
 from quantkit.checkpoint.files import Source
 from quantkit.errors import CheckpointError, ModelError, NumericsError
+from quantkit.model.experts import uses_interface
 from quantkit.model.refs import Piece
 
 _MAX_LISTED = 3
@@ -157,7 +158,7 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
         target, pattern = renamed(name)
         if (
             target not in state
-            and (piece := _stacked_piece(model, name, renamed, turned)) is not None
+            and (piece := _stacked_piece(model, name, source, renamed, turned)) is not None
         ):
             stacked[piece.parameter].append(piece)
         elif target not in state:
@@ -250,12 +251,14 @@ def _only_turns(rule: WeightConverter) -> bool:
 def _stacked_piece(
     model: nn.Module,
     name: str,
+    source: Source,
     renamed: Callable[[str], tuple[str, str | None]],
     turned: Collection[str | None],
 ) -> Piece | None:
     """The slice of a fused parameter that a tensor named by `format.expert_name` fills, or None.
 
     Experts are [O, I] by then, so of conversions those in `turned`, which transpose, say nothing.
+    Outside of transformers' interface the shapes tell whether the parameter holds [I, O].
     """
     match = _EXPERT.fullmatch(name)
     if match is None:
@@ -269,13 +272,11 @@ def _stacked_piece(
     parameter = owner._parameters.get(path.rpartition(".")[2])
     if parameter is None or parameter.dim() != 3 or pattern not in turned:
         return None
-    return Piece(
-        name=name,
-        parameter=path,
-        expert=int(match[2]),
-        split=True,
-        transposed=bool(getattr(owner, "is_transposed", False)),
-    )
+    if uses_interface(owner):
+        transposed = bool(getattr(owner, "is_transposed", False))
+    else:
+        transposed = source.info(name).shape != tuple(parameter.shape[1:])
+    return Piece(name=name, parameter=path, expert=int(match[2]), split=True, transposed=transposed)
 
 
 def _check_shapes(

@@ -22,7 +22,8 @@ from torch import nn
 
 from quantkit.errors import ModelError
 from quantkit.model.experts import Routing
-from quantkit.model.trace import BlockTrace, NoiseMode, Use, make_noise
+from quantkit.model.trace import NoiseMode, make_noise
+from quantkit.model.uses import BlockTrace, Use
 
 PROBE_TOKENS = 8
 # Pieces tried in one run: each takes two sequences, beside the untouched one.
@@ -88,7 +89,7 @@ def find_groups(
     `forward` gives what runs a sketch on B equal sequences of PROBE_TOKENS tokens.  Of several
     producers of the same input the first is kept.
     """
-    probe = _Probe(drawn, forward)
+    probe = _Probe(drawn, forward, frozenset(use.path for use in trace.uses))
     found: list[Found] = []
     taken: set[Key] = set()
     for candidate in [*_norms(drawn), *_products(trace)]:
@@ -163,8 +164,8 @@ def _good_pieces(
 class _Probe:
     """Runs a sketch with factors on a producer's channels and compares with the first sequence."""
 
-    def __init__(self, drawn: nn.Module, forward: Forward) -> None:
-        self._drawn, self._forward = drawn, forward
+    def __init__(self, drawn: nn.Module, forward: Forward, paths: frozenset[str]) -> None:
+        self._drawn, self._forward, self._paths = drawn, forward, paths
 
     def good(self, candidate: _Candidate, pieces: list[torch.Tensor]) -> list[bool]:
         """For each piece of the rows whether it can be folded and something reads it."""
@@ -191,7 +192,9 @@ class _Probe:
         than constant ratios, or in some of its columns only.
         """
         mode = self._run(candidate, [rows])
-        if not bool(mode.output_same.all()):
+        # Of experts one stands for all, but of what no token reached nothing is known.
+        reached = {path for path, _ in mode.readings}
+        if not bool(mode.output_same.all()) or self._paths - reached:
             return None
         maps: dict[Key, torch.Tensor] = {}
         for key, reading in mode.readings.items():

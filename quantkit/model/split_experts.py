@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.formats.format import expert_name
 from quantkit.model import skeleton
+from quantkit.model.causal import CausalModel
 from quantkit.model.experts import uses_interface
 from quantkit.model.names import map_names
 
@@ -39,18 +40,37 @@ def split_experts(source: Source, *, trust_remote_code: bool = False) -> Source:
         return source
     model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
     slices: dict[str, _Slice] = {}
-    for path, pieces in map_names(model, source).pieces.items():
-        owner = model.get_submodule(path.rpartition(".")[0])
-        name = pieces[0].name
-        if name not in fused or pieces[0].expert is not None or not uses_interface(owner):
-            continue
+    turned = _transposed(source, model, frozenset(fused), trust_remote_code=trust_remote_code)
+    for (name, stored_turned), transposed in turned.items():
         for expert in range(source.info(name).shape[0]):
             slices[expert_name(name, expert)] = _Slice(
-                name=name,
-                expert=expert,
-                transposed=bool(getattr(owner, "is_transposed", False)) != pieces[0].transposed,
+                name=name, expert=expert, transposed=transposed != stored_turned
             )
     return OneByOne(source, slices) if slices else source
+
+
+def _transposed(
+    source: Source, model: nn.Module, fused: Set[str], *, trust_remote_code: bool
+) -> dict[tuple[str, bool], bool]:
+    """(tensor of experts, whether it is stored transposed) -> whether the parameter holds [I, O].
+
+    What keeps to transformers' interface says so; of other code a trial run tells.
+    """
+    found: dict[tuple[str, bool], bool] = {}
+    others: dict[str, tuple[str, bool]] = {}
+    for path, pieces in map_names(model, source).pieces.items():
+        owner = model.get_submodule(path.rpartition(".")[0])
+        name, stored = pieces[0].name, pieces[0].transposed
+        if name not in fused or pieces[0].expert is not None or pieces[0].opaque:
+            continue
+        if uses_interface(owner):
+            found[name, stored] = bool(getattr(owner, "is_transposed", False))
+        elif not type(owner).__module__.startswith("torch."):
+            others[path] = name, stored
+    if others:
+        traced = CausalModel.traced(source, trust_remote_code=trust_remote_code).sliced()
+        found |= {others[path]: turned for path, turned in traced.items() if path in others}
+    return found
 
 
 class OneByOne(Reader):

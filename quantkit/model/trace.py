@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import ModelError
-from quantkit.model.experts import Routing, mark_tokens, route, uses_interface
+from quantkit.model.experts import Routing, mark_tokens, route
+from quantkit.model.uses import BlockTrace, Use, with_all_slices
 from quantkit.model.watched import watched
 
 # Why a matrix stays as it is.
@@ -45,22 +45,8 @@ _CASTS = frozenset(
 _PRODUCTS = frozenset(
     {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm}
 )
+_STACKED = _PRODUCTS | {torch.bmm, torch.Tensor.bmm}
 _BATCHED = frozenset({torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.einsum})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Use:
-    """One multiplication by a weight: `path` in the block, slice `expert` of a fused parameter."""
-
-    path: str
-    expert: int | None
-    shape: tuple[int, int]
-    transposed: bool
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        """What identifies the weight within the block."""
-        return self.path, self.expert
 
 
 class MatmulMode(TorchFunctionMode, ABC):
@@ -116,6 +102,10 @@ class MatmulMode(TorchFunctionMode, ABC):
             if use is not None:
                 result = self.product(use, x, self._tokens(x))
                 return func(*args, **kwargs) if result is None else result
+        if func in _STACKED and len(args) == 2 and not kwargs:
+            stacked = self._stacked(func, args[0], args[1])
+            if stacked is not None:
+                return stacked
         if func in _BATCHED:
             for arg in args:
                 if self._is_weight(arg):
@@ -125,6 +115,25 @@ class MatmulMode(TorchFunctionMode, ABC):
             self._parameters[_storage(result)] = (self._parameters[_storage(args[0])][0], result)
             self._casts.append(result)
         return result
+
+    def _stacked(self, func: Callable[..., Any], x: Any, weight: Any) -> torch.Tensor | None:
+        """The product of all slices of a weight at once, slice by slice; None if it is none."""
+        if not self._is_weight(weight) or weight.dim() != 3 or x.dim() != 3:
+            return None
+        if not len(x) == len(weight) == len(self._parameters[_storage(weight)][1]):
+            return None
+        parts = []
+        for number in range(len(weight)):
+            use = self._use(weight[number], False)
+            if use is None:
+                return None
+            part = self.product(use, x[number], None)
+            parts.append(
+                func(x[number : number + 1], weight[number : number + 1])[0]
+                if part is None
+                else part
+            )
+        return torch.stack(parts)
 
     def _tokens(self, x: torch.Tensor) -> torch.Tensor | None:
         if self._marked is None or _storage(self._marked[0]) != _storage(x):
@@ -180,40 +189,6 @@ def _storage(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except NotImplementedError:
         return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockTrace:
-    """What one kind of block does: its products in order, grouped by what they read.
-
-    `inputs[k]` is the number of the input that `uses[k]` reads.  `outputs` is the length of the
-    tuple that forward returns, None if it returns the hidden states themselves.  `read` are
-    weights that the block's own code reads, besides the layers that multiply by them.  `kept` are
-    matrices that stay as they are, each with the reason, UNREACHED or another.
-    """
-
-    uses: tuple[Use, ...]
-    inputs: tuple[int, ...]
-    outputs: int | None
-    read: Mapping[str, str]
-    kept: Mapping[str, str]
-
-    def keys(self) -> dict[tuple[str, int | None], str]:
-        """The name of the input that each weight reads, by `Use.key`.
-
-        Named after its first reader's module; of expert e "MODULE.e:in" and "MODULE.e:mid".
-        """
-        names: dict[int, str] = {}
-        seen: set[str] = set()
-        for use, number in zip(self.uses, self.inputs, strict=True):
-            module = use.path.rpartition(".")[0] or use.path
-            if use.expert is not None:
-                name = f"{module}.{use.expert}"
-                module = f"{name}:mid" if f"{name}:in" in seen else f"{name}:in"
-            if number not in names:
-                names[number] = module
-                seen.add(module)
-        return {use.key: names[number] for use, number in zip(self.uses, self.inputs, strict=True)}
 
 
 class NoiseMode(MatmulMode):
@@ -279,10 +254,6 @@ class _Discover(NoiseMode):
     def product(
         self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
     ) -> torch.Tensor | None:
-        owner = self._block.get_submodule(use.path.rpartition(".")[0])
-        if use.expert is not None and not uses_interface(owner):
-            self.kept[use.path] = _outside_interface(owner)
-            return self.noise(x, use.shape[0])
         self._kept.append(x)  # else its memory, and with it its identity, is used again
         number = self._seen.setdefault(_identity(x), len(self._seen))
         if use.key not in {seen.key for seen in self.uses}:
@@ -292,14 +263,10 @@ class _Discover(NoiseMode):
 
     def batched(self, path: str) -> None:
         owner = self._block.get_submodule(path.rpartition(".")[0])
-        self.kept[path] = _outside_interface(owner)
-
-
-def _outside_interface(owner: nn.Module) -> str:
-    return (
-        f"{type(owner).__name__} multiplies by several matrices at once, without transformers' "
-        "ExpertsInterface"
-    )
+        self.kept[path] = (
+            f"{type(owner).__name__} multiplies by this weight in a product of more than two "
+            "dimensions, of which rows and columns cannot be told apart"
+        )
 
 
 def _identity(x: torch.Tensor) -> tuple[Any, ...]:
@@ -384,9 +351,13 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
                 "trial run; blocks that choose among layers of a list cannot be quantized"
             )
         kept[path] = OUTSIDE if path in read else UNREACHED
+    fused = {use.path for use in mode.uses if use.expert is not None}
+    uses, inputs = with_all_slices(
+        mode.uses, mode.inputs, {path: len(drawn.get_parameter(path)) for path in fused}
+    )
     return BlockTrace(
-        uses=tuple(mode.uses),
-        inputs=tuple(mode.inputs),
+        uses=uses,
+        inputs=inputs,
         outputs=len(output) if isinstance(output, (tuple, list)) else None,
         read={
             **{use.path: BARE for use in mode.uses if _is_bare(drawn, use)},
@@ -434,6 +405,8 @@ class Tap(MatmulMode):
         if key is None or key in self._done:
             return None
         self._done.add(key)
+        if use.expert is not None and not x.numel():
+            return None
         rows_nI = x.reshape(-1, x.shape[-1])
         if self._valid is not None:
             valid = self._valid.to(rows_nI.device)

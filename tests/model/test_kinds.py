@@ -29,6 +29,9 @@ WORKS = {
     "gemma4_text": "heads whose size differs from block to block",
     "kimi_linear": "norms with a gate, a carried state",
     "zaya": "blocks that pool tokens",
+    "llama4_text": "experts by torch.bmm, [I, O] each",
+    "jetmoe": "experts that the model's own loop picks, square ones among them",
+    "longcat_flash": "a loop over those experts that tokens reach",
     "qwen3_5_text": "gates of few rows with zeros",
 }
 
@@ -93,8 +96,7 @@ def test_what_stays_is_told_with_its_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
-        ("llama4_text", "Llama4TextExperts multiplies by several matrices at once"),
-        ("jetmoe", "JetMoeParallelExperts multiplies by several matrices at once"),
+        ("xlnet", "XLNetRelativeAttention multiplies by this weight in a product of more than two"),
         ("hy_v4", "HYV4DecoderLayer: a trial run of the block on noise fails"),
     ],
 )

@@ -209,3 +209,46 @@ class Reader(ABC):
         if not info.shape:
             raise IndexError(f"{name}: a scalar has no rows")
         return math.prod(info.shape[1:]), info.shape
+
+
+class View(Reader):
+    """A source under other names, or divided into tensors otherwise: the same model."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        if (path := getattr(source, "path", None)) is not None:
+            self.path = path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The source's."""
+        return self.source.config
+
+    @property
+    def home(self) -> Path | None:
+        """The source's."""
+        return self.source.home
+
+    @property
+    def packed_as(self) -> str | None:
+        """The source's."""
+        return self.source.packed_as
+
+    def fingerprint(self) -> str:
+        """The source's."""
+        return self.source.fingerprint()
+
+    def tokens(self) -> tuple[str, ...] | None:
+        """The source's."""
+        return self.source.tokens()
+
+    def side_files(self) -> dict[str, Path | bytes]:
+        """The source's."""
+        return self.source.side_files()
+
+    def left_files(self) -> dict[str, str]:
+        """The source's."""
+        return self.source.left_files()
+
+    def _config_bytes(self) -> bytes:
+        return json.dumps(self.source.config, sort_keys=True).encode()

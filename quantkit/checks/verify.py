@@ -24,6 +24,7 @@ from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
 from quantkit.formats.open import container_of, open_source
 from quantkit.model import skeleton
+from quantkit.model.converted import converted
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import map_names
@@ -119,6 +120,7 @@ def _original(source: Source, known: Set[str], trust_remote_code: bool) -> Sourc
     if known >= set(source.names()):
         return source
     model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
+    source = converted(source, model)
     return under_owners(source, model, map_names(model, source))
 
 

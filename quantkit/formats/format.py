@@ -53,7 +53,7 @@ class PlannedWeight:
     scheme       None = kept in full precision
     transposed   the source stores [I, O] (Conv1D)
     expert       transformers holds it as a slice of a fused 3-D parameter
-    split        the source had it in one tensor with all experts of its layer
+    split        the source had it in one tensor with others, as all experts of a layer
     joined       transformers holds it as rows of a parameter with others
     """
 

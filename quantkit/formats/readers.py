@@ -91,7 +91,7 @@ def _schemes(weights: Sequence[PlannedWeight]) -> list[Scheme]:
 
 def _lacks_split_experts(weights: Sequence[PlannedWeight], model_type: str) -> str | None:
     """Why others do not find the experts of a type in what quantkit writes."""
-    if any(weight.split for weight in weights):
+    if any(weight.split and weight.expert for weight in weights):
         return f"it reads the experts of {model_type} from one tensor for all, not one by one"
     return None
 
@@ -151,6 +151,8 @@ def _vllm_lacks(weights: Sequence[PlannedWeight], model_type: str) -> str | None
     """Why vLLM cannot read packed weights of the type at all, whatever their scheme."""
     if reason := _lacks_split_experts(weights, model_type):
         return reason
+    if any(weight.split for weight in weights):
+        return f"it looks for the tensors that transformers makes these weights of {model_type} of"
     if model_type in _NOT_IN_VLLM:
         return f"vLLM 0.32 does not have {model_type}"
     packed = [w for w in weights if w.scheme is not None and w.scheme.activation_bits == 16]

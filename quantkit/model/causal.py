@@ -16,6 +16,7 @@ from torch import nn
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, QuantkitError
 from quantkit.model import skeleton
+from quantkit.model.converted import converted
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
@@ -25,6 +26,7 @@ from quantkit.model.replay import check_replay
 from quantkit.model.tied import under_owners
 from quantkit.model.trace import (
     SHARED,
+    UNNAMED,
     Tap,
     TapCallback,
     discover,
@@ -117,6 +119,7 @@ class CausalModel:
         path, blocks = skeleton.find_blocks(model)
         if model.get_output_embeddings() is None:
             raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
+        source = converted(source, model)
         source = under_owners(source, model, map_names(model, source))
         names = map_names(model, source)
         outside = skeleton.outside_paths(model, path)
@@ -213,7 +216,11 @@ class CausalModel:
                         "layer does; a file does not tell that apart, so keep this model as it is"
                     )
                 rows = piece.rows or (0, use.shape[0])
-                shared = piece.name in self._shared and role == "linear"
+                kept = trace.read.get(use.path) if role == "read" else None
+                if role == "linear" and piece.name in self._shared:
+                    kept = SHARED
+                elif role == "linear" and not piece.name.endswith(".weight"):
+                    kept = UNNAMED
                 refs.append(
                     WeightRef(
                         name=piece.name,
@@ -221,12 +228,12 @@ class CausalModel:
                         shape=(rows[1] - rows[0], use.shape[1]),
                         parameter=use.path,
                         input=keys[use.key],
-                        role="read" if shared else role,
+                        role="read" if kept is not None else role,
                         expert=use.expert,
                         rows=piece.rows,
                         transposed=use.transposed,
                         split=piece.split,
-                        kept=SHARED if shared else trace.read[use.path] if role == "read" else None,
+                        kept=kept,
                     )
                 )
         return tuple(refs)

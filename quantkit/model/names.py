@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from quantkit.checkpoint.files import Source
+from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import CheckpointError, ModelError, NumericsError
 from quantkit.model.experts import uses_interface
 from quantkit.model.refs import Piece
@@ -48,14 +50,17 @@ class Conversion:
     first: str
     sources: Mapping[str, list[str]]
 
-    def targets(self, source: Source) -> tuple[str, ...]:
-        """Paths of the parameters; reads headers only."""
+    def targets(self, source: Source) -> dict[str, TensorInfo]:
+        """Path -> dtype and shape of the parameters; reads headers only."""
 
         def empty(name: str) -> torch.Tensor:
             info = source.info(name)
             return torch.empty(info.shape, dtype=info.dtype, device="meta")
 
-        return tuple(self._convert(empty))
+        return {
+            path: TensorInfo(name=path, dtype=value.dtype, shape=tuple(value.shape))
+            for path, value in self._convert(empty).items()
+        }
 
     def run(self, source: Source) -> dict[str, torch.Tensor]:
         """Path -> value, by transformers' own code.  Raises NumericsError for NaN or infinity."""
@@ -167,8 +172,10 @@ def map_names(model: nn.Module, source: Source) -> NameMap:
             plain[target] = name
         else:
             fused[target][pattern].append(name)
+    computed = _computed(converters)
     pieces: dict[str, tuple[Piece, ...]] = {
-        path: (Piece(name=name, parameter=path),) for path, name in plain.items()
+        path: (Piece(name=name, parameter=path, split=computed(path)),)
+        for path, name in plain.items()
     }
     conversions: dict[str, Conversion] = {}
     for path, by_source in fused.items():
@@ -242,6 +249,18 @@ def _fused_pieces(
         ]
         start = stop
     return tuple(sorted(pieces, key=lambda piece: piece.expert or 0))
+
+
+def _computed(converters: Sequence[WeightConverter]) -> Callable[[str], bool]:
+    """Whether transformers, saving, would make other tensors of the parameter at a path."""
+    followed = (Transpose, MergeModulelist, Concatenate)
+    reverse = []
+    for rule in converters:
+        if not all(isinstance(operation, followed) for operation in rule.operations):
+            # Of operations some have no reverse.
+            with suppress(AttributeError, NotImplementedError, ValueError):
+                reverse.append(rule.reverse_transform())
+    return lambda path: any(rule.rename_source_key(path)[1] is not None for rule in reverse)
 
 
 def _only_turns(rule: WeightConverter) -> bool:

@@ -365,16 +365,20 @@ def _products(trace: BlockTrace) -> list[_Candidate]:
 
 def _for_all_experts(group: Found, trace: BlockTrace) -> list[Found]:
     """The group with all experts as readers, or one copy per expert if it lies inside an expert."""
-    experts = sorted({use.expert for use in trace.uses if use.expert is not None})
+    # Layers may have several lists of experts, of different lengths.
+    experts: dict[str, list[int]] = {}
+    for use in trace.uses:
+        if use.expert is not None:
+            experts.setdefault(use.path, []).append(use.expert)
     inside = group.expert is not None
     copies = []
-    for expert in experts if inside else [None]:
+    for expert in sorted(experts[group.producer]) if inside else [None]:
         readers: list[Key] = []
         for path, number in group.readers:
             if number is None:
                 readers.append((path, None))
             else:
-                readers += [(path, other) for other in ([expert] if inside else experts)]
+                readers += [(path, e) for e in ([expert] if inside else sorted(experts[path]))]
         copies.append(
             Found(
                 kind=group.kind,

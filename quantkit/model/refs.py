@@ -22,7 +22,7 @@ class Piece:
     fused 3-D parameter; `rows` then names the rows of that slice (None: all), and with `transposed`
     the parameter holds [I, O] of it.  Without, `rows` are rows of the parameter.  `opaque` says
     that the tensor fills it through a conversion that is run, not followed; `split` that quantkit
-    took it out of a tensor for all experts.
+    took it out of a tensor for all experts, or of one that transformers computes it from.
     """
 
     name: str

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
-from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
-from quantkit.checkpoint.source import Reader, Source
+from quantkit.checkpoint.source import Source, View
 from quantkit.formats.format import expert_name
 from quantkit.model import skeleton
 from quantkit.model.causal import CausalModel
+from quantkit.model.converted import converted
 from quantkit.model.experts import uses_interface
 from quantkit.model.names import map_names
 
@@ -35,12 +32,12 @@ def split_experts(source: Source, *, trust_remote_code: bool = False) -> Source:
 
     The source itself if it holds no such tensor.
     """
-    fused = [name for name in source.names() if len(source.info(name).shape) == 3]
-    if not fused:
+    if not _fused(source):
         return source
     model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=None)
+    source = converted(source, model)
     slices: dict[str, _Slice] = {}
-    turned = _transposed(source, model, frozenset(fused), trust_remote_code=trust_remote_code)
+    turned = _transposed(source, model, trust_remote_code=trust_remote_code)
     for (name, stored_turned), transposed in turned.items():
         for expert in range(source.info(name).shape[0]):
             slices[expert_name(name, expert)] = _Slice(
@@ -49,13 +46,18 @@ def split_experts(source: Source, *, trust_remote_code: bool = False) -> Source:
     return OneByOne(source, slices) if slices else source
 
 
+def _fused(source: Source) -> frozenset[str]:
+    return frozenset(name for name in source.names() if len(source.info(name).shape) == 3)
+
+
 def _transposed(
-    source: Source, model: nn.Module, fused: Set[str], *, trust_remote_code: bool
+    source: Source, model: nn.Module, *, trust_remote_code: bool
 ) -> dict[tuple[str, bool], bool]:
     """(tensor of experts, whether it is stored transposed) -> whether the parameter holds [I, O].
 
     What keeps to transformers' interface says so; of other code a trial run tells.
     """
+    fused = _fused(source)
     found: dict[tuple[str, bool], bool] = {}
     others: dict[str, tuple[str, bool]] = {}
     for path, pieces in map_names(model, source).pieces.items():
@@ -73,27 +75,15 @@ def _transposed(
     return found
 
 
-class OneByOne(Reader):
+class OneByOne(View):
     """The view that `split_experts` gives.  Holds the expert read last."""
 
     def __init__(self, source: Source, slices: Mapping[str, _Slice]) -> None:
-        self.fused = source
-        if isinstance(source, FileSource):
-            self.path = source.path
+        super().__init__(source)
         self._slices = slices
         whole = {part.name for part in slices.values()}
         self._names = tuple(sorted({*source.names(), *slices} - whole))
         self._last: tuple[str, Tensor] | None = None
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The source's."""
-        return self.fused.config
-
-    @property
-    def home(self) -> Path | None:
-        """The source's."""
-        return self.fused.home
 
     def names(self) -> tuple[str, ...]:
         """Names with one per expert, sorted."""
@@ -103,8 +93,8 @@ class OneByOne(Reader):
         """Dtype and shape; of an expert [O, I]."""
         part = self._slices.get(name)
         if part is None:
-            return self.fused.info(name)
-        info = self.fused.info(part.name)
+            return self.source.info(name)
+        info = self.source.info(part.name)
         shape = info.shape[:0:-1] if part.transposed else info.shape[1:]
         return TensorInfo(name=name, dtype=info.dtype, shape=shape)
 
@@ -112,31 +102,12 @@ class OneByOne(Reader):
         """Elements start..stop of the flattened tensor, fresh memory."""
         part = self._slices.get(name)
         if part is None:
-            return self.fused.read_flat(name, start, stop)
+            return self.source.read_flat(name, start, stop)
         numel = math.prod(self.info(name).shape)
         if not 0 <= start <= stop <= numel:
             raise IndexError(f"{name}: elements {start}..{stop} of {numel}")
         if self._last is None or self._last[0] != name:
             self._last = None
-            value = self.fused.read_rows(part.name, part.expert, part.expert + 1)[0]
+            value = self.source.read_rows(part.name, part.expert, part.expert + 1)[0]
             self._last = name, (value.t() if part.transposed else value).reshape(-1)
         return self._last[1][start:stop].clone()
-
-    def fingerprint(self) -> str:
-        """The source's: it is the same model."""
-        return self.fused.fingerprint()
-
-    def tokens(self) -> tuple[str, ...] | None:
-        """The source's."""
-        return self.fused.tokens()
-
-    def side_files(self) -> dict[str, Path | bytes]:
-        """The source's."""
-        return self.fused.side_files()
-
-    def left_files(self) -> dict[str, str]:
-        """The source's."""
-        return self.fused.left_files()
-
-    def _config_bytes(self) -> bytes:
-        return json.dumps(self.fused.config, sort_keys=True).encode()

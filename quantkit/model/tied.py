@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from quantkit.checkpoint.safetensors import TensorInfo
-from quantkit.checkpoint.source import Reader, Source
+from quantkit.checkpoint.source import Source, View
 from quantkit.model.names import NameMap
 
 
@@ -35,25 +32,13 @@ def under_owners(source: Source, model: nn.Module, names: NameMap) -> Source:
     return Renamed(source, stored) if stored else source
 
 
-class Renamed(Reader):
+class Renamed(View):
     """A source some of whose tensors have other names; `stored` maps the new to the old ones."""
 
     def __init__(self, source: Source, stored: Mapping[str, str]) -> None:
-        self.source = source
-        if (path := getattr(source, "path", None)) is not None:
-            self.path = path
+        super().__init__(source)
         self._stored = dict(stored)
         self._names = tuple(sorted({*source.names(), *stored} - set(stored.values())))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The source's."""
-        return self.source.config
-
-    @property
-    def home(self) -> Path | None:
-        """The source's."""
-        return self.source.home
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors, sorted."""
@@ -67,18 +52,3 @@ class Renamed(Reader):
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor, fresh memory."""
         return self.source.read_flat(self._stored.get(name, name), start, stop)
-
-    def fingerprint(self) -> str:
-        """The source's: it is the same model."""
-        return self.source.fingerprint()
-
-    def side_files(self) -> dict[str, Path | bytes]:
-        """The source's."""
-        return self.source.side_files()
-
-    def left_files(self) -> dict[str, str]:
-        """The source's."""
-        return self.source.left_files()
-
-    def _config_bytes(self) -> bytes:
-        return json.dumps(self.source.config, sort_keys=True).encode()

@@ -30,6 +30,7 @@ UNREACHED = "a pass over text does not reach it"
 OUTSIDE = "the model's code reads this weight outside its layer"
 BARE = "no linear layer holds this weight"
 SHARED = "several blocks share this weight"
+UNNAMED = 'its name does not end in ".weight", so codes and scales could not be named after it'
 _CASTS = frozenset(
     {
         torch.Tensor.to,

@@ -17,6 +17,7 @@ from quantkit.checkpoint.live import LiveSource
 from quantkit.errors import FormatError, OutputError
 from quantkit.formats.format import StoredWeight
 from quantkit.inference.load import install_
+from quantkit.model.converted import converted
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.tensor import QuantizedTensor
@@ -111,7 +112,7 @@ def _install(model: PreTrainedModel, job: Job, written: Path) -> None:
         model,
         _Unpacked(stored, job, source),
         _Plain(rescaled, source),
-        names=map_names(model, split_experts(LiveSource(model))),
+        names=map_names(model, converted(split_experts(LiveSource(model)), model)),
         fmt=fmt,
         quantization_config=source.config["quantization_config"],
     )

@@ -94,7 +94,9 @@ def test_a_forward_that_changes_weights_is_refused_in_the_plan(built: dict[str, 
 
 
 def test_fused_attention_matrices_are_refused_in_the_plan(built: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="XLNetRelativeAttention multiplies by this weight in a product"):
+    with pytest.raises(
+        ModelError, match="XLNetRelativeAttention multiplies by this weight in a product"
+    ):
         jobs.make_job(built["xlnet"], "rtn", "w8a16_g32", allow_unreadable=True)
 
 

@@ -32,6 +32,7 @@ WORKS = {
     "llama4_text": "experts by torch.bmm, [I, O] each",
     "jetmoe": "experts that the model's own loop picks, square ones among them",
     "longcat_flash": "a loop over those experts that tokens reach",
+    "inkling2_text": "experts whose rows transformers interleaves, matrices of other names",
     "qwen3_5_text": "gates of few rows with zeros",
 }
 
@@ -42,6 +43,7 @@ OTHERS = [
     ("image", "idefics3", "masks made on the device of a tower that stays empty"),
     ("image", "minimax_m3_vl", "a linear layer whose rows are two tensors"),
     ("encoder", "modernbert", "no causal mask"),
+    ("encoder", "gte", "tensors that transformers cuts into several modules"),
 ]
 
 

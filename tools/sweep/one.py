@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shutil
 import traceback
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ Status = Literal["works", "refused", "wrong", "crashed", "not runnable"]
 # Data-free and calibrated, each under its default scheme.
 METHODS = ("rtn", "best")
 _TOKENS, _ROWS = 24, 2
+# What `expert_name` gives.
+_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.(\w+))?\.weight")
 # Relative to the largest logit.  Seen: below 2e-6; a weight in the wrong place gives 1e-2 and more.
 _EQUAL = 1e-4
 _MAPPINGS: dict[Kind, tuple[str, str]] = {
@@ -242,13 +245,16 @@ def _decoded_logits(kind: Kind, model_dir: Path, out: Path, directory: Path, ids
     view, source = Unpacked.open(FileSource(out)), FileSource(model_dir)
     found = set(view.names())
     tensors = {}
-    for name in source.names():
-        shape = source.info(name).shape
-        if name in found:
+    for name in sorted(found):
+        match = _EXPERT.fullmatch(name)
+        fused = None if match is None else f"{match[1]}.{match[3] or 'weight'}"
+        if fused is None or name in source.names() or expert_name(fused, 0) not in found:
             tensors[name] = view.read(name).contiguous()
-            continue
-        whole = torch.stack([view.read(expert_name(name, e)) for e in range(shape[0])])
-        tensors[name] = (whole if whole.shape == shape else whole.transpose(1, 2)).contiguous()
+        elif match is not None and match[2] == "0":
+            count = sum(expert_name(fused, e) in found for e in range(len(found)))
+            whole = torch.stack([view.read(expert_name(fused, e)) for e in range(count)])
+            turned = fused in source.names() and source.info(fused).shape != whole.shape
+            tensors[fused] = (whole.transpose(1, 2) if turned else whole).contiguous()
     directory.mkdir(parents=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(view.config))

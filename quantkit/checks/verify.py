@@ -24,13 +24,12 @@ from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
 from quantkit.formats.open import container_of, open_source
 from quantkit.model import skeleton
-from quantkit.model.converted import converted
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import map_names
 from quantkit.model.provenance import FATES
 from quantkit.model.split_experts import split_experts
-from quantkit.model.tied import under_owners
+from quantkit.model.views import converted, under_owners
 from quantkit.numbers.tensor import QuantizedTensor
 
 # Problems that an error names.

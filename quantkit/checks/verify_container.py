@@ -29,7 +29,7 @@ from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import NameMap, check_complete, map_names
 from quantkit.model.provenance import holds_numbers_of
-from quantkit.model.tied import stored_under_partners
+from quantkit.model.views import stored_under_partners
 from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import QuantizedTensor
 

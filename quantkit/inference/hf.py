@@ -35,6 +35,7 @@ from quantkit.inference.load import (
     pieces_of,
     read_missing_,
     replace_modules_,
+    stored_names,
     targets_of,
 )
 from quantkit.inference.save import QuantkitQuantizer, SavedTensors, attach_quantizer_, find_module
@@ -150,7 +151,7 @@ class LoadingQuantizer(HfQuantizer):
         self._view = Unpacked(self._source, self._format, self._stored)
         self._view.transposed = skeleton.conv1d_names(model, self._view.names())
         self._names = map_names(model, self._view)
-        check_all_used(self._stored, self._names)
+        check_all_used(self._stored, self._names, model, self._view)
         self._targets = tuple(targets_of(model, self._names, frozenset(self._stored)))
         unread = {name for weight in self._stored.values() for name in weight.tensors}
         for target in self._targets:
@@ -182,7 +183,7 @@ class LoadingQuantizer(HfQuantizer):
         saved = SavedTensors(
             pieces=pieces_of(self._names),
             transposed=self._view.transposed,
-            extra=tuple(name for name in self._names.unmapped if name not in self._stored),
+            extra=stored_names(self._names.unmapped, self._stored),
             source=self._source,
         )
         attach_quantizer_(model, self._format, self.quantization_config.fields, saved)

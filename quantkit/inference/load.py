@@ -31,6 +31,7 @@ from quantkit.inference.save import SavedTensors, attach_quantizer_, find_module
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.experts import uses_interface
+from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.names import NameMap, check_complete, map_names, read_parameter
 from quantkit.model.refs import Piece
 from quantkit.numbers.tensor import QuantizedTensor
@@ -73,7 +74,7 @@ def load(
     model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=dtype)
     view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
-    check_all_used(stored, names)
+    check_all_used(stored, names, model, view)
     check_complete(names, list(model.state_dict()))
 
     def unpack(name: str) -> QuantizedTensor:
@@ -95,7 +96,7 @@ def load(
     if fmt is not None:
         opaque = (p.name for pieces in names.pieces.values() for p in pieces if p.opaque)
         unfilled = dict.fromkeys((*names.unmapped, *opaque))
-        extra = tuple(name for name in unfilled if name not in stored)
+        extra = stored_names(unfilled, stored)
         saved = SavedTensors(
             pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
@@ -385,9 +386,21 @@ def pieces_of(names: NameMap) -> tuple[Piece, ...]:
     return tuple(piece for pieces in names.pieces.values() for piece in pieces if not piece.opaque)
 
 
-def check_all_used(stored: Mapping[str, StoredWeight], names: NameMap) -> None:
-    """Raises CheckpointError if a quantized weight has no place in the model."""
+def stored_names(names: Iterable[str], stored: Mapping[str, StoredWeight]) -> tuple[str, ...]:
+    """The tensors of a checkpoint behind names, of quantized weights those that they lie in."""
+    found = (stored[name].tensors if name in stored else (name,) for name in names)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def check_all_used(
+    stored: Mapping[str, StoredWeight], names: NameMap, model: PreTrainedModel, source: Source
+) -> None:
+    """CheckpointError if a quantized weight has no place, in the model nor in extra layers."""
     lost = sorted(set(stored).intersection(names.unmapped))
+    if lost:
+        path, blocks = skeleton.find_blocks(model)
+        known = tuple(layer.prefix for layer in find_extra_layers(names, source, path, len(blocks)))
+        lost = [name for name in lost if not name.startswith(known)]
     if lost:
         raise CheckpointError(f"{lost[0]}: quantized, but the model has no parameter for it")
 

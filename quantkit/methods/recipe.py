@@ -31,6 +31,7 @@ _KEYS = (
     "propagate",
     "rules",
     "head",
+    "mtp",
     "calibration",
 )
 _RULE_KEYS = ("match", "scheme", "keep")
@@ -100,6 +101,7 @@ class Recipe:
     propagate: bool = True
     rules: tuple[Rule, ...] = ()
     head: Scheme | None = None
+    mtp: Scheme | None = None
     samples: int = 128
     seq_len: int = 2048
 
@@ -127,7 +129,7 @@ class Recipe:
         calibration = data.get("calibration") or {}
         if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
-        head = data.get("head")
+        head, mtp = data.get("head"), data.get("mtp")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -145,6 +147,7 @@ class Recipe:
             propagate=propagate,
             rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
             head=None if head is None else Scheme.parse(str(head)),
+            mtp=None if mtp is None else Scheme.parse(str(mtp)),
             samples=_count(calibration, "samples", 128, where),
             seq_len=_count(calibration, "seq_len", 2048, where),
         )
@@ -166,6 +169,8 @@ class Recipe:
             data["fit"] = True
         if self.head is not None:
             data["head"] = self.head.name
+        if self.mtp is not None:
+            data["mtp"] = self.mtp.name
         return data
 
     def rule_for(self, name: str) -> Rule | None:
@@ -253,6 +258,7 @@ def load_recipe(
     scheme: str | None = None,
     skip: Sequence[str] = (),
     head: str | None = None,
+    mtp: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     default_scheme: str | None = None,
@@ -286,6 +292,8 @@ def load_recipe(
         data.update(scheme=named, fit=False)
     if head is not None:
         data["head"] = head
+    if mtp is not None:
+        data["mtp"] = mtp
     recipe = Recipe.from_dict(data, str(path.name))
     skipped = tuple(Rule(match=glob, scheme=None) for glob in skip)
     return dataclasses.replace(

@@ -16,14 +16,13 @@ from torch import nn
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, QuantkitError
 from quantkit.model import skeleton
-from quantkit.model.converted import converted
+from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.replay import check_replay
-from quantkit.model.tied import under_owners
 from quantkit.model.trace import (
     SHARED,
     UNNAMED,
@@ -34,6 +33,7 @@ from quantkit.model.trace import (
     sketch_,
 )
 from quantkit.model.uses import BlockTrace
+from quantkit.model.views import converted, under_owners
 from quantkit.model.watched import watched
 
 __all__ = ["BlockCall", "CausalModel", "Folded", "ScaleGroup", "TapCallback", "WeightRef"]
@@ -48,6 +48,7 @@ class CausalModel:
     and nothing else: token embedding rows are gathered per batch, the head is read in rows.
     `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
     those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones.
+    `extra_layers` lie among the unmapped: those that predict further tokens.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class CausalModel:
         self._shared = names.shared_below(blocks_path)
         rest = set(source.names()) - inside - set(names.unmapped)
         self.outside = tuple(sorted(rest))
+        self.extra_layers = find_extra_layers(names, source, blocks_path, len(blocks))
 
     @classmethod
     def open(

@@ -13,9 +13,9 @@ from quantkit.checkpoint.source import Source, View
 from quantkit.formats.format import expert_name
 from quantkit.model import skeleton
 from quantkit.model.causal import CausalModel
-from quantkit.model.converted import converted
 from quantkit.model.experts import uses_interface
 from quantkit.model.names import map_names
+from quantkit.model.views import converted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,9 @@ from quantkit.checkpoint.live import LiveSource
 from quantkit.errors import FormatError, OutputError
 from quantkit.formats.format import StoredWeight
 from quantkit.inference.load import install_
-from quantkit.model.converted import converted
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
+from quantkit.model.views import converted
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions

@@ -21,7 +21,8 @@ from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.shards import ShardWriter
 from quantkit.formats.format import PlannedWeight
-from quantkit.methods.recipe import input_needs
+from quantkit.methods.parts import Range, Rounding
+from quantkit.methods.recipe import input_needs, load_recipe
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
@@ -46,7 +47,7 @@ Book = StatsBook | MethodStats
 
 
 class BlockWork:
-    """Runs steps: "outside", "embed", "block 0"..., "head", "embedding"; holds one block at a time.
+    """Runs steps: "outside", "embed", "block 0"..., "head", "embedding", "extra"; holds one block.
 
     `tell` hears of every weight that is done, with its error.
     """
@@ -79,6 +80,8 @@ class BlockWork:
             self.steps.append("head")
         if plan.embedding is not None:
             self.steps.append("embedding")
+        if plan.extra:
+            self.steps.append("extra")
         committed = [name for step in done for name in self._outputs(step)]
         self.writer = stack.enter_context(plan.layout.writer(partial, committed=committed))
         self.folds: ShardWriter | None = None
@@ -120,6 +123,8 @@ class BlockWork:
                 record = self._head()
             elif step == "embedding":
                 record = self._embedding()
+            elif step == "extra":
+                record = self._extra()
             else:
                 record = self._block(int(step.removeprefix("block ")))
         self.writer.sync()
@@ -232,8 +237,13 @@ class BlockWork:
                 )
 
     def _solve(
-        self, refs: Sequence[WeightRef], weights: Sequence[Tensor], stats: Stats | None
+        self,
+        refs: Sequence[WeightRef],
+        weights: Sequence[Tensor],
+        stats: Stats | None,
+        parts: tuple[Range, Rounding] | None = None,
     ) -> list[Solved]:
+        range_part, rounding = parts or (self.range, self.rounding)
         scheme = self.plan.scheme_of(refs[0])
         # What readers decode to: the checkpoint's dtype, but for ggml's blocks.
         stored = self.model.source.info(refs[0].name).dtype
@@ -242,8 +252,8 @@ class BlockWork:
             weights,
             self._stored(refs[0], scheme),
             stats,
-            range_part=self.range,
-            rounding=self.rounding,
+            range_part=range_part,
+            rounding=rounding,
             dtype=torch.float32 if scheme.kind == "ggml" else stored,
         )
 
@@ -275,6 +285,20 @@ class BlockWork:
         assert table is not None
         return Record(step="embedding", weights=(self._outside_matrix(table, None),))
 
+    def _extra(self) -> Record:
+        """Rounds the weights of extra layers, whose inputs nobody computes, to nearest."""
+        plain = load_recipe("rtn")
+        records = []
+        for _, refs in self.plan.extra_groups():
+            weights = [self.model.source.read(ref.name).to(self.model.dtype) for ref in refs]
+            weights = [w.t() if r.transposed else w for r, w in zip(refs, weights, strict=True)]
+            parts = plain.make_range(), plain.make_rounding()
+            for solved in self._solve(refs, weights, None, parts):
+                self._put(self.plan.weight_of[solved.ref.name], solved)
+                self.tell(f"{solved.ref.name.removesuffix('.weight')} {solved.cost.error:.1e}")
+                records.append(WeightRecord.of(solved, solved.ref.name, None))
+        return Record(step="extra", weights=tuple(records))
+
     def _outside_matrix(self, ref: WeightRef, stats: Stats | None) -> WeightRecord:
         planned = self.plan.planned_head if ref.role == "head" else self.plan.weight_of[ref.name]
         weight = self.model.source.read(ref.name).to(self.model.dtype)
@@ -291,6 +315,10 @@ class BlockWork:
         if step == "embedding":
             assert self.plan.embedding is not None
             return [self.plan.embedding.name]
+        if step == "extra":
+            wanted = {ref.name for ref in self.plan.extra}
+            outside = self.plan.fates_of_block.get(None, ())
+            return [info.name for f in outside if f.name in wanted for info in f.output]
         block = None if step == "outside" else int(step.removeprefix("block "))
         fates = self.plan.fates_of_block.get(block, ())
         if step == "outside":

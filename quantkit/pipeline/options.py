@@ -132,6 +132,17 @@ class QuantizeOptions:
         default=None,
         metadata=_told("--lm-head", "scheme for the output head, which otherwise stays as it is"),
     )
+    mtp: str | None = field(
+        default=None,
+        metadata=_told(
+            "--mtp",
+            (
+                "scheme for layers that predict further tokens (multi-token prediction), which "
+                "transformers' classes do not have; they are rounded without data, and otherwise "
+                "stay as they are"
+            ),
+        ),
+    )
     max_ram: int | str | None = field(
         default=None,
         metadata=_told(
@@ -229,6 +240,7 @@ class QuantizeOptions:
             scheme=self.scheme,
             skip=self.skip,
             head=self.lm_head,
+            mtp=self.mtp,
             samples=self.samples,
             seq_len=self.seq_len,
             default_scheme=default_scheme(self.format),

@@ -41,6 +41,7 @@ from quantkit.pipeline.decide import (
     spread,
     unquantizable,
 )
+from quantkit.pipeline.extra import decide_extra, extra_notes, extra_reason, extra_weights
 
 _UNUSED = "no parameter of the model class takes it"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -84,6 +85,7 @@ class Plan:
     folds       length of each vector that records what transforms did, per block
     quantization_config  what config.json says of it
     embedding   the table of embeddings, where it is quantized and is not the head
+    extra       the quantized weights of layers that predict further tokens
     notes       what the format's reader will do otherwise
     """
 
@@ -103,6 +105,7 @@ class Plan:
     readers: Mapping[str, str | None]
     quantization_config: Mapping[str, Any]
     embedding: WeightRef | None = None
+    extra: tuple[WeightRef, ...] = ()
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -136,8 +139,15 @@ class Plan:
 
     def input_groups(self, index: int) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
         """(input key, quantized weights of one scheme that read it), in the order of use."""
+        return self._by_input(self.refs[index])
+
+    def extra_groups(self) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
+        """The same of extra layers."""
+        return self._by_input(self.extra)
+
+    def _by_input(self, refs: Sequence[WeightRef]) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
         found: dict[str, dict[Scheme, list[WeightRef]]] = {}
-        for ref in self.refs[index]:
+        for ref in refs:
             if (scheme := self.scheme(ref)) is not None:
                 found.setdefault(ref.input, {}).setdefault(scheme, []).append(ref)
         return ((key, tuple(refs)) for key, groups in found.items() for refs in groups.values())
@@ -145,7 +155,8 @@ class Plan:
     @property
     def fitted(self) -> str | None:
         """A line on groups that are smaller than the method's own, as they would not divide."""
-        return fitted_line(self.recipe, self.weights)
+        extra = {ref.name for ref in self.extra}
+        return fitted_line(self.recipe, [w for w in self.weights if w.name not in extra])
 
     @property
     def bits_per_weight(self) -> float:
@@ -188,11 +199,13 @@ def make_plan(
     if recipe.head is not None:
         head = model.head.name if container is not None else head_name(model)
         decisions[head] = recipe.head, "--lm-head"
+    decisions |= decide_extra(recipe, model, container is not None)
     if container is None:
         # A container says itself what it keeps in one tensor, and its reader fuses nothing.
         if recipe.fit:
             decisions = fit(model, recipe, decisions, fmt)
-        for block in refs:
+        asked = extra_weights(model) if recipe.mtp is not None else ()
+        for block in [*refs, *asked]:
             check_shared(block, {name: scheme for name, (scheme, _) in decisions.items()})
     return lay_out(
         model,
@@ -248,6 +261,13 @@ def lay_out(
     )
     if embedding is not None:
         weights.append(planned(model, embedding, schemes[embedding.name]))
+    extra = tuple(
+        ref for layer in extra_weights(model) for ref in layer if schemes.get(ref.name) is not None
+    )
+    # transformers puts them into no fused parameter.
+    weights += [
+        dataclasses.replace(planned(model, ref, schemes[ref.name]), expert=False) for ref in extra
+    ]
     planned_head = planned(model, model.head, head_scheme)
     weights.append(dataclasses.replace(planned_head, name=head_is))
     for weight in weights:
@@ -310,7 +330,8 @@ def lay_out(
             weights, model_type=model_type, dtype=model.dtype, others=_others(model, weights, fates)
         ),
         embedding=embedding,
-        notes=() if container is None else tuple(container.notes),
+        extra=extra,
+        notes=(*extra_notes(model, extra), *(() if container is None else container.notes)),
     )
 
 
@@ -370,7 +391,7 @@ def _fates(
         elif name in rescaled:
             fate, reason = "rescaled", "folded by " + reasons["transforms"]
         elif name in model.unmapped:
-            fate, reason = "copied", _UNUSED
+            fate, reason = "copied", extra_reason(model, name) or _UNUSED
         elif name in kept:
             reason = kept[name]
         elif weight is not None and name != head_is:
@@ -402,11 +423,20 @@ def _others(
     infos = [info for fate in fates if fate.scheme is None for info in fate.output]
     skipped = {weight.module for weight in weights if weight.scheme is not None}
     skipped |= {info.name.removesuffix(".weight") for info in infos}
-    return infos + [
-        TensorInfo(name=f"{path}.weight", dtype=model.dtype, shape=shape)
-        for path, shape in model.linears.items()
-        if path not in skipped
-    ]
+    return (
+        infos
+        + [
+            TensorInfo(name=f"{path}.weight", dtype=model.dtype, shape=shape)
+            for path, shape in model.linears.items()
+            if path not in skipped
+        ]
+        + [
+            TensorInfo(name=ref.parameter, dtype=model.dtype, shape=ref.shape)
+            for layer in extra_weights(model)
+            for ref in layer
+            if ref.parameter.removesuffix(".weight") not in skipped
+        ]
+    )
 
 
 def _kept_reason(info: TensorInfo, in_block: bool) -> str:

@@ -138,6 +138,9 @@ def predict(
         width = max(max(ref.shape) for refs in plan.refs for ref in refs)
         # A gated MLP holds three activations of its width, statistics two float32 copies of one.
         forward = batch * width * (3 * model.dtype.itemsize + 2 * 4)
+    for _, refs in plan.extra_groups():
+        rows, columns = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
+        solve = max(solve, (_SOLVE_COPIES + 1) * 4 * rows * columns)
     for ref in (plan.head, plan.embedding):
         if ref is not None and (scheme := plan.scheme_of(ref)).kind == "ggml":
             rows, columns = ref.shape

@@ -10,6 +10,7 @@ the embedded demo model.  For each case and export of cases.py:
     ROOT/NAME-dense              the same weights dequantized to float32, a plain checkpoint
     ROOT/NAME-dense/names.json   which of them are quantized in ROOT/NAME
     ROOT/NAME-logits.safetensors input_ids and float32 logits of `quantkit.load(ROOT/NAME)`
+    ROOT/KIND-kept, -mtp         models with an extra layer, see tiny_extra.py
     ROOT/samples                 single weights, see make_samples.py
 """
 
@@ -39,7 +40,9 @@ from quantkit.formats.open import open_source
 from quantkit.model.decoded import Decoded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+import tiny_extra
 import tiny_models
 from cases import CASES, EXPORTS, IMAGES, PROMPTS
 from make_samples import write_samples
@@ -64,6 +67,16 @@ def main() -> None:
         write(root, case.name, "quantize", root / "source" / case.source, case.options)
     for export in EXPORTS:
         write(root, export.name, "export", root / export.source, ("--format", export.format))
+    for kind in tiny_extra.LAYOUTS:
+        write_extra(root, tiny_extra.build(kind, root / "source" / kind), kind)
+
+
+def write_extra(root: Path, source: Path, kind: str) -> None:
+    """A model with a layer that predicts further tokens, which stays and which is quantized."""
+    for name, options in ((f"{kind}-kept", {}), (f"{kind}-mtp", {"mtp": "w8a16_g32"})):
+        quantkit.quantize(
+            str(source), "rtn", out=root / name, allow_unreadable=True, progress=False, **options
+        )
 
 
 def write(root: Path, name: str, command: str, source: Path, options: Sequence[str]) -> None:

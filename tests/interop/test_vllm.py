@@ -117,3 +117,29 @@ def next_logits(model: PreTrainedModel, continuation: Continuation) -> torch.Ten
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[0]
     return logits[len(continuation.prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"), [("glm4_moe", "model.layers.4"), ("qwen3_next", "mtp.layers.0")]
+)
+def test_layers_that_predict_further_tokens_have_their_scheme(
+    root: Path, kind: str, layer: str
+) -> None:
+    """By vLLM's own look-up, under the names that its classes of such layers give."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    def bits(name: str, module: str) -> int | None:
+        config = json.loads((root / name / "config.json").read_text(encoding="utf-8"))
+        asked = CompressedTensorsConfig.from_config(config["quantization_config"])
+        asked.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+        found = asked.get_scheme_dict(torch.nn.Linear(2, 2), module)
+        return None if found is None else found["weights"].num_bits
+
+    for module in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.experts.0.gate_proj"):
+        assert bits(f"{kind}-kept", f"{layer}.{module}") is None
+        assert bits(f"{kind}-mtp", f"{layer}.{module}") == 8
+    for name in (f"{kind}-kept", f"{kind}-mtp"):
+        assert bits(name, "model.layers.3.self_attn.o_proj") == 4
+        assert bits(name, f"{layer}.mlp.gate") is None

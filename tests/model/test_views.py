@@ -11,8 +11,8 @@ import torch
 from quantkit.checkpoint.files import FileSource
 from quantkit.errors import QuantkitError
 from quantkit.model import skeleton
-from quantkit.model.converted import Converted, converted
 from quantkit.model.names import map_names
+from quantkit.model.views import Converted, converted
 from tools.sweep.one import Kind, _build
 
 

@@ -1,22 +1,24 @@
-"""Weights that transformers computes from other tensors, read as the model holds them.
+"""A source under the names of the model's parameters.
 
-A fused qkv that is cut into three modules, rows that are put in another order: quantized, such a
-tensor would not come through the conversion.  So the weights of blocks are read, and written, under
-the names of the parameters, which transformers takes as they are.
+Weights that transformers computes from other tensors, a fused qkv that is cut into three modules
+or rows that are put in another order, would not come through the conversion once they are
+quantized: those of blocks are read, and written, as the parameters themselves, which transformers
+takes as they are.  Tied weights have the name of the parameter that owns them, whichever of the two
+the file has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source, View
 from quantkit.errors import ModelError
 from quantkit.model import skeleton
-from quantkit.model.names import Conversion, map_names
+from quantkit.model.names import Conversion, NameMap, map_names
 
 
 def converted(source: Source, model: PreTrainedModel) -> Source:
@@ -80,3 +82,46 @@ class Converted(View):
             self._last = None
             self._last = rule.first, rule.run(self.source)
         return self._last[1][name].reshape(-1)[start:stop].clone()
+
+
+def stored_under_partners(model: nn.Module, names: NameMap) -> dict[str, str]:
+    """Path of an owner -> the checkpoint's name of its tensor, which is a tied partner's."""
+    owner_of = getattr(model, "all_tied_weights_keys", {})
+    stored = {}
+    for owner, partner in names.tied.items():
+        pieces = names.pieces.get(partner, ())
+        if owner_of.get(partner) == owner and len(pieces) == 1:
+            stored[owner] = pieces[0].name
+    return stored
+
+
+def under_owners(source: Source, model: nn.Module, names: NameMap) -> Source:
+    """The source, with each tensor that it stores under a tied partner's name under the owner's.
+
+    A file may hold `lm_head.weight` and no embedding: transformers reads it, vLLM and llama.cpp
+    look for the embedding.  The source itself if there is nothing to rename.
+    """
+    stored = stored_under_partners(model, names)
+    return Renamed(source, stored) if stored else source
+
+
+class Renamed(View):
+    """A source some of whose tensors have other names; `stored` maps the new to the old ones."""
+
+    def __init__(self, source: Source, stored: Mapping[str, str]) -> None:
+        super().__init__(source)
+        self._stored = dict(stored)
+        self._names = tuple(sorted({*source.names(), *stored} - set(stored.values())))
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        info = self.source.info(self._stored.get(name, name))
+        return TensorInfo(name=name, dtype=info.dtype, shape=info.shape)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements start..stop of the flattened tensor, fresh memory."""
+        return self.source.read_flat(self._stored.get(name, name), start, stop)

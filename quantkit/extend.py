@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         SchemeError,
         ShapeError,
     )
+    from quantkit.formats._skipped import skipped_too
     from quantkit.formats.format import (
         Format,
         FormatReader,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
         check_divides,
         check_stored,
         named_as_weight,
-        skipped_too,
     )
     from quantkit.formats.stored import round_scale, stored_scale
     from quantkit.methods.extent import (
@@ -114,6 +114,7 @@ _HOMES = (
     "methods.rounding.nearest",
     "methods.search",
     "formats.format",
+    "formats._skipped",
     "formats.stored",
 )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.safetensors import TensorInfo, tensor_bytes
 from quantkit.errors import CheckpointError
 from quantkit.formats.format import Format, PlannedWeight
 from quantkit.methods.extent import pooled
@@ -42,6 +42,9 @@ class MemorySource:
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name].clone()
+
+    def read_bytes(self, name: str) -> bytes:
+        return bytes(tensor_bytes(self.tensors[name].contiguous()))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors[name][start:stop].clone()

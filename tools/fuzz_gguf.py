@@ -20,6 +20,7 @@ from quantkit.errors import CheckpointError, NumericsError
 from quantkit.formats.gguf.metadata import Entry
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, PlannedTensor
+from quantkit.lazy import dtype_of
 from quantkit.numbers.superblock import BLOCK_TYPES
 
 _SIZES = {
@@ -80,7 +81,7 @@ def write_sample(path: Path) -> bytes:
         for tensor in tensors:
             data = torch.randint(0, 60, (tensor.num_bytes,), dtype=torch.uint8, generator=generator)
             if tensor.type in DENSE:
-                writer.put(tensor.name, data.view(DENSE[tensor.type]).view(tensor.shape))
+                writer.put(tensor.name, data.view(dtype_of(tensor.type)).view(tensor.shape))
             else:
                 writer.put(tensor.name, data)
         writer.close()

@@ -13,7 +13,8 @@ from quantkit.formats.open import open_source
 from quantkit.inference.backend import check_backend
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.figures.perplexity import window_sequences
-from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT, Limit, parse_limit
+from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT
+from quantkit_eval.limits import Limit, parse_limit
 from quantkit_eval.records import Fact, TextUsed
 from quantkit_eval.sequences import Workload, make_workload
 from quantkit_eval.subjects import Subject, check_source, open_original, open_subject

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-
 from quantkit.calibration.corpora import open_corpus
 from quantkit.calibration.documents import Message, Origin
 from quantkit.calibration.windows import Packed, pack, pack_token_rows
 from quantkit.errors import CalibrationError
+from quantkit.lazy import torch
 from quantkit.methods.recipe import check_size
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 # A `str` or Path is a source name; a sequence of strings is the documents themselves.
@@ -140,12 +139,12 @@ def check_seed(seed: int) -> None:
 
 def holds_token_ids(spec: object) -> bool:
     """True for a calibration source of token ids, which needs no tokenizer."""
-    if isinstance(spec, Tensor):
+    if isinstance(spec, torch.Tensor):
         return True
     if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
         return False
     first = spec[0]
-    if isinstance(first, Tensor):
+    if isinstance(first, torch.Tensor):
         return True
     return (
         isinstance(first, Sequence)

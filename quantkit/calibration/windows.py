@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from quantkit.calibration.documents import Corpus, Document
 from quantkit.errors import CalibrationError
+from quantkit.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 # Cutting a text can change the tokens just before the cut; this many are not relied upon.
@@ -85,7 +84,7 @@ def pack_token_rows(rows: Any, samples: int, seq_len: int, pad_id: int) -> Packe
 
     Rows beyond `samples` and tokens beyond `seq_len` are left out, with a note.
     """
-    if isinstance(rows, Tensor) and rows.dim() != 2:
+    if isinstance(rows, torch.Tensor) and rows.dim() != 2:
         raise CalibrationError(
             f"calibration token ids of shape {tuple(rows.shape)}; [windows, tokens] is needed"
         )
@@ -104,7 +103,7 @@ def pack_token_rows(rows: Any, samples: int, seq_len: int, pad_id: int) -> Packe
 
 
 def _token_row(row: Any, index: int) -> list[int]:
-    if isinstance(row, Tensor):
+    if isinstance(row, torch.Tensor):
         # Other tools hand over rows as [1, T].
         row = row.squeeze(0).tolist() if row.dim() in (1, 2) else row.tolist()
     row = [row] if isinstance(row, int) else list(row)

@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-
 from quantkit.checkpoint.config import check_config
 from quantkit.checkpoint.door import (
     CONFIG_BYTES,
@@ -33,10 +31,12 @@ from quantkit.checkpoint.safetensors import (
     read_header,
     read_into,
     refuse_git_lfs,
+    tensor_bytes,
 )
 from quantkit.checkpoint.sidefiles import SideFiles, find_side_files, leads_out
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.errors import CheckpointError
+from quantkit.lazy import torch
 
 __all__ = ["FileSource", "Source", "TensorInfo", "refuse_quantized"]
 
@@ -93,16 +93,15 @@ class FileSource(Reader):
         if not 0 <= start <= stop <= stored.info.numel:
             raise IndexError(f"{name}: elements {start}..{stop} of {stored.info.numel}")
         buffer = torch.empty(stop - start, dtype=stored.info.dtype)
-        path = self._files[name]
-        try:
-            with path.open("rb", buffering=0) as file:
-                position = stored.offset + start * stored.info.dtype.itemsize
-                done = read_into(file.fileno(), buffer, position)
-        except OSError as error:
-            raise CheckpointError(f"{path}: {name}: cannot be read: {error.strerror}") from error
-        if done < buffer.nbytes:
-            raise CheckpointError(f"{path}: {name}: the file was truncated while in use")
+        self._fill(name, tensor_bytes(buffer), stored.offset + start * stored.info.dtype.itemsize)
         return buffer
+
+    def read_bytes(self, name: str) -> bytes:
+        """The tensor's bytes, without torch."""
+        stored = self._stored(name)
+        buffer = bytearray(stored.info.nbytes)
+        self._fill(name, memoryview(buffer), stored.offset)
+        return bytes(buffer)
 
     def side_files(self) -> dict[str, Path | bytes]:
         """Relative name -> path of everything in the directory that is not weights.
@@ -114,6 +113,17 @@ class FileSource(Reader):
     def left_files(self) -> dict[str, str]:
         """Relative name -> why the file, or the folder, is not among the side files."""
         return dict(self._beside().left)
+
+    def _fill(self, name: str, view: memoryview, offset: int) -> None:
+        """Reads a tensor's bytes from its file's `offset` on."""
+        path = self._files[name]
+        try:
+            with path.open("rb", buffering=0) as file:
+                done = read_into(file.fileno(), view, offset)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name}: cannot be read: {error.strerror}") from error
+        if done < len(view):
+            raise CheckpointError(f"{path}: {name}: the file was truncated while in use")
 
     def _beside(self) -> SideFiles:
         own = {path.relative_to(self.path).as_posix() for path in self._files.values()}

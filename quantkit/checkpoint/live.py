@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from quantkit.checkpoint.safetensors import DTYPE_NAMES, TensorInfo
+from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
+from quantkit.lazy import LABELS, torch
 
-_Tensors = dict[str, torch.Tensor]
+_Tensors = dict[str, "torch.Tensor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class LiveSource(Reader):
         self._state: _Tensors = remove_tied_weights_from_state_dict(state, model)
         self._origins, self._infos = _trace(model, self._state)
         for info in self._infos.values():
-            if info.dtype not in DTYPE_NAMES:
+            if info.label not in LABELS:
                 raise CheckpointError(f"{info.name}: safetensors cannot hold {info.dtype}")
         self._recent: dict[tuple[tuple[str, ...], int | None], _Tensors] = {}
         self._files = _saved_files(model, tokenizer)

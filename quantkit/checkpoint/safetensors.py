@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.door import open_plain
 from quantkit.errors import CheckpointError
+from quantkit.lazy import LABELS, bytes_of, dtype_of, label_of, torch
+
+if TYPE_CHECKING:
+    from quantkit.lazy import Dtype
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -26,38 +28,26 @@ MAX_HEADER_BYTES = 100_000_000
 # Bytes moved by one system call: bounds what a copy holds.
 PIECE_BYTES = 8 * 2**20
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 _GIT_LFS = b"version https://git-lfs.github.com/spec"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False)
 class TensorInfo:
-    """Name, dtype and shape of one stored tensor."""
+    """Name, dtype and shape of one stored tensor; `label` is the dtype as safetensors names it."""
 
     name: str
-    dtype: torch.dtype
+    label: str
     shape: tuple[int, ...]
+
+    def __init__(self, *, name: str, dtype: Dtype, shape: tuple[int, ...]) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "label", label_of(dtype))
+        object.__setattr__(self, "shape", shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's dtype."""
+        return dtype_of(self.label)
 
     @property
     def numel(self) -> int:
@@ -67,7 +57,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return self.numel * self.dtype.itemsize
+        return self.numel * bytes_of(self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +142,7 @@ def build_header(infos: Sequence[TensorInfo]) -> bytes:
     for info in infos:
         end = position + info.nbytes
         fields[info.name] = {
-            "dtype": DTYPE_NAMES[info.dtype],
+            "dtype": info.label,
             "shape": list(info.shape),
             "data_offsets": [position, end],
         }
@@ -162,12 +152,12 @@ def build_header(infos: Sequence[TensorInfo]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def read_into(descriptor: int, buffer: torch.Tensor, offset: int) -> int:
+def read_into(descriptor: int, buffer: torch.Tensor | memoryview, offset: int) -> int:
     """Bytes read from `offset` of the file into `buffer` (contiguous CPU), fewer only at its end.
 
     Goes through pread in bounded pieces: memory-mapped pages would count as resident memory.
     """
-    view = tensor_bytes(buffer)
+    view = buffer if isinstance(buffer, memoryview) else tensor_bytes(buffer)
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done : done + PIECE_BYTES]], offset + done)
@@ -210,10 +200,10 @@ def _span(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _damaged(path, f"{shown}: needs exactly dtype, shape and data_offsets")
     label, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(label, str) or label not in DTYPES:
+    if not isinstance(label, str) or label not in LABELS:
         raise CheckpointError(
             f"{path}: {shown}: the dtype {ascii(label)[:40]} is not known; "
-            f"allowed: {', '.join(DTYPES)}"
+            f"allowed: {', '.join(LABELS)}"
         )
     if not _naturals(shape):
         raise _damaged(path, f"{shown}: the shape is no list of sizes")
@@ -222,7 +212,7 @@ def _span(name: str, entry: Any, path: Path) -> tuple[TensorInfo, int, int]:
         raise _damaged(path, f"{shown}: the shape is absurdly large")
     if not _naturals(offsets) or len(offsets) != 2:
         raise _damaged(path, f"{shown}: data_offsets are no pair of positions")
-    info = TensorInfo(name=name, dtype=DTYPES[label], shape=tuple(shape))
+    info = TensorInfo(name=name, dtype=label, shape=tuple(shape))
     begin, end = offsets
     if end - begin != info.nbytes:
         raise _damaged(

@@ -15,11 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self
 
-import torch
-
 from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory, write_file
 from quantkit.checkpoint.safetensors import (
-    DTYPE_NAMES,
     PIECE_BYTES,
     StoredTensor,
     TensorInfo,
@@ -29,6 +26,7 @@ from quantkit.checkpoint.safetensors import (
 )
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, OutputError, ResumeError
+from quantkit.lazy import LABELS, torch
 
 
 class TensorWriter(Protocol):
@@ -156,7 +154,7 @@ def plan_shards(
         twice = next(name for name in names if names.count(name) > 1)
         raise FormatError(f"{twice}: the tensor is planned twice; a checkpoint holds a name once")
     for info in infos:
-        if info.dtype not in DTYPE_NAMES:
+        if info.label not in LABELS:
             raise FormatError(f"{info.name}: safetensors cannot hold {info.dtype}")
     groups: list[list[TensorInfo]] = [[]]
     filled = 0

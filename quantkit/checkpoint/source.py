@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from quantkit.checkpoint.door import file_sha256
 from quantkit.checkpoint.safetensors import TensorInfo, tensor_bytes
+from quantkit.lazy import torch
 
 # Checkpoints up to this size are fingerprinted whole, larger ones by samples of each tensor.
 _WHOLE_BYTES = 256 * 2**20
@@ -52,6 +51,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor: fresh memory on the CPU, in the stored dtype."""
+        ...
+
+    def read_bytes(self, name: str) -> bytes:
+        """The tensor's bytes as they are stored: for small ones that tell how others are."""
         ...
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -97,6 +100,10 @@ class Reader(ABC):
     """What both sources share: everything that follows from reading a range of elements."""
 
     @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]: ...
+
+    @property
     def home(self) -> Path | None:
         """None: a checkpoint in memory."""
         return None
@@ -133,6 +140,10 @@ class Reader(ABC):
         """The tensor: fresh memory on the CPU, in the stored dtype."""
         info = self.info(name)
         return self.read_flat(name, 0, info.numel).reshape(info.shape)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The tensor's bytes."""
+        return bytes(tensor_bytes(self.read(name)))
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start..stop of the first dimension, fresh memory, in the stored dtype."""

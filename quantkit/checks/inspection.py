@@ -22,6 +22,7 @@ from quantkit.formats.format import StoredWeight, format_of
 from quantkit.formats.gguf.file import read_gguf
 from quantkit.formats.onnx.describe import describe_onnx
 from quantkit.formats.open import container_of, is_onnx, open_source
+from quantkit.lazy import name_of
 from quantkit.numbers.superblock import BLOCK_TYPES
 
 # Codes that other tools pack into the 32-bit words of this tensor.
@@ -277,7 +278,7 @@ def _groups(
     for weight in stored.values():
         # Experts may share their tensors.
         size = sum(source.info(name).nbytes // packed[name] for name in weight.tensors)
-        kind = (_pattern(weight.name), weight.scheme.name, _dtype(weight.dtype))
+        kind = (_pattern(weight.name), weight.scheme.name, name_of(weight.label))
         found.setdefault(kind, []).append((math.prod(weight.shape), size))
     bits = config.get("bits", config.get("w_bit"))
     for name in source.names():
@@ -287,7 +288,7 @@ def _groups(
         parameters = info.numel
         if config and not stored:
             parameters = _foreign_parameters(name, info.numel, bits)
-        found.setdefault((_pattern(name), None, _dtype(info.dtype)), []).append(
+        found.setdefault((_pattern(name), None, name_of(info.label)), []).append(
             (parameters, info.nbytes)
         )
     return _sorted_groups(found)
@@ -360,10 +361,6 @@ def _pattern(name: str) -> str:
 def _natural(pattern: str) -> tuple[bool, str]:
     """Sorts what is outside blocks first."""
     return "*" in pattern, pattern
-
-
-def _dtype(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> Iterable[str]:

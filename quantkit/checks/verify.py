@@ -22,7 +22,7 @@ from quantkit.checks.runtimes import compare_runtime
 from quantkit.checks.verify_container import check_files, container_checks
 from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
 from quantkit.formats.format import FormatReader, StoredWeight, format_of
-from quantkit.formats.open import container_of, open_source
+from quantkit.formats.open import container_here, container_of, open_source
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
@@ -54,12 +54,7 @@ def verify(
     read this kind of checkpoint or cannot load it.
     """
     path = given_path(out)
-    file = container_of(path)
-    if file is None and not path.is_dir():
-        raise CheckpointError(
-            f"{path}: no such directory; give the output of quantkit quantize, or a GGUF or ONNX "
-            "file"
-        )
+    file = container_here(path)
     reference: Source | None = None
     if against is not None:
         reference = open_source(against, revision=revision)

@@ -57,11 +57,11 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
-    from quantkit.cli.summary import outcome_json, outcome_text
-    from quantkit.pipeline.session import run
 
     try:
         job = _job(model, options)
+        from quantkit.pipeline.session import run
+
         if evaluate or fail_if:
             cli_eval.check_wishes(
                 job, text=text, limits=fail_if or (), requantize=options.requantize
@@ -72,6 +72,8 @@ def quantize(
         kept = f"what is done is kept in {partial}: the same command goes on there"
         typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
+    from quantkit.cli.summary import outcome_json, outcome_text
+
     summary = outcome_json(job, outcome) if as_json else {}
     if not as_json:
         typer.echo(outcome_text(job, outcome))
@@ -95,9 +97,9 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
+    job = _job(model, options)
     from quantkit.cli.summary import plan_json, plan_text
 
-    job = _job(model, options)
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
 
 
@@ -130,6 +132,12 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
+    from quantkit.checkpoint.door import given_path
+    from quantkit.formats.open import container_here, open_source
+
+    container_here(given_path(out))
+    if against is not None:
+        open_source(against)
     from quantkit.checks.verify import verify as verify_checkpoint
 
     result = verify_checkpoint(out, against=against, runtime=runtime, runtime_python=runtime_python)
@@ -160,6 +168,9 @@ def generate(
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
+    from quantkit.formats.open import open_source
+
+    open_source(path)
     from quantkit.inference.generate import generate_text
 
     text = generate_text(
@@ -227,11 +238,14 @@ app.command()(cli_eval.bench)
 
 def _job(model: str, options: QuantizeOptions) -> Job:
     from quantkit.checkpoint.memory import return_large_blocks
+    from quantkit.pipeline.asked import open_asked
+
+    source = open_asked(model, [options])
     from quantkit.pipeline.job import prepare
 
     if options.max_ram_bytes is not None:
         return_large_blocks()
-    return prepare(model, options)
+    return prepare(source, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

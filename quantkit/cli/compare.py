@@ -91,18 +91,28 @@ def run_compare(
     options: what all of them share
     evaluation: further fields of the evaluation's request
     """
-    from quantkit_eval.command import run_comparison
-    from quantkit_eval.setting import EvaluationRequest, check_wishes
+    from quantkit_eval.limits import parse_limit
 
     from quantkit.checkpoint.door import given_path
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.errors import OutputError
     from quantkit.formats.format import default_scheme
+    from quantkit.methods.recipe import load_recipe
+    from quantkit.pipeline.asked import open_asked
+
+    # Found out before the work, as all that follows; this much before torch is imported.
+    given_path(out, error=OutputError)
+    for limit in evaluation.get("limits", ()):
+        parse_limit(limit)
+    for method in methods:
+        load_recipe(method)
+    source = open_asked(model, [options])
+    from quantkit_eval.command import run_comparison
+    from quantkit_eval.setting import EvaluationRequest, check_wishes
+
     from quantkit.pipeline.job import prepare_all
     from quantkit.pipeline.together import candidates, run_together
 
-    # Found out before the work, as all that follows.
-    given_path(out, error=OutputError)
     if options.max_ram is not None:
         return_large_blocks()
     wishes = EvaluationRequest(
@@ -130,7 +140,7 @@ def run_compare(
         dataclasses.replace(options, recipe=candidate.recipe, allow_unreadable=True)
         for candidate in chosen
     ]
-    jobs = prepare_all(model, requests)
+    jobs = prepare_all(source, requests)
     outs = [out / candidate.name for candidate in chosen]
     run_together(jobs, outs, out / "statistics.partial")
     del jobs

@@ -92,6 +92,15 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what quantization cost; exit 1 if a --fail-if limit is shown to be broken."""
+    from quantkit_eval.limits import parse_limit
+
+    from quantkit.formats.open import open_source
+
+    # What is wrong with these shows before torch is imported.
+    for limit in fail_if or ():
+        parse_limit(limit)
+    for path in (model, *quantized):
+        open_source(path)
     from quantkit_eval.command import run_evaluation
     from quantkit_eval.setting import EvaluationRequest
 
@@ -174,13 +183,17 @@ def bench(
 ) -> None:
     """Measure speed and memory of a checkpoint, quantized or not, on the device at hand."""
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.records import to_json
-    from quantkit_eval.speed import measure_speed
 
+    from quantkit.formats.open import open_source
+
+    open_source(path)
     try:
         sizes = [int(part) for part in batches.split(",")]
     except ValueError:
         raise EvaluationError(f"--batches {batches!r}: write numbers, as in 1,4,16") from None
+    from quantkit_eval.records import to_json
+    from quantkit_eval.speed import measure_speed
+
     measured = measure_speed(
         path,
         batches=sizes,
@@ -218,7 +231,7 @@ def memory_limit(text: str | None) -> int | None:
 
 def device_name(name: str) -> str:
     """The device that `auto`, `cpu` or `cuda` stands for here."""
-    from quantkit.inference.backend import choose_device
+    from quantkit.inference.device import choose_device
 
     return choose_device(name)
 

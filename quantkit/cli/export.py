@@ -10,6 +10,8 @@ import typer
 
 from quantkit.checkpoint.door import given_path
 from quantkit.errors import OutputError
+from quantkit.formats.format import make_format
+from quantkit.formats.open import open_source
 
 if TYPE_CHECKING:
     from quantkit.pipeline.export import Exported
@@ -62,6 +64,10 @@ def export(
     """Write a quantized checkpoint in another format, without quantizing anew."""
     _check_options(context, format_name)
     target = _target(path, format_name, out, triton_repository)
+    # What is wrong with the names shows before torch is imported.
+    open_source(path)
+    if format_name != "onnx":
+        make_format(format_name)
     if format_name == "onnx":
         from quantkit.pipeline.onnx_export import export_onnx
 

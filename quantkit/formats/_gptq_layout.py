@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
@@ -36,8 +35,14 @@ from quantkit.formats.format import (
 )
 from quantkit.formats.readers import gptq_readers, outside_blocks
 from quantkit.formats.stored import model_dtype, round_scale, stored_scale
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 BITS = (2, 3, 4, 8)
 # Codes that fill whole words: 32 of 3 bits, 32/b of b bits.
@@ -93,7 +98,7 @@ class GptqLayout:
         """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return gptq_readers(weights, model_type)
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns, whatever the dtype of the weight in the source."""
         scheme, (rows, columns) = weight.scheme, weight.shape
         assert scheme is not None, weight.name
@@ -102,10 +107,10 @@ class GptqLayout:
         packed = (columns * scheme.bits // 32, rows)
         zeros = (groups, rows * scheme.bits // 32)
         return (
-            TensorInfo(name=stem + "qweight", dtype=torch.int32, shape=packed),
-            TensorInfo(name=stem + "qzeros", dtype=torch.int32, shape=zeros),
-            TensorInfo(name=stem + "scales", dtype=torch.float16, shape=(groups, rows)),
-            TensorInfo(name=stem + "g_idx", dtype=torch.int32, shape=(columns,)),
+            TensorInfo(name=stem + "qweight", dtype="I32", shape=packed),
+            TensorInfo(name=stem + "qzeros", dtype="I32", shape=zeros),
+            TensorInfo(name=stem + "scales", dtype="F16", shape=(groups, rows)),
+            TensorInfo(name=stem + "g_idx", dtype="I32", shape=(columns,)),
         )
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -220,8 +225,10 @@ class GptqLayout:
             planned = PlannedWeight(name=name, module="", shape=size, scheme=scheme)
             infos = self.layout(planned, dtype)
             check_stored(infos, source, "quantization_config")
-            order = _column_order(source, name, scheme)
-            found[name] = StoredWeight.of(planned, dtype, infos, permuted=order is not None)
+            # Few files have other orders, and what those are needs torch.
+            trivial = _in_order(source, name, size[1], scheme)
+            permuted = not trivial and _column_order(source, name, scheme) is not None
+            found[name] = StoredWeight.of(planned, dtype, infos, permuted=permuted)
         return found
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
@@ -253,6 +260,17 @@ class GptqLayout:
             dtype=weight.dtype,
             columns=order,
         )
+
+
+def _in_order(source: Source, name: str, columns: int, scheme: Scheme) -> bool:
+    """True if columns lie sorted by their group."""
+    stored = source.read_bytes(name.removesuffix("weight") + "g_idx")
+    return stored == _sorted_g_idx(columns, scheme.group_size or columns)
+
+
+@cache
+def _sorted_g_idx(columns: int, size: int) -> bytes:
+    return struct.pack(f"<{columns}i", *(column // size for column in range(columns)))
 
 
 def _column_order(source: Source, weight: str, scheme: Scheme) -> Tensor | None:

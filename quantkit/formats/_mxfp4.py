@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
 from quantkit.formats.bitpack import unpack_nibbles
@@ -51,7 +49,7 @@ class Mxfp4:
                     name=name,
                     scheme=Scheme.parse("mxfp4a16"),
                     shape=(rows, columns),
-                    dtype=dtype,
+                    label=dtype,
                     tensors=(stem + _BLOCKS, stem + _SCALES),
                     expert=expert,
                 )
@@ -78,13 +76,13 @@ def _shape(stem: str, source: Source) -> tuple[int, int, int]:
     # `info` raises CheckpointError itself if one of the two is missing.
     blocks, scales = source.info(stem + _BLOCKS), source.info(stem + _SCALES)
     shape = blocks.shape
-    if blocks.dtype != torch.uint8 or len(shape) != 4 or shape[-1] != _BLOCK_BYTES:
+    if blocks.label != "U8" or len(shape) != 4 or shape[-1] != _BLOCK_BYTES:
         raise CheckpointError(
             f"{blocks.name}: {blocks.dtype} {list(shape)} is stored, but mxfp4 demands torch.uint8 "
             f"[experts, rows, groups, {_BLOCK_BYTES}]"
         )
-    allowed = (torch.uint8, torch.float8_e8m0fnu)
-    if scales.dtype not in allowed or scales.shape != shape[:-1] or min(shape) < 1:
+    allowed = ("U8", "F8_E8M0")
+    if scales.label not in allowed or scales.shape != shape[:-1] or min(shape) < 1:
         raise CheckpointError(
             f"{scales.name}: {scales.dtype} {list(scales.shape)} is stored, but blocks of "
             f"{list(shape)} need torch.uint8 {list(shape[:-1])}"

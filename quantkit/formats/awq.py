@@ -13,14 +13,12 @@ all 8 are read as symmetric.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
+from quantkit.formats._skipped import skipped_too
 from quantkit.formats.bitpack import pack_rows, unpack_rows
 from quantkit.formats.format import (
     PlannedWeight,
@@ -28,12 +26,17 @@ from quantkit.formats.format import (
     check_divides,
     check_stored,
     named_as_weight,
-    skipped_too,
 )
 from quantkit.formats.readers import awq_readers, outside_blocks
 from quantkit.formats.stored import model_dtype, round_scale, stored_scale
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 # Nibble k of a word holds code _ORDER[k] of its eight.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -83,16 +86,16 @@ class Awq:
         """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return awq_readers(weights, model_type)
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns, whatever the dtype of the weight in the source."""
         scheme, (rows, columns) = weight.scheme, weight.shape
         assert scheme is not None, weight.name
         groups = columns // (scheme.group_size or columns)
         stem = weight.name.removesuffix("weight")
         return (
-            TensorInfo(name=stem + "qweight", dtype=torch.int32, shape=(columns, rows // 8)),
-            TensorInfo(name=stem + "qzeros", dtype=torch.int32, shape=(groups, rows // 8)),
-            TensorInfo(name=stem + "scales", dtype=torch.float16, shape=(groups, rows)),
+            TensorInfo(name=stem + "qweight", dtype="I32", shape=(columns, rows // 8)),
+            TensorInfo(name=stem + "qzeros", dtype="I32", shape=(groups, rows // 8)),
+            TensorInfo(name=stem + "scales", dtype="F16", shape=(groups, rows)),
         )
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -161,7 +164,7 @@ class Awq:
             planned = PlannedWeight(name=name, module="", shape=size, scheme=scheme)
             infos = self.layout(planned, dtype)
             check_stored(infos, source, "quantization_config")
-            if _all_symmetric(source.read(name.removesuffix("weight") + "qzeros")):
+            if _all_symmetric(source.read_bytes(name.removesuffix("weight") + "qzeros")):
                 scheme = Scheme(kind="int", bits=4, group_size=group_size)
                 planned = PlannedWeight(name=name, module="", shape=size, scheme=scheme)
             found[name] = StoredWeight.of(planned, dtype, infos)
@@ -197,8 +200,8 @@ def _unpack(words: Tensor) -> Tensor:
     return halves.transpose(-1, -2).reshape(rows, columns)
 
 
-def _all_symmetric(qzeros: Tensor) -> bool:
-    return bool((qzeros.view(torch.uint8) == _SYMMETRIC_ZERO * 0x11).all())
+def _all_symmetric(qzeros: bytes) -> bool:
+    return qzeros.count(_SYMMETRIC_ZERO * 0x11) == len(qzeros)
 
 
 def _kept(weights: Sequence[PlannedWeight]) -> list[str]:

@@ -6,8 +6,13 @@ Shapes: R rows, C codes per row, W = ceil(C * bits / 32) words per row.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from quantkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # Codes handled at a time: the int64 temporaries stay at some tens of MB.
 _CHUNK_CODES = 1 << 20

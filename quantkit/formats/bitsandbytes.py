@@ -21,28 +21,31 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from quantkit_kernels.ops.codebook import NF4
-from torch import Tensor
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError, NumericsError
+from quantkit.formats._skipped import kept_modules, skipped_too
 from quantkit.formats.format import (
     PlannedWeight,
     StoredWeight,
     check_stored,
-    kept_modules,
     named_as_weight,
-    skipped_too,
 )
 from quantkit.formats.readers import bitsandbytes_readers
 from quantkit.formats.stored import model_dtype
+from quantkit.lazy import label_of, name_of, torch
 from quantkit.numbers.grid import FP4_VALUES, grid_of
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256
@@ -50,7 +53,7 @@ _NESTED_BLOCK = 256
 _OFFSET_WIDTH = 24
 _SCB, _WEIGHT_FORMAT = "SCB", "weight_format"
 _STATE = ".quant_state.bitsandbytes__"
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 class Bitsandbytes:
@@ -92,30 +95,30 @@ class Bitsandbytes:
         """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return bitsandbytes_readers(weights, model_type)
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns, for a weight of this dtype in the source."""
         scheme, shape = weight.scheme, weight.shape
         assert scheme is not None, weight.name
         if not scheme.flat:
             stem = weight.name.removesuffix("weight")
             return (
-                TensorInfo(name=weight.name, dtype=torch.int8, shape=shape),
-                TensorInfo(name=stem + _SCB, dtype=torch.float32, shape=shape[:1]),
-                TensorInfo(name=stem + _WEIGHT_FORMAT, dtype=torch.uint8, shape=()),
+                TensorInfo(name=weight.name, dtype="I8", shape=shape),
+                TensorInfo(name=stem + _SCB, dtype="F32", shape=shape[:1]),
+                TensorInfo(name=stem + _WEIGHT_FORMAT, dtype="U8", shape=()),
             )
         blocks = scheme.num_groups(shape)
         name, nested = weight.name, scheme.double_quant
         state = len(_state(scheme, dtype, shape, 0.0 if nested else None))
-        planned: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
-            (name, torch.uint8, (-(-shape[0] * shape[1] // 2), 1)),
-            (f"{name}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
-            (f"{name}.quant_map", torch.float32, (16,)),
+        planned: list[tuple[str, str, tuple[int, ...]]] = [
+            (name, "U8", (-(-shape[0] * shape[1] // 2), 1)),
+            (f"{name}.absmax", "U8" if nested else "F32", (blocks,)),
+            (f"{name}.quant_map", "F32", (16,)),
         ]
         if nested:
             outer = -(-blocks // _NESTED_BLOCK)
-            planned.append((f"{name}.nested_absmax", torch.float32, (outer,)))
-            planned.append((f"{name}.nested_quant_map", torch.float32, (256,)))
-        planned.append((name + _STATE + scheme.kind, torch.uint8, (state,)))
+            planned.append((f"{name}.nested_absmax", "F32", (outer,)))
+            planned.append((f"{name}.nested_quant_map", "F32", (256,)))
+        planned.append((name + _STATE + scheme.kind, "U8", (state,)))
         return tuple(TensorInfo(name=n, dtype=d, shape=s) for n, d, s in planned)
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -279,7 +282,7 @@ def _pack_rows(weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tens
     }
 
 
-def _stored_rows(fmt: Bitsandbytes, name: str, dtype: torch.dtype, source: Source) -> StoredWeight:
+def _stored_rows(fmt: Bitsandbytes, name: str, dtype: str, source: Source) -> StoredWeight:
     """How a weight of int8 rows is stored.  CheckpointError for another layout than rows."""
     shape = source.info(name).shape
     if len(shape) != 2:
@@ -291,8 +294,8 @@ def _stored_rows(fmt: Bitsandbytes, name: str, dtype: torch.dtype, source: Sourc
     # Older versions did not write it; rows were the default then.
     infos = infos if key in source.names() else infos[:-1]
     check_stored(infos, source, "quantization_config")
-    if len(infos) == 3 and int(source.read(key)) != 0:
-        raise CheckpointError(f"{key}: {int(source.read(key))} is not read; 0 (rows) is")
+    if len(infos) == 3 and (number := source.read_bytes(key)[0]) != 0:
+        raise CheckpointError(f"{key}: {number} is not read; 0 (rows) is")
     return StoredWeight.of(planned, dtype, infos)
 
 
@@ -327,13 +330,13 @@ def _pack_codes(codes_OI: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _state(
-    scheme: Scheme, dtype: torch.dtype, shape: tuple[int, int], nested_offset: float | None
+    scheme: Scheme, dtype: Dtype, shape: tuple[int, int], nested_offset: float | None
 ) -> bytes:
     """The quant_state JSON; spaces at its end make its length independent of the offset."""
     record: dict[str, Any] = {
         "quant_type": scheme.kind,
         "blocksize": scheme.group_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(label_of(dtype)),
         "shape": list(shape),
     }
     if nested_offset is None:
@@ -346,11 +349,11 @@ def _state(
 
 
 def _read_state(key: str, source: Source) -> dict[str, Any]:
-    raw = source.read(key)
+    info = source.info(key)
     try:
-        if raw.dtype != torch.uint8 or raw.numel() > 4096:
+        if info.label != "U8" or info.numel > 4096:
             raise ValueError("no bytes, or too many")
-        state = json.loads(bytes(raw.tolist()))
+        state = json.loads(source.read_bytes(key))
         if not isinstance(state, dict):
             raise ValueError("no JSON object")
     except (ValueError, RecursionError) as error:
@@ -358,7 +361,7 @@ def _read_state(key: str, source: Source) -> dict[str, Any]:
     return state
 
 
-def _described(key: str, state: Mapping[str, Any]) -> tuple[Scheme, tuple[int, int], torch.dtype]:
+def _described(key: str, state: Mapping[str, Any]) -> tuple[Scheme, tuple[int, int], str]:
     """Scheme, shape and dtype that a quant_state gives.  Raises CheckpointError."""
     shape, dtype = state.get("shape"), _DTYPES.get(str(state.get("dtype")))
     kind, block = state.get("quant_type"), state.get("blocksize")

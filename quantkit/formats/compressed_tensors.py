@@ -26,12 +26,10 @@ left bits of each word empty at 3, 5, 6 and 7 bits; their shapes differ, and the
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
@@ -74,16 +72,22 @@ from quantkit.formats.stored import (
     round_scale,
     stored_scale,
 )
+from quantkit.lazy import dtype_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import DividedScale, PlainScale, QuantizedTensor, Scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 _PACKED, _SCALE, _SHAPE, _ZERO = "_packed", "_scale", "_shape", "_zero_point"
 _GLOBAL, _INPUT, _INPUT_GLOBAL = "_global_scale", "input_scale", "input_global_scale"
 # Layouts that keep one number per weight under the weight's own name, and its dtype.
-_PLAIN: dict[Layout, torch.dtype] = {
-    "int-quantized": torch.int8,
-    "float-quantized": torch.float8_e4m3fn,
-    "mxfp8-quantized": torch.float8_e4m3fn,
+_PLAIN: dict[Layout, str] = {
+    "int-quantized": "I8",
+    "float-quantized": "F8_E4M3",
+    "mxfp8-quantized": "F8_E4M3",
 }
 # Kinds whose scales are powers of two, stored as exponents.
 _MICROSCALED = ("mxfp8", "mxfp4")
@@ -118,33 +122,31 @@ class CompressedTensors:
         """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return compressed_tensors_readers(weights, model_type)
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns, for a weight of this dtype in the source."""
         scheme, (rows, columns) = _scheme(weight), weight.shape
-        scales = _scale_infos(weight, self.scale_dtype(dtype))
+        scales = _scale_infos(weight, dtype)
         if (layout := layout_of(scheme)) in _PLAIN:
             shape = (columns, rows) if weight.transposed else (rows, columns)
             return TensorInfo(name=weight.name, dtype=_PLAIN[layout], shape=shape), *scales
         if scheme.kind != "int":
             return (
-                TensorInfo(
-                    name=weight.name + _PACKED, dtype=torch.uint8, shape=(rows, columns // 2)
-                ),
+                TensorInfo(name=weight.name + _PACKED, dtype="U8", shape=(rows, columns // 2)),
                 *scales,
             )
         infos = (
             TensorInfo(
                 name=weight.name + _PACKED,
-                dtype=torch.int32,
+                dtype="I32",
                 shape=(rows, num_words(columns, scheme.bits)),
             ),
             *scales,
-            TensorInfo(name=weight.name + _SHAPE, dtype=torch.int64, shape=(2,)),
+            TensorInfo(name=weight.name + _SHAPE, dtype="I64", shape=(2,)),
         )
         if scheme.symmetric:
             return infos
         zeros = (num_words(rows, scheme.bits), scales[0].shape[1])
-        return (*infos, TensorInfo(name=weight.name + _ZERO, dtype=torch.int32, shape=zeros))
+        return (*infos, TensorInfo(name=weight.name + _ZERO, dtype="I32", shape=zeros))
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The model's own."""
@@ -164,7 +166,9 @@ class CompressedTensors:
         scales = _stored_scales(weight, tensor)
         if (layout := layout_of(scheme)) in _PLAIN:
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
-            numbers = (codes ^ 128 if scheme.kind == "int" else codes).view(_PLAIN[layout])
+            numbers = (codes ^ 128 if scheme.kind == "int" else codes).view(
+                dtype_of(_PLAIN[layout])
+            )
             stored = numbers.T.contiguous() if weight.transposed else numbers.contiguous()
             return {weight.name: stored, **scales}
         if scheme.kind != "int":
@@ -232,8 +236,8 @@ class CompressedTensors:
             if name.endswith(".weight" + _PACKED):
                 stored = _packed_weight(name.removesuffix(_PACKED), groups, source, names)
                 found[stored.name] = stored
-        for dtype in dict.fromkeys(_PLAIN.values()):
-            found.update(_plain_weights(source, names, groups, dtype))
+        for label in dict.fromkeys(_PLAIN.values()):
+            found.update(_plain_weights(source, names, groups, label))
         return found
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
@@ -281,7 +285,7 @@ def _input_name(name: str, scheme: Scheme) -> str:
     return name.removesuffix("weight") + leaf
 
 
-def _scale_infos(weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+def _scale_infos(weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
     """The tensors that hold a weight's scales."""
     scheme, rows = _scheme(weight), weight.shape[0]
     groups = scheme.num_groups(weight.shape) // rows
@@ -291,11 +295,11 @@ def _scale_infos(weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo,
     elif scheme.share == "tensor":
         shape = (1,)
     if scheme.kind in _MICROSCALED:
-        dtype = torch.uint8
+        dtype = "U8"
     elif scheme.kind == "nvfp4":
-        dtype = torch.float8_e4m3fn
+        dtype = "F8_E4M3"
     infos = [TensorInfo(name=weight.name + _SCALE, dtype=dtype, shape=shape)]
-    alone = torch.float32 if scheme.kind == "nvfp4" else dtype
+    alone: Dtype = "F32" if scheme.kind == "nvfp4" else dtype
     if scheme.kind == "nvfp4":
         infos.append(TensorInfo(name=weight.name + _GLOBAL, dtype=alone, shape=(1,)))
     if scheme.static_input:
@@ -353,7 +357,7 @@ def _packed_weight(
     packed = source.info(name + _PACKED)
     if name + _SCALE not in names:
         raise CheckpointError(f"{name}: {name + _SCALE} is missing")
-    if packed.dtype == torch.uint8:
+    if packed.label == "U8":
         layouts: tuple[Layout, ...] = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")
         scheme = scheme_for(name, groups, layouts, "in nibbles")
         if len(packed.shape) != 2:
@@ -368,13 +372,13 @@ def _packed_weight(
     if name + _SHAPE not in names:
         raise CheckpointError(f"{name}: {name + _SHAPE} is missing")
     described = source.info(name + _SHAPE)
-    if described.dtype != torch.int64 or described.shape != (2,):
+    if described.label != "I64" or described.shape != (2,):
         raise CheckpointError(
             f"{name + _SHAPE}: {described.dtype} {list(described.shape)} is no shape of a matrix; "
             "two int64 numbers are"
         )
-    shape = source.read(name + _SHAPE).tolist()
-    found = _found(name, scheme, (int(shape[0]), int(shape[1])), source)
+    shape = struct.unpack("<2q", source.read_bytes(name + _SHAPE))
+    found = _found(name, scheme, (shape[0], shape[1]), source)
     if scheme.symmetric and name + _ZERO in names:
         raise CheckpointError(f"{name}: its config group is symmetric, but it has zero points")
     return found
@@ -386,7 +390,7 @@ def _found(
     """The stored weight, once all its tensors are what `layout` says."""
     planned = PlannedWeight(name=name, module="", shape=shape, scheme=scheme, transposed=transposed)
     check_divides(name, shape, scheme)
-    scale = source.info(name + _SCALE).dtype
+    scale = source.info(name + _SCALE).label
     infos = CompressedTensors().layout(planned, scale)
     check_stored(infos, source, "quantization_config")
     # Scales of other dtypes than the model's do not tell what the weight was.
@@ -396,21 +400,21 @@ def _found(
 
 
 def _plain_weights(
-    source: Source, names: set[str], groups: Sequence[tuple[str, Scheme]], dtype: torch.dtype
+    source: Source, names: set[str], groups: Sequence[tuple[str, Scheme]], label: str
 ) -> dict[str, StoredWeight]:
     """All weights that keep numbers of this dtype under their own names.
 
     Conv1D models store [O, I] of weights with a scale per row as [I, O], which square ones do not
     show: those follow the other weights inside blocks.
     """
-    layouts = [layout for layout, numbers in _PLAIN.items() if numbers == dtype]
+    layouts = [layout for layout, numbers in _PLAIN.items() if numbers == label]
     found: dict[str, StoredWeight] = {}
     seen: dict[str, tuple[Scheme, int, int, bool | None]] = {}
     for name in sorted(names):
         if not name.endswith(".weight") or name + _SCALE not in names:
             continue
         info = source.info(name)
-        if info.dtype != dtype:
+        if info.label != label:
             continue
         scheme = scheme_for(name, groups, layouts, " or ".join(layouts))
         shape = info.shape

@@ -14,24 +14,26 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
-import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.lazy import dtype_of, label_of, torch
 from quantkit.methods.parts import imported
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 _PACKAGE = "quantkit.formats"
 _ENTRY_POINTS = "quantkit.formats"
@@ -71,6 +73,7 @@ class PlannedWeight:
 class StoredWeight:
     """A quantized weight found in a checkpoint; `tensors` are the names of all that belong to it.
 
+    label        its original dtype, as safetensors names it
     transposed   the format stores its codes [I, O]
     permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
     expert       the weight is this slice of `tensors`, which hold all experts of a layer
@@ -79,17 +82,22 @@ class StoredWeight:
     name: str
     scheme: Scheme
     shape: tuple[int, int]
-    dtype: torch.dtype
+    label: str
     tensors: tuple[str, ...]
     transposed: bool = False
     permuted: bool = False
     expert: int | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """torch's dtype."""
+        return dtype_of(self.label)
+
     @classmethod
     def of(
         cls,
         weight: PlannedWeight,
-        dtype: torch.dtype,
+        dtype: Dtype,
         infos: Sequence[TensorInfo],
         *,
         permuted: bool = False,
@@ -100,7 +108,7 @@ class StoredWeight:
             name=weight.name,
             scheme=weight.scheme,
             shape=weight.shape,
-            dtype=dtype,
+            label=label_of(dtype),
             tensors=tuple(info.name for info in infos),
             transposed=weight.transposed,
             permuted=permuted,
@@ -222,12 +230,12 @@ class Container(Protocol):
 class WholeFormat(Format, Protocol):
     """A format that is a container of a whole model (GGUF), not tensors in safetensors.
 
-    compute_dtype    what the blocks run in while they are quantized
+    compute_dtype    what the blocks run in while they are quantized, as "F32"
     default_method   what quantizes to it unless another method is named
     default_scheme   what built-in methods write in it unless another scheme is named
     """
 
-    compute_dtype: ClassVar[torch.dtype]
+    compute_dtype: ClassVar[str]
     default_method: ClassVar[str]
     default_scheme: ClassVar[str]
 
@@ -401,41 +409,6 @@ def named_as_weight(weight: PlannedWeight) -> str | None:
     return None
 
 
-def kept_modules(weights: Sequence[PlannedWeight], others: Sequence[TensorInfo]) -> list[str]:
-    """Modules of kept weights outside experts, and of a model's other matrices: what to skip."""
-    kept = {w.module: None for w in weights if w.scheme is None and not w.expert}
-    modules = {weight.module for weight in weights}
-    for info in others:
-        module = info.name.removesuffix(".weight")
-        if len(info.shape) == 2 and info.name != module and module not in modules:
-            kept[module] = None
-    return list(kept)
-
-
-def skipped_too(
-    skipped: Sequence[str], quantized: Sequence[PlannedWeight], *, substrings: bool = False
-) -> str | None:
-    """Which quantized module readers would skip with those to be skipped, and why; None if none.
-
-    transformers matches the names to be skipped as patterns and as endings; vLLM takes AWQ's as
-    `substrings`.
-    """
-    if not skipped:
-        return None
-    pattern = re.compile("|".join(f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in skipped))
-    endings = tuple(skipped)
-    for weight in quantized:
-        if weight.expert:
-            continue
-        within = substrings and any(name in weight.module for name in skipped)
-        if within or pattern.match(weight.module) or weight.module.endswith(endings):
-            return (
-                f"{weight.name}: readers would not take it for quantized, because a kept module's "
-                f"name matches {weight.module!r} too; keep both, or use another format"
-            )
-    return None
-
-
 def check_divides(name: str, shape: tuple[int, int], scheme: Scheme) -> None:
     """Nothing if a stored weight of this shape can have the scheme, else CheckpointError."""
     if not scheme.flat and (min(shape) < 1 or shape[1] % (scheme.group_size or 1)):
@@ -453,7 +426,7 @@ def check_stored(infos: Sequence[TensorInfo], source: Source, demanded_by: str) 
     for info in infos:
         # `info` raises CheckpointError itself if there is no such tensor.
         stored = source.info(info.name)
-        if (stored.dtype, stored.shape) != (info.dtype, info.shape):
+        if (stored.label, stored.shape) != (info.label, info.shape):
             raise CheckpointError(
                 f"{info.name}: {stored.dtype} {list(stored.shape)} is stored, but {demanded_by} "
                 f"demands {info.dtype} {list(info.shape)}"

@@ -14,25 +14,27 @@ meant to be decoded, or quantized anew.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
+from quantkit.formats._skipped import kept_modules, skipped_too
 from quantkit.formats.format import (
     PlannedWeight,
     StoredWeight,
-    kept_modules,
     named_as_weight,
-    skipped_too,
 )
 from quantkit.formats.readers import fp8_readers
 from quantkit.formats.stored import by_block, by_row, model_dtype, round_scale, stored_scale
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 _SCALE = "_scale_inv"
 _WRITTEN = Scheme.parse("fp8a8_b128")
@@ -65,13 +67,13 @@ class Fp8:
         """Runtime -> None if it reads the checkpoint, else why not; see formats/readers.py."""
         return fp8_readers(weights, model_type)
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Exactly the tensors `pack` returns."""
         (rows, columns), size = weight.shape, _WRITTEN.group_size or 0
         scales = (-(-rows // size), columns // size)
         return (
-            TensorInfo(name=weight.name, dtype=torch.float8_e4m3fn, shape=weight.shape),
-            TensorInfo(name=weight.name + _SCALE, dtype=self.scale_dtype(dtype), shape=scales),
+            TensorInfo(name=weight.name, dtype="F8_E4M3", shape=weight.shape),
+            TensorInfo(name=weight.name + _SCALE, dtype="F32", shape=scales),
         )
 
     def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -154,12 +156,10 @@ def _block_height(source: Source) -> int:
     return height
 
 
-def _stored(
-    name: str, block: object, dtype: torch.dtype, source: Source, *, dynamic: bool
-) -> StoredWeight:
+def _stored(name: str, block: object, dtype: str, source: Source, *, dynamic: bool) -> StoredWeight:
     """How one weight is stored.  CheckpointError if its scales do not fit the block size."""
     info, scale = source.info(name), source.info(name + _SCALE)
-    if info.dtype != torch.float8_e4m3fn or len(info.shape) != 2:
+    if info.label != "F8_E4M3" or len(info.shape) != 2:
         raise CheckpointError(f"{name}: {info.dtype} {list(info.shape)} is no e4m3 matrix")
     rows, columns = info.shape
     size: int | None = None
@@ -188,6 +188,6 @@ def _stored(
         name=name,
         scheme=scheme,
         shape=(rows, columns),
-        dtype=dtype,
+        label=dtype,
         tensors=(name, name + _SCALE),
     )

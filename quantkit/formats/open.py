@@ -11,7 +11,7 @@ from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.hub import download
 from quantkit.checkpoint.live import LiveSource
-from quantkit.checkpoint.source import Source
+from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
 from quantkit.formats.gguf.file import is_gguf
 from quantkit.formats.gguf.source import GgufSource
@@ -21,7 +21,7 @@ from quantkit.formats.onnx.source import OnnxSource
 _GRAPHS = ("model.onnx", "1/model.onnx")
 
 
-def open_source(model_or_path: Any, *, revision: str | None = None) -> Source:
+def open_source(model_or_path: Any, *, revision: str | None = None) -> Reader:
     """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
 
     Raises CheckpointError if it is none of these or cannot be fetched.
@@ -66,6 +66,17 @@ def container_of(path: Path) -> Path | None:
             "one of them"
         )
     return found[0] if found else None
+
+
+def container_here(path: Path) -> Path | None:
+    """The same; CheckpointError too if there is neither such a file nor a directory."""
+    file = container_of(path)
+    if file is None and not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such directory; give the output of quantkit quantize, or a GGUF or ONNX "
+            "file"
+        )
+    return file
 
 
 def is_onnx(file: Path) -> bool:

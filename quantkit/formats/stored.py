@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import NumericsError
+from quantkit.lazy import LABELS, label_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The exponent that E8M0 keeps for NaN.
 _NAN = 255
@@ -114,15 +115,15 @@ def by_row(stored: Tensor, scheme: Scheme, rows: int) -> Tensor:
     return stored.repeat_interleave(scheme.group_size or rows, dim=0)[:rows].contiguous()
 
 
-def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that config.json gives the model: layouts with float16 scales do not keep it."""
+def model_dtype(config: Mapping[str, Any]) -> str:
+    """The label of the dtype that config.json gives the model: layouts with float16 scales do not
+    keep it."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            found = getattr(torch, str(part.get(key)).removeprefix("torch."), None)
-            if isinstance(found, torch.dtype):
-                return found
-    return torch.float16
+            if (label := label_of(str(part.get(key)))) in LABELS:
+                return label
+    return "F16"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from transformers import CompileConfig
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import ModelError
 from quantkit.formats.open import open_source
-from quantkit.inference.backend import choose_device
+from quantkit.inference.device import choose_device
 from quantkit.inference.load import load
 
 _MOST_TOKENS = 2**24

@@ -5,11 +5,9 @@ Shapes: R rows, G groups per row.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.numbers.grid import (
     BlockGrid,
     CodebookGrid,
@@ -19,6 +17,9 @@ from quantkit.numbers.grid import (
     grid_of,
 )
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ColumnRounder(Protocol):

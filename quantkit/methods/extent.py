@@ -10,16 +10,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.errors import SchemeError
+from quantkit.lazy import torch
 from quantkit.methods.parts import GroupRange
 from quantkit.numbers.grid import E4M3_LARGEST, blocks, float_scale, grid_of, store_scale
 from quantkit.numbers.nested import nest
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import DividedScale, PlainScale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Weights per chunk of work, so that its temporaries stay in a core's cache.
 _CHUNK_ELEMENTS = 1 << 18

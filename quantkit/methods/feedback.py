@@ -6,11 +6,13 @@ Shapes: I in features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.stats import Stats
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Damping, as parts of the mean diagonal, is raised by this factor up to this limit.
 _RAISE, _LIMIT = 10.0, 1.0

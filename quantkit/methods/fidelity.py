@@ -10,16 +10,18 @@ Letters: O out features, I in features, G groups per row, R rows looked at.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import Extent, scale_and_zero, snap_rows
 from quantkit.methods.stats import Stats
 from quantkit.numbers.grid import IntegerGrid, grid_of, store_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Rows on which a weight's output error is measured; a share of the rows tells enough.
 _ERROR_ROWS = 256

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     Literal,
     Protocol,
@@ -28,12 +29,13 @@ from typing import (
     runtime_checkable,
 )
 
-from torch import Tensor
-
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import Scale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PartKind = Literal["range", "rounding", "transform"]
 _PACKAGES: Mapping[str, str] = {

@@ -6,10 +6,9 @@ Shapes: R rows, G groups per row, B weights per group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import (
     Extent,
     aligned,
@@ -24,8 +23,11 @@ from quantkit.methods.stats import Stats
 from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # Costs [R, G] of the errors [R, G, B] made in the chunk `rows`; it may overwrite the errors.
-Cost = Callable[[slice, Tensor], Tensor]
+Cost = Callable[[slice, "Tensor"], "Tensor"]
 # The extent of a candidate, from the full extent and the candidate's factor.
 Shrink = Callable[[Extent, float], Extent]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.errors import NumericsError
+from quantkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_ROWS = 512
 # Column tiles of the Gram product: only tiles on and below the diagonal are computed.

@@ -14,13 +14,15 @@ ranges/weighted_mse.py); codes are chosen by the recipe's rounding on that grid.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.parts import GroupRange
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockScale, BlockType
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Candidates of a group's scale on both sides of the full range, in codes, and their distance.
 _REACH, _STEP = 1.0, 0.1

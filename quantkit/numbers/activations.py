@@ -7,12 +7,14 @@ same codes.  Shapes: T tokens (any leading dimensions), I in features, G groups 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, Float8Grid, float_scale, grid_of
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Symmetric, so that -128 stays unused: codes and weights then share one absmax / 127 rule.
 _LIMIT = 127.0

@@ -8,14 +8,16 @@ the same thing there, since a group never straddles a row and a flat block is pa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
 from quantkit_kernels.ops.codebook import NF4
-from torch import Tensor
 
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Sign, two exponent bits, one mantissa bit, as bitsandbytes orders them (code 8 is a second zero).
 FP4_VALUES = tuple(

@@ -9,10 +9,13 @@ Shapes: N block scales.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from quantkit.lazy import torch
 from quantkit.numbers.tensor import NestedScale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NESTED_BLOCK = 256
 # bitsandbytes looks codes up in a table over [-1, 1] with this many steps.

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from quantkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # Blocks decoded at a time, so that float32 temporaries stay small whatever the weight's size.
 _DECODE_WEIGHTS = 1 << 21

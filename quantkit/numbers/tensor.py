@@ -6,14 +6,16 @@ Shapes: O out features, I in features, G groups per row, N groups in all.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.errors import NumericsError
+from quantkit.lazy import torch
 from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, blocks, grid_of, unblocks
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BlockScale
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Rows decoded at a time, so that float32 temporaries stay small whatever the weight's size.
 _DECODE_ELEMENTS = 1 << 22

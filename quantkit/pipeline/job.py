@@ -12,23 +12,22 @@ import torch
 
 from quantkit.calibration.tokens import (
     Calibration,
-    check_seed,
     holds_token_ids,
     load_calibration,
 )
 from quantkit.checkpoint.files import refuse_quantized
-from quantkit.checkpoint.live import LiveSource
-from quantkit.checkpoint.source import Source
+from quantkit.checkpoint.source import Reader, Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, ModelError
 from quantkit.formats.format import Format, WholeFormat, asked_format, code_of
-from quantkit.formats.open import open_source
-from quantkit.inference.backend import choose_device
+from quantkit.inference.device import choose_device
+from quantkit.lazy import dtype_of
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
+from quantkit.pipeline.asked import open_asked
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
@@ -41,36 +40,33 @@ _VERSIONED = ("torch", "transformers", "numpy")
 
 
 def prepare(
-    model_or_path: str | PreTrainedModel, request: QuantizeOptions, *, tokenizer: Any = None
+    given: str | PreTrainedModel | Reader, request: QuantizeOptions, *, tokenizer: Any = None
 ) -> Job:
     """The job for a request; reads configuration and calibration text, no weights.
 
     Raises the QuantkitError of whatever does not work out, before anything is written.
     """
-    (job,) = prepare_all(model_or_path, [request], tokenizer=tokenizer)
+    (job,) = prepare_all(given, [request], tokenizer=tokenizer)
     return job
 
 
 def prepare_all(
-    model_or_path: str | PreTrainedModel,
+    given: str | PreTrainedModel | Reader,
     requests: Sequence[QuantizeOptions],
     *,
     tokenizer: Any = None,
 ) -> list[Job]:
     """The jobs of several requests that differ in recipe and format only.
 
-    They share the opened model and, if any recipe is calibrated, one calibration.
+    They share the opened model (`given` may be what `open_asked` gave) and, if any
+    recipe is calibrated, one calibration.
     """
-    for request in requests:
-        # What is wrong with them shows before a model is opened.
-        check_seed(request.seed)
-        _ = request.loaded
-    first = requests[0]
     source: Source
-    if isinstance(model_or_path, str):
-        source = open_source(model_or_path, revision=first.revision)
+    if isinstance(given, Reader):
+        source = given
     else:
-        source = LiveSource(model_or_path, tokenizer=tokenizer)
+        source = open_asked(given, requests, tokenizer=tokenizer)
+    first = requests[0]
     if first.requantize and isinstance(source.config.get("quantization_config"), dict):
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
@@ -157,7 +153,7 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
             "compare gguf with gguf"
         )
     if whole:
-        return whole[0].compute_dtype
+        return dtype_of(whole[0].compute_dtype)
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.checkpoint.files import FileSource, refuse_quantized
-from quantkit.checkpoint.safetensors import DTYPES
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
+from quantkit.lazy import LABELS, dtype_of
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -98,10 +98,11 @@ def test_rows_ranges_and_gathers_are_parts_of_the_tensor(single: Path) -> None:
 def test_every_dtype_survives(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     payload = torch.arange(48, dtype=torch.uint8) % 2
-    content = {name: payload.view(dtype).clone() for name, dtype in DTYPES.items()}
+    content = {name: payload.view(dtype_of(name)).clone() for name in LABELS}
     save_file(content, tmp_path / "model.safetensors")
     source = FileSource(tmp_path)
-    for name, dtype in DTYPES.items():
+    for name in LABELS:
+        dtype = dtype_of(name)
         assert source.info(name).dtype == dtype
         assert torch.equal(source.read(name).view(torch.uint8), payload)
 

@@ -14,9 +14,10 @@ from safetensors import safe_open
 
 import quantkit.checkpoint.shards
 from quantkit.checkpoint.files import FileSource
-from quantkit.checkpoint.safetensors import DTYPES, TensorInfo
+from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.errors import FormatError, OutputError, ResumeError
+from quantkit.lazy import LABELS, dtype_of
 
 INFOS = [
     TensorInfo(name="codes", dtype=torch.uint8, shape=(5, 3)),
@@ -36,7 +37,7 @@ def random_infos(generator: random.Random) -> list[TensorInfo]:
     infos = []
     for number in range(generator.randint(1, 12)):
         shape = tuple(generator.randint(0, 6) for _ in range(generator.randint(0, 3)))
-        dtype = generator.choice([dtype for dtype in DTYPES.values() if dtype.itemsize < 8])
+        dtype = generator.choice([dtype_of(name) for name, (_, size) in LABELS.items() if size < 8])
         infos.append(TensorInfo(name=f"t{number}.é", dtype=dtype, shape=shape))
     return infos
 

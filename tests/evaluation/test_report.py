@@ -20,7 +20,8 @@ from quantkit_eval.command import run_evaluation
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.evaluation import evaluate
 from quantkit_eval.figures.statistics import Interval
-from quantkit_eval.gate import judge, parse_limit
+from quantkit_eval.gate import judge
+from quantkit_eval.limits import parse_limit
 from quantkit_eval.records import Report, json_schema, to_json
 from quantkit_eval.report.pages import render_html, render_markdown
 from quantkit_eval.report.words import sentence

@@ -216,7 +216,7 @@ def test_stored_weights_say_which_tensors_are_theirs() -> None:
         name="m.0.a.weight",
         scheme=Scheme.parse("w3a16_g32"),
         shape=(32, 64),
-        dtype=torch.bfloat16,
+        label="BF16",
         tensors=("m.0.a.qweight", "m.0.a.qzeros", "m.0.a.scales", "m.0.a.g_idx"),
     )
 

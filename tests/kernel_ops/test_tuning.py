@@ -203,7 +203,7 @@ def test_a_checkpoints_shapes_are_tuned_once_each(tmp_path: Path) -> None:
             name=name,
             scheme=Scheme.parse(scheme),
             shape=shape,
-            dtype=torch.bfloat16,
+            label="BF16",
             tensors=(name,),
         )
 

@@ -6,10 +6,13 @@ Shapes: N blocks, B weights in a block, G groups in a block (its parts with a sc
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from quantkit.lazy import torch
 from quantkit.numbers.superblock import Q2_K, Q3_K, Q6_K, Q8_0, Blocks, BlockType, Plane
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pack(blocks: Blocks) -> Tensor:

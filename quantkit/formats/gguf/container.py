@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
@@ -20,8 +17,12 @@ from quantkit.formats.gguf.mixes import RECIPES, Weight, choose_types
 from quantkit.formats.gguf.names import Place, note_unused, place_of
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, Member, PlannedTensor, import_gguf
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MODEL_FILE, OLLAMA_FILE = "model.gguf", "Modelfile"
 # The owner's numbers of what most of a file is (llama_ftype).
@@ -114,7 +115,7 @@ class GgufContainer:
         info = self._source.info(name)
         shape = info.shape[::-1] if self._turned(place, info) else info.shape
         label = self._dense_type(name, place, info)
-        return (TensorInfo(name=name, dtype=DENSE[label], shape=shape),)
+        return (TensorInfo(name=name, dtype=label, shape=shape),)
 
     def lay_out(self, mix: Scheme, schemes: Mapping[str, Scheme | None]) -> GgufLayout:
         """The file, when each matrix's block type (None: kept) is decided."""
@@ -184,7 +185,7 @@ class GgufContainer:
             return "F32"
         if name in self._half:
             return "F16"
-        return {dtype: label for label, dtype in DENSE.items()}.get(info.dtype, "F32")
+        return info.label if info.label in DENSE else "F32"
 
 
 def place_tensors(

@@ -7,10 +7,7 @@ block type has the same grid.  Shapes: O out features, I in features, G groups p
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
@@ -21,9 +18,15 @@ from quantkit.formats.gguf.container import GgufContainer
 from quantkit.formats.gguf.mixes import RECIPES
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.stored import round_scale
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import BLOCKS, Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES, BlockScale, BlockType
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantkit.lazy import Dtype
 
 # Weights packed at a time.
 _CHUNK = 1 << 23
@@ -35,7 +38,7 @@ class Gguf:
     name: ClassVar[str] = "gguf"
     holds_permuted: ClassVar[bool] = False
     # Blocks run as llama.cpp decodes them: nothing is rounded to the checkpoint's dtype.
-    compute_dtype: ClassVar[torch.dtype] = torch.float32
+    compute_dtype: ClassVar[str] = "F32"
     default_method: ClassVar[str] = "gptq"
     default_scheme: ClassVar[str] = "q4_k_m"
 
@@ -71,13 +74,13 @@ class Gguf:
         """llama.cpp and Ollama: the container refuses families that they do not have."""
         return {"llama.cpp": None, "ollama": None}
 
-    def layout(self, weight: PlannedWeight, dtype: torch.dtype) -> tuple[TensorInfo, ...]:
+    def layout(self, weight: PlannedWeight, dtype: Dtype) -> tuple[TensorInfo, ...]:
         """Rows of packed blocks, uint8 [O, bytes of a row], under the weight's own name."""
         assert weight.scheme is not None
         rows, columns = weight.shape
         kind = _kind(weight.scheme)
         shape = (rows, columns // kind.size * kind.num_bytes)
-        return (TensorInfo(name=weight.name, dtype=torch.uint8, shape=shape),)
+        return (TensorInfo(name=weight.name, dtype="U8", shape=shape),)
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """The packed rows, under the weight's own name."""
@@ -114,7 +117,7 @@ class Gguf:
                     name=name,
                     scheme=Scheme.parse(label.lower()),
                     shape=source.stored_shape(name),
-                    dtype=torch.float16,
+                    label="F16",
                     tensors=(name,),
                 )
         return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.gguf.families import FAMILIES, Assumption, Family
 from quantkit.formats.gguf.file import GgufHeader, damaged, shown
+from quantkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = Literal["u32", "f32", "bool", "str", "strings", "i32s", "f32s"]
 # Depths for which llama.cpp scales attention by hidden size / heads instead of the head's size.

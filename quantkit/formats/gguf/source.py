@@ -7,10 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.safetensors import TensorInfo, read_into
 from quantkit.checkpoint.source import Reader
@@ -19,9 +16,13 @@ from quantkit.formats.gguf.blocks import are_finite, decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
+from quantkit.lazy import dtype_of, torch
 from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
 
-_DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DENSE = ("F32", "F16", "BF16")
 # Weights looked at at a time; a whole number of blocks of any type.
 _PIECE = 1 << 22
 # Tensors that follow from the metadata, or that transformers computes itself.
@@ -79,8 +80,8 @@ class GgufSource(Reader):
         """Dtype (float32 for quantized tensors) and shape as in transformers' checkpoints."""
         part = self._part(name)
         shape = part.shape[::-1] if part.transposed else part.shape
-        dtype = _DENSE.get(part.tensor.type, torch.float32)
-        return TensorInfo(name=name, dtype=dtype, shape=shape)
+        label = part.tensor.type if part.tensor.type in _DENSE else "F32"
+        return TensorInfo(name=name, dtype=label, shape=shape)
 
     @property
     def packed_as(self) -> str | None:
@@ -221,7 +222,7 @@ class GgufSource(Reader):
     def _decode(self, tensor: GgufTensor, start: int, stop: int) -> Tensor:
         """Weights start..stop of a file's tensor, flattened."""
         if tensor.type in _DENSE:
-            buffer = torch.empty(stop - start, dtype=_DENSE[tensor.type])
+            buffer = torch.empty(stop - start, dtype=dtype_of(tensor.type))
             self._read(tensor, buffer, start * buffer.dtype.itemsize)
             return buffer
         kind = BLOCK_TYPES[tensor.type]

@@ -9,10 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory
 from quantkit.checkpoint.safetensors import write_from
@@ -20,8 +17,12 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, ResumeError
 from quantkit.formats.gguf.file import TENSOR_TYPES, GgufTensor, read_gguf
 from quantkit.formats.gguf.metadata import Entry
+from quantkit.lazy import dtype_of, torch
 
-DENSE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DENSE = ("F32", "F16", "BF16")
 # The version of quantized blocks that all ggml since 2023 has.
 _QUANTIZATION_VERSION = 2
 _NUMBERS = {label: number for number, (label, _, _) in TENSOR_TYPES.items()}
@@ -188,7 +189,7 @@ class GgufWriter:
         if not planned.member.plain or len(info.shape) < 2:
             self.put(name, source.read(original))
             return
-        dtype, columns = DENSE[planned.type], info.numel // info.shape[0]
+        dtype, columns = dtype_of(planned.type), info.numel // info.shape[0]
         step = max(1, _PIECE // columns)
         for start in range(0, info.shape[0], step):
             rows = source.read_rows(original, start, min(start + step, info.shape[0])).to(dtype)
@@ -247,7 +248,7 @@ def _converted(value: Tensor, planned: PlannedTensor) -> Tensor:
     value = value if member.order is None else value[member.order]
     if member.shift:
         value = value.to(torch.float32) + member.shift
-    return value.to(DENSE[planned.type])
+    return value.to(dtype_of(planned.type))
 
 
 def read_gguf_layout(path: Path, tensors: Sequence[PlannedTensor]) -> list[GgufTensor]:

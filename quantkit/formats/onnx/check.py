@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import module_name, read_nbits
@@ -17,10 +14,12 @@ from quantkit.formats.onnx.names import Part
 from quantkit.formats.onnx.nbits import Blocks, blocks_of
 from quantkit.formats.onnx.rewrite import int8_codes
 from quantkit.formats.onnx.rows import RowIndex, Run
+from quantkit.lazy import torch
 from quantkit.numbers.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from onnx import NodeProto
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

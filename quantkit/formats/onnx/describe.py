@@ -13,6 +13,7 @@ from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices
 from quantkit.formats.onnx.names import Names, read_names
 from quantkit.formats.onnx.source import names_of
+from quantkit.lazy import name_of
 
 _GENAI = "genai_config.json"
 # What the model builder computes from the configuration: no parameters of a model.
@@ -102,7 +103,7 @@ def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[O
         yield OnnxItem(
             name=name,
             scheme=None,
-            dtype=str(stored.dtype).removeprefix("torch."),
+            dtype=name_of(stored.label or "None"),
             parameters=numel,
             num_bytes=stored.num_bytes * numel // max(stored.numel, 1),
         )
@@ -129,12 +130,12 @@ def _others(file: OnnxFile, used: set[str], *, foreign: bool) -> Iterator[OnnxIt
     for name, stored in {**file.stored, **file.inline}.items():
         if name in used:
             continue
-        floating = stored.dtype is not None and stored.dtype.is_floating_point
+        floating = stored.label in ("F32", "F16", "BF16")
         counts = foreign and floating and stored.shape and name not in _TABLES
         yield OnnxItem(
             name=ascii(name)[1:-1],
             scheme=None,
-            dtype=str(stored.dtype or "not read").removeprefix("torch."),
+            dtype=name_of(stored.label or "not read"),
             parameters=stored.numel if counts else 0,
             num_bytes=stored.num_bytes,
         )

@@ -16,34 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.door import read_plain
 from quantkit.checkpoint.safetensors import read_into, refuse_git_lfs, write_from
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.onnx.wire import LARGEST_GRAPH, check_graph_size
+from quantkit.lazy import bytes_of, dtype_of, label_of, name_of, torch
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from torch import Tensor
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 DOMAIN = "com.microsoft"
 # ONNX's numbers of the types that weights have here.
 _DTYPES = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    6: torch.int32,
-    7: torch.int64,
-    10: torch.float16,
-    16: torch.bfloat16,
+    1: "F32",
+    2: "U8",
+    3: "I8",
+    6: "I32",
+    7: "I64",
+    10: "F16",
+    16: "BF16",
 }
-_NUMBERS = {dtype: number for number, dtype in _DTYPES.items()}
+_NUMBERS = {label: number for number, label in _DTYPES.items()}
 # Two of these in a byte, the first in the lower half; read as a byte each.
-_NIBBLES = {21: torch.uint8, 22: torch.int8}
+_NIBBLES = {21: "U8", 22: "I8"}
 _ALIGNMENT = 4096
 
 
@@ -51,17 +50,22 @@ _ALIGNMENT = 4096
 class StoredInitializer:
     """A weight of the graph: where it lies in a file beside it, or `file` None for the graph.
 
-    dtype   as it is read; None for types that are not
+    label   dtype as it is read, as safetensors names it; None for types that are not
     nibble  two numbers are stored in each byte
     """
 
     name: str
-    dtype: torch.dtype | None
+    label: str | None
     shape: tuple[int, ...]
     num_bytes: int
     offset: int = 0
     file: Path | None = None
     nibble: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """torch's dtype."""
+        return None if self.label is None else dtype_of(self.label)
 
     @property
     def numel(self) -> int:
@@ -113,12 +117,12 @@ class OnnxFile:
     def read(self, name: str) -> Tensor:
         """A weight in fresh memory; 4-bit numbers one in each byte."""
         found = self.info(name)
-        if found.dtype is None:
+        if found.label is None:
             raise CheckpointError(f"{self.path}: {name!a}: its data type is not read")
         if found.file is None:
             return self._read_inline(found)
         shape = (found.num_bytes,) if found.nibble else found.shape
-        buffer = torch.empty(shape, dtype=torch.uint8 if found.nibble else found.dtype)
+        buffer = torch.empty(shape, dtype=torch.uint8 if found.nibble else dtype_of(found.label))
         try:
             with found.file.open("rb", buffering=0) as file:
                 done = read_into(file.fileno(), buffer, found.offset)
@@ -178,22 +182,23 @@ class OnnxFile:
             return self._described(tensor, len(tensor.raw_data), where)
         typed = (tensor.float_data, tensor.double_data, tensor.int32_data, tensor.int64_data)
         count = sum(len(values) for values in (*typed, tensor.uint64_data))
-        dtype = _DTYPES.get(tensor.data_type, torch.uint8)
+        label = _DTYPES.get(tensor.data_type, "U8")
         # Two 4-bit numbers share an entry, which is a byte then.
-        return self._described(tensor, count * dtype.itemsize, where)
+        return self._described(tensor, count * bytes_of(label), where)
 
     def _described(self, tensor: TensorProto, length: int, where: str) -> StoredInitializer:
         """The weight, its bytes compared with its shape."""
         nibble = tensor.data_type in _NIBBLES
-        dtype = _NIBBLES.get(tensor.data_type, _DTYPES.get(tensor.data_type))
+        label = _NIBBLES.get(tensor.data_type, _DTYPES.get(tensor.data_type))
         shape = tuple(tensor.dims)
         numel = math.prod(shape)
-        expected = length if dtype is None else -(-numel // 2) if nibble else numel * dtype.itemsize
+        whole = length if label is None else numel * bytes_of(label)
+        expected = -(-numel // 2) if nibble else whole
         if any(count < 0 for count in shape) or length < 0 or expected != length:
-            kind = dtype or f"data type {tensor.data_type}"
+            kind = name_of(label) if label else f"data type {tensor.data_type}"
             raise CheckpointError(f"{where}: {length} bytes are not a {list(shape)} of {kind}")
         return StoredInitializer(
-            name=tensor.name, dtype=dtype, shape=shape, num_bytes=length, nibble=nibble
+            name=tensor.name, label=label, shape=shape, num_bytes=length, nibble=nibble
         )
 
     def _read_inline(self, found: StoredInitializer) -> Tensor:
@@ -203,16 +208,16 @@ class OnnxFile:
         # The owner's own errors, of whatever kind, for values that do not fit the shape.
         except Exception as error:
             raise CheckpointError(f"{self.path}: {found.name!a}: damaged: {error}") from error
-        wide = found.dtype in (torch.float16, torch.bfloat16)
+        wide = found.label in ("F16", "BF16")
         if wide or found.nibble:
-            array = array.astype("float32" if wide else str(found.dtype).removeprefix("torch."))
+            array = array.astype("float32" if wide else name_of(found.label or ""))
         return torch.from_numpy(array.copy()).reshape(found.shape).to(found.dtype)
 
 
 def _halves(raw: Tensor, found: StoredInitializer) -> Tensor:
     """Numbers of four bits, one in each byte; signed ones -8..7."""
     numbers = torch.stack([raw & 15, raw >> 4], dim=1).reshape(-1)[: found.numel]
-    if found.dtype == torch.int8:
+    if found.label == "I8":
         numbers = ((numbers ^ 8).to(torch.int16) - 8).to(torch.int8)
     return numbers.reshape(found.shape)
 
@@ -241,7 +246,7 @@ class DataWriter:
             write_from(self._descriptor, value, offset)
         self._position = offset + value.nbytes
         entry = onnx.TensorProto(
-            name=name, data_type=_NUMBERS[value.dtype], dims=value.shape, data_location=1
+            name=name, data_type=_NUMBERS[label_of(value.dtype)], dims=value.shape, data_location=1
         )
         for key, number in (("offset", offset), ("length", value.nbytes)):
             entry.external_data.add(key=key, value=str(number))

@@ -11,6 +11,7 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
 from quantkit.formats.format import StoredWeight
 from quantkit.formats.onnx.source import METHOD, OnnxSource
+from quantkit.lazy import label_of
 from quantkit.numbers.tensor import QuantizedTensor
 
 
@@ -29,7 +30,7 @@ class OnnxWeights:
                 name=name,
                 scheme=place.scheme,
                 shape=place.shape,
-                dtype=place.dtype,
+                label=label_of(place.dtype),
                 tensors=(name,),
             )
         return found

@@ -18,19 +18,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile, StoredInitializer
 from quantkit.formats.onnx.nbits import Blocks, unpack_bytes
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:
     from onnx import NodeProto
+    from torch import Tensor
 
 OPERATOR = "GatherBlockQuantized"
-_SCALES = (torch.float32, torch.float16, torch.bfloat16)
+_SCALES = ("F32", "F16", "BF16")
 _LARGEST_SHAPE = 8
 # ONNX's number of the type.
 _INT64 = 7
@@ -47,7 +46,7 @@ class Table:
     size: int
     shape: tuple[int, int]
     by_column: bool
-    dtype: torch.dtype
+    label: str
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -88,7 +87,7 @@ class Table:
             return self._codes(file, self.zeros, count)
         packed = file.info(self.data)
         # uint4 alone has zeros of 0; int4's 0 is the middle of its codes.
-        first = 0 if packed.nibble and packed.dtype == torch.uint8 else 2 ** (self.bits - 1)
+        first = 0 if packed.nibble and packed.label == "U8" else 2 ** (self.bits - 1)
         return torch.full((self.shape[0], count), first, dtype=torch.uint8)
 
     def _codes(self, file: OnnxFile, name: str, columns: int) -> Tensor:
@@ -122,7 +121,7 @@ def table_of(
     values = {entry.name: int(entry.i) for entry in node.attribute}
     bits, size = values.get("bits", 4), values.get("block_size", 128)
     gathered, along = values.get("gather_axis", 0), values.get("quantize_axis", 1)
-    if len(shape) != 2 or min(shape) < 1 or data.dtype not in (torch.uint8, torch.int8):
+    if len(shape) != 2 or min(shape) < 1 or data.label not in ("U8", "I8"):
         raise CheckpointError(
             f"{name}: {data.name!a} is {data.dtype or 'of a type that is not read'} "
             f"{list(shape)}; matrices of uint8, uint4 and int4 are read"
@@ -134,7 +133,7 @@ def table_of(
         )
     by_column = gathered % 2 == 1
     whole = (4,) if data.nibble else (2, 4, 8)
-    signed = data.dtype == torch.int8 and not data.nibble
+    signed = data.label == "I8" and not data.nibble
     if bits not in whole or signed or (by_column and not data.nibble):
         kind = f"{'4-bit ' if data.nibble else ''}{data.dtype}"
         raise CheckpointError(
@@ -153,7 +152,7 @@ def table_of(
             f"{name}: {scales.name!a} is {list(scales_shape)}, not one scale for each of {count} "
             f"blocks of {rows} rows"
         )
-    if scales.dtype not in _SCALES:
+    if scales.label not in _SCALES:
         raise CheckpointError(f"{name}: {scales.name!a}: scales of {scales.dtype} are not read")
     table = Table(
         data=data.name,
@@ -163,14 +162,14 @@ def table_of(
         size=size,
         shape=(rows, columns),
         by_column=by_column,
-        dtype=scales.dtype,
+        label=scales.label,
     )
     if not names[3]:
         return table
     zeros = _stored(file, names[3], name, producers)
     expected = scales_shape if data.nibble else (rows, -(-count * bits // 8))
-    kinds = None if zeros is None else (zeros[0].dtype, zeros[0].nibble, zeros[1])
-    if zeros is None or kinds != (data.dtype, data.nibble, expected):
+    kinds = None if zeros is None else (zeros[0].label, zeros[0].nibble, zeros[1])
+    if zeros is None or kinds != (data.label, data.nibble, expected):
         raise CheckpointError(
             f"{name}: zero points {names[3]!a} are no {list(expected)} of the type of {data.name!a}"
         )
@@ -214,7 +213,7 @@ def _constant(file: OnnxFile, value: str, producers: Mapping[str, NodeProto]) ->
     """The few int64 of a weight or a Constant; None for anything else."""
     stored = file.find(value)
     if stored is not None:
-        few = stored.dtype == torch.int64 and stored.numel <= _LARGEST_SHAPE
+        few = stored.label == "I64" and stored.numel <= _LARGEST_SHAPE
         return [int(count) for count in file.read(value).flatten()] if few else None
     node = producers.get(value)
     if node is None or node.op_type != "Constant" or len(node.attribute) != 1:

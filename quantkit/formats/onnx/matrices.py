@@ -16,22 +16,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile, StoredInitializer, attribute
 from quantkit.formats.onnx.gather import OPERATOR, Table, table_of
 from quantkit.formats.onnx.nbits import Blocks, Packed, unpack
+from quantkit.lazy import dtype_of, name_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:
     from onnx import NodeProto
+    from torch import Tensor
 
 # Ours, and those of onnxruntime's own quantize_dynamic: the weight's name -> its scales'.
 _SCALES = ((".qweight", ".scales"), ("_quantized", "_scale"))
-_HALF = {torch.uint8: 0, torch.int8: 128}
+_HALF = {"U8": 0, "I8": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,8 @@ class Matrix:
     def read(self, file: OnnxFile) -> QuantizedTensor:
         """Its codes, scales and zeros.  CheckpointError if they contradict each other."""
         if self.table is not None:
-            blocks, dtype = self.table.read(self.name, file), self.table.dtype
-            return tensor_of(self.name, blocks, self.scheme, dtype=dtype, scale_dtype=dtype)
+            blocks, label = self.table.read(self.name, file), self.table.label
+            return tensor_of(self.name, blocks, self.scheme, label=label, scale_label=label)
         if self.operator == "MatMulNBits":
             return tensor_of(self.name, read_nbits(file, self.node), self.scheme)
         assert self.layout is not None
@@ -132,8 +131,8 @@ def tensor_of(
     blocks: Blocks,
     scheme: Scheme,
     *,
-    dtype: torch.dtype = torch.float32,
-    scale_dtype: torch.dtype = torch.float32,
+    label: str = "F32",
+    scale_label: str = "F32",
 ) -> QuantizedTensor:
     """The weight under a scheme whose groups are one or more of the operator's blocks.
 
@@ -156,15 +155,15 @@ def tensor_of(
         raise CheckpointError(f"{name}: a code or zero does not fit {scheme.name}")
     if scheme.symmetric and bool((zero != 2 ** (scheme.bits - 1)).any()):
         raise CheckpointError(f"{name}: it has zeros of its own, but {scheme.name} has none")
-    stored = scale.to(scale_dtype)
+    stored = scale.to(dtype_of(scale_label))
     if not torch.equal(stored.float(), scale):
-        raise CheckpointError(f"{name}: a scale is not one of {scale_dtype}")
+        raise CheckpointError(f"{name}: a scale is not one of {name_of(scale_label)}")
     return QuantizedTensor(
         codes=blocks.codes,
         scale=PlainScale(tensor=stored.contiguous()),
         zero=None if scheme.symmetric else zero.contiguous(),
         scheme=scheme,
-        dtype=dtype,
+        dtype=dtype_of(label),
     )
 
 
@@ -262,19 +261,19 @@ def _linear(
 ) -> Matrix:
     """The matrix of a layout, its sizes compared; whether it is symmetric is told by the zeros."""
     codes, scale = file.info(layout.codes), file.info(layout.scale)
-    if len(codes.shape) != 2 or min(codes.shape) < 1 or codes.dtype not in _HALF:
+    if len(codes.shape) != 2 or min(codes.shape) < 1 or codes.label not in _HALF:
         raise CheckpointError(f"{name}: its weight is no matrix of 8- or 4-bit integers")
     rows, columns = codes.shape[::-1] if layout.by_column else codes.shape
     groups = columns // layout.block if layout.block else 1
     whole = layout.block and columns % layout.block
-    if whole or scale.numel not in (1, rows * groups) or scale.dtype is None:
+    if whole or scale.numel not in (1, rows * groups) or scale.label is None:
         raise CheckpointError(
             f"{name}: scales {list(scale.shape)} for {[rows, columns]}: one for all, for each row, "
             "or for each block is read"
         )
     tensors = [codes.name, scale.name]
-    middle = 0 if codes.dtype == torch.int8 else 2 ** (layout.bits - 1)
-    symmetric = codes.dtype == torch.int8
+    middle = 0 if codes.label == "I8" else 2 ** (layout.bits - 1)
+    symmetric = codes.label == "I8"
     if layout.zero is not None:
         zero = file.info(layout.zero)
         _check_zero(name, zero, codes, scale)
@@ -302,7 +301,7 @@ def _linear(
 def _check_zero(
     name: str, zero: StoredInitializer, codes: StoredInitializer, scale: StoredInitializer
 ) -> None:
-    if zero.dtype != codes.dtype or zero.numel != scale.numel:
+    if zero.label != codes.label or zero.numel != scale.numel:
         raise CheckpointError(
             f"{name}: zero points are {zero.dtype} {list(zero.shape)}, the codes {codes.dtype} and "
             f"the scales {list(scale.shape)}"

@@ -13,10 +13,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.config import check_config
 from quantkit.checkpoint.door import read_json
@@ -24,15 +21,16 @@ from quantkit.checkpoint.safetensors import tensor_bytes
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
+from quantkit.lazy import dtype_of, label_of, torch
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAMES = "quantkit/names.json"
 _VERSION = 1
 _LARGEST = 64 * 2**20
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
-}
+_DTYPES = ("float32", "float16", "bfloat16", "int64", "int32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +102,7 @@ def find_kept(file: OnnxFile, source: Source, names: Iterable[str]) -> dict[str,
     vectors: dict[str, Tensor] = {}
     for name in (*file.stored, *file.inline):
         stored = file.info(name)
-        if stored.dtype == torch.float32 and stored.numel > 1:
+        if stored.label == "F32" and stored.numel > 1:
             value = file.read(name)
             by_digest.setdefault((stored.shape, _digest(value)), name)
             if value.ndim == 1:
@@ -209,8 +207,8 @@ def _quantized_place(data: Mapping[str, Any]) -> QuantizedPlace:
     return QuantizedPlace(
         scheme=Scheme.parse(str(data["scheme"])),
         shape=(rows, columns),
-        dtype=_DTYPES[data["dtype"]],
-        scale_dtype=_DTYPES[data["scale_dtype"]],
+        dtype=_dtype(data["dtype"]),
+        scale_dtype=_dtype(data["scale_dtype"]),
         parts=tuple(parts),
     )
 
@@ -220,11 +218,17 @@ def _kept_place(data: Mapping[str, Any]) -> KeptPlace:
     return KeptPlace(
         initializer=str(data["initializer"]),
         shape=tuple(_counts(data["shape"])),
-        dtype=_DTYPES[data["dtype"]],
+        dtype=_dtype(data["dtype"]),
         transposed=data["transposed"] is True,
         shift=shift,
         first=first,
     )
+
+
+def _dtype(name: object) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype {name!a}")
+    return dtype_of(label_of(str(name)))
 
 
 def _counts(values: Any) -> list[int]:

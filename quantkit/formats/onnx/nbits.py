@@ -14,14 +14,16 @@ blocks with one scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.errors import CheckpointError
 from quantkit.formats.bitpack import pack_rows, unpack_rows
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = (2, 4, 8)
 _BLOCKS = (256, 128, 64, 32, 16)

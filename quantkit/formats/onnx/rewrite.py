@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from quantkit.errors import FormatError
 from quantkit.formats.onnx.file import DOMAIN, DataWriter, OnnxFile, require_onnx
 from quantkit.formats.onnx.nbits import Blocks, blocks_of, pack
 from quantkit.formats.onnx.rows import RowIndex, Run
+from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
+    from torch import Tensor
 
 Weights = Callable[[str], QuantizedTensor]
 _FLOAT, _INT8, _INT64 = 1, 3, 7

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from quantkit.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 # Rows hashed at a time, so that int64 temporaries stay small.
 _CHUNK_ELEMENTS = 1 << 22

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.sidefiles import SideFiles, find_side_files
@@ -19,7 +16,11 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices, read_nbits, tensor_of
 from quantkit.formats.onnx.names import NAMES, Names, QuantizedPlace, read_names
+from quantkit.lazy import label_of, torch
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHOD = "onnx"
 
@@ -150,8 +151,8 @@ class OnnxSource(Reader):
                     node,
                     read_nbits(self.file, matrix.node),
                     place.scheme,
-                    dtype=place.dtype,
-                    scale_dtype=place.scale_dtype,
+                    label=label_of(place.dtype),
+                    scale_label=label_of(place.scale_dtype),
                 )
             else:
                 whole = matrix.read(self.file)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.methods.extent import aligned
 from quantkit.methods.parts import GroupRange, Work
@@ -21,6 +20,9 @@ from quantkit.methods.search import (
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range, relative_importance
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

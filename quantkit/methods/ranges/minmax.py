@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import aligned, chunks, extent_of, group_range, scale_and_zero
 from quantkit.methods.parts import GroupRange
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

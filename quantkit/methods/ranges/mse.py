@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from quantkit.methods.parts import GroupRange, Work
 from quantkit.methods.search import search_range, search_work, shrink_factors, squared
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import aligned
 from quantkit.methods.feedback import pivots
 from quantkit.methods.parts import GroupRange, Work
@@ -22,6 +20,9 @@ from quantkit.methods.search import (
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.superblock import fit_range, relative_importance
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,22 @@ Shapes: O out features, I in features, G groups per row, B channels in a block, 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from quantkit.lazy import torch
 from quantkit.methods.columns import column_rounder
 from quantkit.numbers.grid import grid_of, store_scale
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Channels whose changes are passed on by vector products before a matrix product takes over.
 _INNER = 32
 # Larger groups keep their scales: a group has to fit one block.
 _LARGEST_BLOCK, _BLOCK = 256, 128
-_TINY = torch.finfo(torch.float32).tiny
+# The smallest normal float32.
+_TINY = 2.0**-126
 
 
 def normal_matrix(gram_II: Tensor, damp: float) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.columns import column_rounder
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.methods.feedback import Feedback, feedback_of
@@ -20,6 +18,9 @@ from quantkit.methods.rounding._descent import Descent, normal_matrix
 from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Rows solved together: a function of the shape alone, so that codes never depend on the budget.
 _CHUNK_ROWS, _CHUNK_ELEMENTS = 4096, 1 << 24

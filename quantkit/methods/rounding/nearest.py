@@ -4,14 +4,16 @@ what other roundings fall back to."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.parts import Rounded
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.grid import CodebookGrid, blocks, grid_of, unblocks
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Weights per chunk, so that temporaries stay near 16 MiB each whatever the weight's size.
 _CHUNK_ELEMENTS = 1 << 22

@@ -5,9 +5,10 @@ Shapes: I in features.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def pool(values_I: Tensor, channel_map_I: Tensor, how: Literal["mean", "amax"]) -> Tensor:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import snap_rows
 from quantkit.methods.feedback import pivots
 from quantkit.methods.parts import Reader, Work
 from quantkit.methods.stats import Needs, Stats
 from quantkit.methods.transforms._channels import pool
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Steps of the first walk along the grid of r.
 _COARSE = 4

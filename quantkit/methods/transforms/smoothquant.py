@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from quantkit.lazy import torch
 from quantkit.methods.extent import snap_rows
 from quantkit.methods.parts import Reader, Work
 from quantkit.methods.stats import SAMPLE_ROWS, Needs, Stats
 from quantkit.methods.transforms._channels import pool
 from quantkit.numbers.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Output rows evaluated at a time, so that temporaries stay small.
 _CHUNK_ROWS = 4096

@@ -1,0 +1,46 @@
+"""What can be wrong with a request and its model's directory, found without torch or transformers.
+
+The command line asks here first: importing the rest takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantkit.calibration.tokens import check_seed
+from quantkit.checkpoint.files import refuse_quantized
+from quantkit.checkpoint.live import LiveSource
+from quantkit.checkpoint.source import Reader
+from quantkit.formats.format import make_format
+from quantkit.formats.open import open_source
+from quantkit.inference.device import choose_device
+from quantkit.pipeline.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_asked(
+    model: str | PreTrainedModel, requests: Sequence[QuantizeOptions], *, tokenizer: Any = None
+) -> Reader:
+    """The model's tensors, once options and configuration allow a run.
+
+    Raises the QuantkitError of what is wrong.
+    """
+    for request in requests:
+        check_seed(request.seed)
+        _ = request.loaded, request.max_ram_bytes, request.max_vram_bytes, request.max_shard_bytes
+        if request.format is not None:
+            make_format(request.format)
+        if request.device != "auto":
+            choose_device(request.device)
+    first = requests[0]
+    if not isinstance(model, str):
+        source: Reader = LiveSource(model, tokenizer=tokenizer)
+    else:
+        source = open_source(model, revision=first.revision)
+    # A quantized one is decoded first; what that decodes to is asked again.
+    if not (first.requantize and isinstance(source.config.get("quantization_config"), dict)):
+        refuse_quantized(source)
+    return source

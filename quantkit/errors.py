@@ -1,4 +1,4 @@
-"""The errors a user can cause: exit code 2, `VerifyError` 1; and `UnsoundError`: 70.
+"""The errors a user can cause: exit code 2, `VerifyError` 1; `UnsoundError`: 70, `StoppedError`: 3.
 
 QuantkitError
 ├── SchemeError        a scheme name or field that is not allowed
@@ -14,7 +14,8 @@ QuantkitError
 ├── NumericsError      NaN or infinity in a weight or an activation
 ├── BackendError       a kernel backend that is unknown or cannot run here
 ├── VerifyError        a finished checkpoint that fails a check
-└── UnsoundError       what a run wrote fails a check, before anything is finished
+├── UnsoundError       what a run wrote fails a check, before anything is finished
+└── StoppedError       a run that ended at --until, to be gone on with
 """
 
 from __future__ import annotations
@@ -84,3 +85,9 @@ class UnsoundError(QuantkitError):
     """What a run wrote would not pass `verify`: a fault of quantkit's, or of the disk."""
 
     exit_code = 70
+
+
+class StoppedError(QuantkitError):
+    """A run that ended at its `--until`: no mistake, and the same command goes on."""
+
+    exit_code = 3

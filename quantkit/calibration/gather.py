@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.calibration.spans import phase
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import TapCallback
@@ -110,10 +111,12 @@ def gather(
 
         def update(key: str, x_TI: Tensor, found: Mapping[str, Stats] = found) -> None:
             if key in found:
-                found[key].update_(x_TI, name=f"{label}.{key}")
+                with phase("statistics"):
+                    found[key].update_(x_TI, name=f"{label}.{key}")
 
         forward(number == 0, update)
-        for key, stats in found.items():
-            stats.finish_()
-            book.put(key, stats)
+        with phase("statistics"):
+            for key, stats in found.items():
+                stats.finish_()
+                book.put(key, stats)
     return book

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantkit.calibration.gather import StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.rounded_inputs import QuantizedActivations
+from quantkit.calibration.spans import phase
 from quantkit.calibration.tokens import Calibration
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel, TapCallback
@@ -111,15 +112,17 @@ class CalibrationStream:
         Inputs of the parameters named in `rounded` are rounded so.
         """
         for batch in self.batches:
-            hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)
-            with contextlib.ExitStack() as modes:
+            with phase("reading"):
+                hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)
+            with phase("forward"), contextlib.ExitStack() as modes:
                 if callback is not None:
                     modes.enter_context(self.model.tap(index, block, batch.mask, callback))
                 if rounded:
                     modes.enter_context(QuantizedActivations(block, rounded))
                 out = self.model.run(block, hidden, self._call(index, batch))
             if write:
-                self.hidden.write(index + 1, batch.start, out)
+                with phase("writing"):
+                    self.hidden.write(index + 1, batch.start, out)
 
     def head_stats(self, features: int, needs: Needs, *, stream: Stream) -> Stats:
         """Statistics of what the output head reads: after the final norm."""

@@ -88,7 +88,7 @@ class Shard:
     header: bytes
     tensors: tuple[StoredTensor, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Exact size of the file."""
         return len(self.header) + sum(tensor.info.nbytes for tensor in self.tensors)
@@ -100,7 +100,7 @@ class ShardLayout:
 
     shards: tuple[Shard, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Exact bytes of all shards on disk, without the index."""
         return sum(shard.num_bytes for shard in self.shards)

@@ -1,7 +1,7 @@
 """The command line.  Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 70 an error of
-quantkit's own, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 3 stopped at --until, 70 an
+error of quantkit's own, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -57,6 +58,7 @@ def quantize(
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
+    began = time.monotonic()
 
     try:
         job = _job(model, options)
@@ -66,7 +68,14 @@ def quantize(
             cli_eval.check_wishes(
                 job, text=text, limits=fail_if or (), requantize=options.requantize
             )
-        outcome = run(job, out, fresh=options.fresh)
+        limit = options.until_seconds
+        outcome = run(
+            job,
+            out,
+            fresh=options.fresh,
+            profile=None if options.profile is None else Path(options.profile),
+            deadline=None if limit is None else began + limit,
+        )
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")
         kept = f"what is done is kept in {partial}: the same command goes on there"
@@ -89,7 +98,7 @@ def quantize(
 
 
 @app.command()
-@takes_options(leave_out=("out",))
+@takes_options(leave_out=("out", "until", "profile"))
 def plan(
     model: Model,
     options: QuantizeOptions,

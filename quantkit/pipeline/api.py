@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -80,6 +81,7 @@ def quantize(
     `quantkit quantize`; a `recipe` file replaces the method.  Raises QuantkitError, before anything
     is changed where that is possible.
     """
+    began = time.monotonic()
     asked = QuantizeOptions(method, **options)
     if asked.recipe is not None:
         # A method names a built-in recipe; with a file there is nothing to name.
@@ -88,7 +90,7 @@ def quantize(
         if asked.out is None:
             raise OutputError("a model given by path is streamed to disk: say where with out=")
         job = prepare(os.fspath(model), asked, tokenizer=asked.tokenizer)
-        return run(job, Path(asked.out), fresh=asked.fresh, progress=asked.progress).out
+        return _run(job, Path(asked.out), asked, began)
     job = prepare(model, asked, tokenizer=asked.tokenizer)
     if job.plan.layout.side_files is not None:
         raise FormatError(
@@ -97,9 +99,21 @@ def quantize(
         )
     with TemporaryDirectory() as folder:
         target = Path(folder) / "quantized" if asked.out is None else Path(asked.out)
-        written = run(job, target, fresh=asked.fresh, progress=asked.progress).out
+        written = _run(job, target, asked, began)
         _install(model, job, written)
     return model
+
+
+def _run(job: Job, out: Path, asked: QuantizeOptions, began: float) -> Path:
+    limit = asked.until_seconds
+    return run(
+        job,
+        out,
+        fresh=asked.fresh,
+        progress=asked.progress,
+        profile=None if asked.profile is None else Path(asked.profile),
+        deadline=None if limit is None else began + limit,
+    ).out
 
 
 def _install(model: PreTrainedModel, job: Job, written: Path) -> None:

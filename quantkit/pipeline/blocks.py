@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.shared import BlockNeeds, MethodStats, SharedStats
+from quantkit.calibration.spans import phase
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
@@ -127,9 +128,10 @@ class BlockWork:
                 record = self._extra()
             else:
                 record = self._block(int(step.removeprefix("block ")))
-        self.writer.sync()
-        if self.folds is not None:
-            self.folds.sync()
+        with phase("fsync"):
+            self.writer.sync()
+            if self.folds is not None:
+                self.folds.sync()
         return record
 
     def close(self) -> None:
@@ -139,8 +141,9 @@ class BlockWork:
             self.folds.close()
 
     def _outside(self) -> Record:
-        for name in self._outputs("outside"):
-            self.writer.copy(name, self.model.source)
+        with phase("writing"):
+            for name in self._outputs("outside"):
+                self.writer.copy(name, self.model.source)
         return Record(step="outside")
 
     def _embed(self) -> Record:
@@ -152,12 +155,26 @@ class BlockWork:
         return Record(step="embed")
 
     def _block(self, index: int) -> Record:
-        block = self.model.load_block(index)
+        with phase("reading"):
+            block = self.model.load_block(index)
         propagate = self.plan.recipe.propagate
         book = self._statistics(index, block)
-        folded = self._fold(index, block, book)
+        with phase("transform"):
+            folded = self._fold(index, block, book)
         rounded: dict[str, InputRounding] = {}
         weights = list(self._quantize(index, block, book, rounded))
+        with phase("writing"):
+            self._write_kept(index, block)
+        last = index == self.model.num_blocks - 1 and self.plan.head is None
+        if self.stream is not None and self.shared is None and not last:
+            if propagate:
+                self.stream.forward(index, block, None, write=True, rounded=rounded)
+            with phase("fsync"):
+                self.stream.hidden.sync(index + 1)
+        return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
+
+    def _write_kept(self, index: int, block: nn.Module) -> None:
+        """Writes what a block holds besides quantized weights."""
         for fate in self.plan.fates_of_block.get(index, ()):
             if fate.fate == "rescaled":
                 now = self.model.tensor(block, index, fate.name)
@@ -165,12 +182,6 @@ class BlockWork:
             elif fate.fate != "quantized":
                 for info in fate.output:
                     self.writer.copy(info.name, self.model.source, fate.name)
-        last = index == self.model.num_blocks - 1 and self.plan.head is None
-        if self.stream is not None and self.shared is None and not last:
-            if propagate:
-                self.stream.forward(index, block, None, write=True, rounded=rounded)
-            self.stream.hidden.sync(index + 1)
-        return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
     def _statistics(self, index: int, block: nn.Module) -> Book | None:
         """Statistics of the block's inputs: shared with other methods, or the run's own."""
@@ -263,8 +274,9 @@ class BlockWork:
         return dataclasses.replace(scheme, half_scales=dtype == torch.float16)
 
     def _put(self, weight: PlannedWeight, solved: Solved) -> None:
-        for name, tensor in self.plan.format.pack(weight, solved.tensor).items():
-            self.writer.put(name, tensor)
+        with phase("writing"):
+            for name, tensor in self.plan.format.pack(weight, solved.tensor).items():
+                self.writer.put(name, tensor)
 
     def _head(self) -> Record:
         """Quantizes the output head on the hidden states that reach it."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.checkpoint.memory import parse_size
+from quantkit.errors import RecipeError
 from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from quantkit.methods.recipe import Recipe
 
 DEFAULT_METHOD = "awq"
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_DURATION = re.compile(rf"(?:{_NUMBER}h)?\s*(?:{_NUMBER}m)?\s*(?:{_NUMBER}s)?")
 
 
 def _told(
@@ -215,6 +219,28 @@ class QuantizeOptions:
             type=bool,
         ),
     )
+    until: str | None = field(
+        default=None,
+        metadata=_told(
+            "--until",
+            (
+                "end in time, as in `3h50m` from the start: no step is begun that would end later; "
+                "exit code 3, and the same command goes on"
+            ),
+            shown="no limit",
+        ),
+    )
+    profile: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata=_told(
+            "--profile",
+            (
+                "write what the time went to into this file, a trace for "
+                "[Perfetto](https://ui.perfetto.dev)"
+            ),
+            type=Path | None,
+        ),
+    )
     tokenizer: PreTrainedTokenizerBase | None = field(
         default=None, metadata=_told(None, "replaces the one that comes with a path")
     )
@@ -257,6 +283,11 @@ class QuantizeOptions:
         return _bytes(self.max_vram)
 
     @property
+    def until_seconds(self) -> float | None:
+        """The limit in seconds; None for none."""
+        return None if self.until is None else parse_duration(self.until)
+
+    @property
     def max_shard_bytes(self) -> int:
         """The size of the largest weight file in bytes."""
         size = _bytes(self.max_shard_size)
@@ -276,6 +307,25 @@ def option_rows() -> list[tuple[str, str, str]]:
 def options_told() -> Mapping[str, Mapping[str, Any]]:
     """Field name -> its flag, what it says, the default shown, the type at the command line."""
     return {each.name: each.metadata for each in dataclasses.fields(QuantizeOptions)}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "3h50m", "90m", "1.5h" or "45s".  Raises RecipeError showing how to write them."""
+    found = _DURATION.fullmatch(text.strip())
+    if found is None or not any(found.groups()):
+        raise RecipeError(
+            f"--until {text[:40]!r}: write hours and minutes, as in 3h50m, 90m or 45s"
+        )
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds for people: "3 h 50 min", "12 min", "45 s"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _bytes(size: int | str | None) -> int | None:

@@ -7,6 +7,7 @@ packed tensors --> OUT.partial (synced) --> journal line --> ... --> manifest --
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,18 +15,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from quantkit.calibration.spans import Timeline, phase
 from quantkit.calibration.tokens import Calibration
+from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.memory import peak_rss, release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checks.verify import refuse_unsound
+from quantkit.errors import StoppedError
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import keep_source_folds
 from quantkit.pipeline.blocks import BlockWork, SharedMethod
 from quantkit.pipeline.finish import write_finished_files
+from quantkit.pipeline.options import format_duration
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.predict import Prediction
 from quantkit.pipeline.records import Record
 from quantkit.pipeline.report import build_report
+
+# The first block warms caches up; from two on the time that is left is told.
+_BLOCKS_TO_TELL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +59,52 @@ class Outcome:
     seconds: float
 
 
-def run(job: Job, out: Path, *, fresh: bool = False, progress: bool = True) -> Outcome:
+def run(
+    job: Job,
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: bool = True,
+    profile: Path | None = None,
+    deadline: float | None = None,
+) -> Outcome:
     """Writes the quantized checkpoint to `out`, going on where an earlier run of the job ended.
 
-    Raises ResumeError if `out` or its unfinished state belongs to another job and not `fresh`.
+    profile   where to write a trace of what the time went to
+    deadline  of `time.monotonic()`: no step is begun that would end later, but for the first
+
+    Raises ResumeError if `out` or its unfinished state belongs to another job and not `fresh`,
+    StoppedError if the deadline came first.
     """
+    timeline = Timeline(events=profile is not None)
     with contextlib.ExitStack() as stack:
-        session = Session(job, out, fresh=fresh, stack=stack)
+        session = Session(job, out, fresh=fresh, stack=stack, timeline=timeline)
         if session.complete:
             return session.outcome
+        if profile is not None:
+            stack.callback(_write_trace, profile, timeline)
         bar = stack.enter_context(tqdm(unit="step", disable=None if progress else True))
         session.begin(tell=bar.set_postfix_str)
         bar.reset(total=len(session.steps))
         bar.update(session.resumed_after)
         for step in session.pending:
-            bar.set_description(step)
+            if deadline is not None and time.monotonic() + session.longest > deadline:
+                left = len(session.pending)
+                if left < len(session.steps) - session.resumed_after:
+                    done = len(session.steps) - left
+                    raise StoppedError(
+                        f"{out}: stopped before --until with {done} of {len(session.steps)} steps "
+                        f"done, {step} being next; the same command goes on there"
+                    )
+            bar.set_description(f"{step}{session.remaining}")
             session.run(step)
             bar.update()
         return session.finish()
+
+
+def _write_trace(path: Path, timeline: Timeline) -> None:
+    with disk_errors(path):
+        path.write_text(timeline.trace(), encoding="utf-8")
 
 
 class Session:
@@ -78,7 +114,16 @@ class Session:
     locked until `stack` unwinds.
     """
 
-    def __init__(self, job: Job, out: Path, *, fresh: bool, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        job: Job,
+        out: Path,
+        *,
+        fresh: bool,
+        stack: contextlib.ExitStack,
+        timeline: Timeline | None = None,
+    ) -> None:
+        self.timeline = Timeline() if timeline is None else timeline
         self._began = time.monotonic()
         self._job, self._fresh, self._stack = job, fresh, stack
         self._output = stack.enter_context(OutputDirectory(out))
@@ -124,11 +169,28 @@ class Session:
         """The steps that are left."""
         return [step for step in self._work.steps if step not in self._done]
 
+    @property
+    def longest(self) -> float:
+        """Wall seconds of the longest step so far."""
+        return max((self.timeline.total(step).wall for step in self.timeline.steps), default=0.0)
+
+    @property
+    def remaining(self) -> str:
+        """What is left by the blocks that are done, from the second on, for people: ", 12 min"."""
+        blocks = [step for step in self.timeline.steps if step.startswith("block ")]
+        if len(blocks) < _BLOCKS_TO_TELL:
+            return ""
+        seconds = [self.timeline.total(step).wall for step in blocks]
+        left = sum(step.startswith("block ") for step in self.pending)
+        return f", {format_duration(left * statistics.median(seconds))} left"
+
     def run(self, step: str) -> None:
         """Does a step; it is in the journal on return."""
-        self._done[step] = record = self._work.run(step)
-        self._journal.append(record.to_dict())
-        release_free_memory()
+        with self.timeline.step(step):
+            self._done[step] = record = self._work.run(step)
+            with phase("fsync"):
+                self._journal.append(record.to_dict())
+            release_free_memory()
 
     def finish(self) -> Outcome:
         """Writes the files around the weights and puts the output in its place."""
@@ -152,6 +214,7 @@ class Session:
                 "predicted_peak_bytes": job.prediction.peak(job.max_ram),
                 "max_ram_bytes": job.max_ram,
                 "steps_before_resume": self.resumed_after,
+                "phases": self.timeline.to_dict(),
             },
         )
         keep_source_folds(job.model.source.home, self._output.partial)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.calibration.spans import phase
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import Extent, share_scales
 from quantkit.methods.fidelity import Cost, beyond_half, cost_of, unheld_groups
@@ -65,25 +66,27 @@ def quantize_weights(
             _solve_blocks(ref, weight, scheme, stats, range_part, rounding, dtype)
             for ref, weight in zip(refs, floats, strict=True)
         ]
-    found = share_scales(
-        [
-            range_part(ref.name, weight, scheme, stats)
-            for ref, weight in zip(refs, floats, strict=True)
-        ],
-        scheme,
-    )
+    with phase("range"):
+        found = share_scales(
+            [
+                range_part(ref.name, weight, scheme, stats)
+                for ref, weight in zip(refs, floats, strict=True)
+            ],
+            scheme,
+        )
     input_scale, unseen = _input_scale(scheme, stats)
     stackable = all(group_range.coding.ndim == 2 for group_range in found)
     batches = [list(range(len(refs)))] if stackable else [[k] for k in range(len(refs))]
     solved: list[Solved] = []
     for batch in batches:
-        rounded = rounding(
-            _stack([floats[k] for k in batch]),
-            scheme,
-            _stack([found[k].coding for k in batch]),
-            _stack_zeros([found[k] for k in batch]),
-            stats,
-        )
+        with phase("rounding"):
+            rounded = rounding(
+                _stack([floats[k] for k in batch]),
+                scheme,
+                _stack([found[k].coding for k in batch]),
+                _stack_zeros([found[k] for k in batch]),
+                stats,
+            )
         stop = 0
         for k in batch:
             rows = slice(stop, stop := stop + len(floats[k]))
@@ -118,10 +121,12 @@ def _solve_blocks(
     step = max(1, BLOCK_CHUNK // weight_OI.shape[1])
     for start in range(0, len(weight_OI), step):
         part = weight_OI[start : start + step].contiguous()
-        chosen = range_part(ref.name, part, scheme, stats)
+        with phase("range"):
+            chosen = range_part(ref.name, part, scheme, stats)
         if not isinstance(chosen.scale, BlockScale):
             raise RecipeError(f"{scheme.name}: the recipe's range fits no block types of ggml")
-        rounded = rounding(part, scheme, chosen.coding, chosen.zero, stats)
+        with phase("rounding"):
+            rounded = rounding(part, scheme, chosen.coding, chosen.zero, stats)
         scales.append(chosen.scale)
         codes.append(rounded.codes)
         notes += [chosen.degraded, rounded.degraded]
@@ -144,15 +149,16 @@ def _solved(
     fallbacks: Sequence[str | None],
 ) -> Solved:
     """The weight with its cost and what had to be done instead; `scheme` as it was solved for."""
-    tensor.check(ref.name)
-    cost = cost_of(weight_OI, tensor, stats)
-    return Solved(
-        ref=ref,
-        tensor=tensor,
-        cost=cost,
-        beyond_half=beyond_half(tensor),
-        degraded=_notes(weight_OI, scheme, stats, cost, fallbacks),
-    )
+    with phase("error"):
+        tensor.check(ref.name)
+        cost = cost_of(weight_OI, tensor, stats)
+        return Solved(
+            ref=ref,
+            tensor=tensor,
+            cost=cost,
+            beyond_half=beyond_half(tensor),
+            degraded=_notes(weight_OI, scheme, stats, cost, fallbacks),
+        )
 
 
 def choose_scale(

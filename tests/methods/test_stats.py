@@ -155,3 +155,20 @@ def test_needs_add_up() -> None:
     assert (Needs(gram=32) | Needs(gram=-1)).gram == -1
     assert (Needs(gram=-1) | Needs(moments=True)) == Needs(gram=-1, moments=True)
     assert (Needs(sample=True) | Needs(gram=64)) == Needs(sample=True, gram=64)
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(1, 64), (300, 129), (2048, 576), (7, 1000)])
+def test_sums_have_the_bits_of_one_sum_over_all_tokens(tokens: int, features: int) -> None:
+    x = activations(tokens, features)
+    stats = gathered([x], Needs(moments=True))
+    assert torch.equal(stats.sum_abs, x.abs().sum(0, dtype=torch.float64))
+    assert torch.equal(stats.sum_sq, (x * x).sum(0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("features", [64, 192, 193, 576])
+def test_the_gram_matrix_is_the_product_of_all_tokens(features: int) -> None:
+    x = activations(300, features).to(torch.bfloat16)
+    gram = gathered([x], Needs(gram=-1)).gram
+    assert gram is not None and torch.equal(gram, gram.T)
+    # Sums of 300 float32 products.
+    torch.testing.assert_close(gram, (x.double().T @ x.double()).float(), rtol=1e-4, atol=1e-3)

@@ -15,6 +15,7 @@ import time
 START = time.perf_counter()
 
 import torch  # noqa: E402
+from compressed_tensors.quantization import preset_name_to_scheme  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from llmcompressor import oneshot  # noqa: E402
 from llmcompressor.modifiers import Modifier  # noqa: E402
@@ -46,7 +47,8 @@ def main() -> None:
             "shuffle_calibration_samples": False,
             "batch_size": args.batch_size,
         }
-    oneshot(model=model, tokenizer=tokenizer, recipe=recipe(args.method), **settings)
+    modifiers = recipe(args.method, args.group_size)
+    oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, **settings)
     quantized = time.perf_counter()
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
@@ -75,6 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument(
+        "--group-size", type=int, default=128, help="of 4-bit weights, where 128 does not divide"
+    )
+    parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16"],
@@ -96,11 +101,14 @@ def calibration_rows(tokenizer: object, args: argparse.Namespace) -> list[list[i
     return [ids[start : start + args.seq_len] for start in range(0, wanted, args.seq_len)]
 
 
-def recipe(method: str) -> list[Modifier]:
-    """llm-compressor's own presets: 4 bit in groups of 128, or int8 rows with int8 tokens."""
+def recipe(method: str, group_size: int) -> list[Modifier]:
+    """llm-compressor's own presets: 4 bit in groups of 128 or so, or int8 rows with int8 tokens."""
 
-    def quantized_by(modifier: type[Modifier], scheme: str) -> Modifier:
-        return modifier(targets="Linear", scheme=scheme, ignore=["lm_head"])
+    def quantized_by(modifier: type[Modifier], name: str) -> Modifier:
+        scheme = preset_name_to_scheme(name, targets=["Linear"])
+        if scheme.weights is not None and scheme.weights.group_size is not None:
+            scheme.weights.group_size = group_size
+        return modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
 
     recipes = {
         "rtn": lambda: [quantized_by(QuantizationModifier, "W4A16")],

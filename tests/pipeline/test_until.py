@@ -1,0 +1,89 @@
+"""--until ends a run in time; --profile and run.json say what the time went to."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny_jobs as jobs
+
+from quantkit.errors import RecipeError, StoppedError
+from quantkit.pipeline.options import format_duration, parse_duration
+from quantkit.pipeline.session import Job
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with jobs.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jobs.build("llama", tmp_path_factory.mktemp("until"))
+
+
+@pytest.fixture(scope="module")
+def job(llama: Path) -> Job:
+    return jobs.make_job(llama, "gptq", "w4a16_g32")
+
+
+def test_a_run_stopped_after_every_step_ends_with_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    whole = jobs.hashes(jobs.finish(job, tmp_path / "whole").out)
+    out = tmp_path / "parts"
+    stops = 0
+    while not out.exists():
+        try:
+            jobs.finish(job, out, deadline=time.monotonic())
+        except StoppedError as stop:
+            stops += 1
+            assert stop.exit_code == 3
+            assert f"{stops} of 4 steps done" in str(stop) and "the same command" in str(stop)
+    # outside, embed, and two blocks: each run does one step at least.
+    assert stops == 3
+    assert jobs.hashes(out) == whole
+
+
+def test_a_deadline_that_holds_changes_nothing(job: Job, tmp_path: Path) -> None:
+    outcome = jobs.finish(job, tmp_path / "out", deadline=time.monotonic() + 3600)
+    assert outcome.written
+
+
+def test_the_command_ends_with_code_3_and_says_how_to_go_on(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = llama / "calibration.txt", tmp_path / "out"
+    line = ["quantize", llama, "--out", out, "--method", "rtn", "--scheme", "w4a16_g32"]
+    line += ["--calib", text]
+    assert jobs.command(*line, "--until", "0s") == 3
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and told[0].startswith("quantkit: ") and "block 0 being next" in told[0]
+    assert jobs.command(*line) == 0
+
+
+@pytest.mark.parametrize("text", ["", "h", "3x", "3h50", "-1h", "50m3h"])
+def test_other_durations_are_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="--until"):
+        parse_duration(text)
+
+
+def test_durations_are_read_and_told() -> None:
+    assert parse_duration("3h50m") == 13_800
+    assert parse_duration("1.5h") == 5400 and parse_duration("90m") == 5400
+    assert parse_duration("1h 2m 3s") == 3723
+    told = [format_duration(seconds) for seconds in (45, 720, 13_800)]
+    assert told == ["45 s", "12 min", "3 h 50 min"]
+
+
+def test_a_profile_and_run_json_tell_each_blocks_phases(job: Job, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    out = jobs.finish(job, tmp_path / "out", profile=trace).out
+    phases = json.loads((out / "quantkit" / "run.json").read_bytes())["phases"]
+    assert list(phases) == ["outside", "embed", "block 0", "block 1"]
+    expected = {"reading", "forward", "statistics", "range", "rounding", "error"}
+    assert set(phases["block 0"]) == expected | {"writing", "fsync", "transform", "other"}
+    events = json.loads(trace.read_bytes())["traceEvents"]
+    assert {"block 1", "rounding"} <= {event["name"] for event in events}

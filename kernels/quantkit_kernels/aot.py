@@ -49,8 +49,8 @@ _SIXTEEN = [["tt.divisibility", 16]]
 # Kernels whose longest loop goes over the columns, and how often it may wait for its products.
 _OVER_COLUMNS = ("int4", "int8", "fp8", "nf4", "e2m1", "w8a8", "experts")
 _WAITS = 2
-# What still stalls: Triton 3.7 loads operands of tcgen05's 8-bit products to registers, there also
-# some scales of groups of 16, and on sm_120 zeros of groups of 32 by the byte; Triton 3.6 multiplies
+# What still stalls: Triton 3.7 loads operands of tcgen05's 8-bit products to registers, there some
+# scales of groups of 16 too, and on sm_120 zeros of groups of 32 by the byte; Triton 3.6 multiplies
 # scaled weights step by step.
 _KNOWN = {
     ("e2m1 g16 bf16, 128x64, 8 warps", 100),

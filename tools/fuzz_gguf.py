@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.formats.gguf.metadata import Entry
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, PlannedTensor
-from quantkit.lazy import dtype_of
 from quantkit.numbers.superblock import BLOCK_TYPES
 
 _SIZES = {

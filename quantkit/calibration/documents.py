@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import CalibrationError
-from quantkit.lazy import torch
 
 T = TypeVar("T")
 Message = Mapping[str, Any]

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.calibration.corpora import open_corpus
 from quantkit.calibration.documents import Message, Origin
 from quantkit.calibration.windows import Packed, pack, pack_token_rows
 from quantkit.errors import CalibrationError
-from quantkit.lazy import torch
 from quantkit.methods.recipe import check_size
 
 if TYPE_CHECKING:

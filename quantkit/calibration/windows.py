@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.calibration.documents import Corpus, Document
 from quantkit.errors import CalibrationError
-from quantkit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.config import check_config
 from quantkit.checkpoint.door import (
     CONFIG_BYTES,
@@ -36,7 +38,6 @@ from quantkit.checkpoint.safetensors import (
 from quantkit.checkpoint.sidefiles import SideFiles, find_side_files, leads_out
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.errors import CheckpointError
-from quantkit.lazy import torch
 
 __all__ = ["FileSource", "Source", "TensorInfo", "refuse_quantized"]
 

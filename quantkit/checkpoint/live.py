@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import LABELS
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
-from quantkit.lazy import LABELS, torch
 
 _Tensors = dict[str, "torch.Tensor"]
 

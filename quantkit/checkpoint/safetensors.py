@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.door import open_plain
+from quantkit.checkpoint.dtypes import LABELS, bytes_of, dtype_of, label_of
 from quantkit.errors import CheckpointError
-from quantkit.lazy import LABELS, bytes_of, dtype_of, label_of, torch
 
 if TYPE_CHECKING:
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -15,7 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory, write_file
+from quantkit.checkpoint.dtypes import LABELS
 from quantkit.checkpoint.safetensors import (
     PIECE_BYTES,
     StoredTensor,
@@ -26,7 +29,6 @@ from quantkit.checkpoint.safetensors import (
 )
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, OutputError, ResumeError
-from quantkit.lazy import LABELS, torch
 
 
 class TensorWriter(Protocol):

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.door import file_sha256
 from quantkit.checkpoint.safetensors import TensorInfo, tensor_bytes
-from quantkit.lazy import torch
 
 # Checkpoints up to this size are fingerprinted whole, larger ones by samples of each tensor.
 _WHOLE_BYTES = 256 * 2**20

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.door import given_path
+from quantkit.checkpoint.dtypes import name_of
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.output import refuse_unfinished
@@ -22,7 +23,6 @@ from quantkit.formats.format import StoredWeight, format_of
 from quantkit.formats.gguf.file import read_gguf
 from quantkit.formats.onnx.describe import describe_onnx
 from quantkit.formats.open import container_of, is_onnx, open_source
-from quantkit.lazy import name_of
 from quantkit.numbers.superblock import BLOCK_TYPES
 
 # Codes that other tools pack into the 32-bit words of this tensor.

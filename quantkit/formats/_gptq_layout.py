@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, NumericsError
@@ -35,14 +37,13 @@ from quantkit.formats.format import (
 )
 from quantkit.formats.readers import gptq_readers, outside_blocks
 from quantkit.formats.stored import model_dtype, round_scale, stored_scale
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 BITS = (2, 3, 4, 8)
 # Codes that fill whole words: 32 of 3 bits, 32/b of b bits.

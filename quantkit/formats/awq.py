@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
@@ -29,14 +31,13 @@ from quantkit.formats.format import (
 )
 from quantkit.formats.readers import awq_readers, outside_blocks
 from quantkit.formats.stored import model_dtype, round_scale, stored_scale
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 # Nibble k of a word holds code _ORDER[k] of its eight.
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -23,8 +23,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
 from quantkit_kernels.ops.codebook import NF4
 
+from quantkit.checkpoint.dtypes import label_of, name_of
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError, NumericsError
@@ -37,7 +39,6 @@ from quantkit.formats.format import (
 )
 from quantkit.formats.readers import bitsandbytes_readers
 from quantkit.formats.stored import model_dtype
-from quantkit.lazy import label_of, name_of, torch
 from quantkit.numbers.grid import FP4_VALUES, grid_of
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
@@ -45,7 +46,7 @@ from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256

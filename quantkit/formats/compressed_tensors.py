@@ -31,6 +31,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, NumericsError
@@ -72,14 +75,13 @@ from quantkit.formats.stored import (
     round_scale,
     stored_scale,
 )
-from quantkit.lazy import dtype_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import DividedScale, PlainScale, QuantizedTensor, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 _PACKED, _SCALE, _SHAPE, _ZERO = "_packed", "_scale", "_shape", "_zero_point"
 _GLOBAL, _INPUT, _INPUT_GLOBAL = "_global_scale", "input_scale", "input_global_scale"

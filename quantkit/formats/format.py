@@ -21,11 +21,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import dtype_of, label_of
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.lazy import dtype_of, label_of, torch
 from quantkit.methods.parts import imported
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
@@ -33,7 +35,7 @@ from quantkit.numbers.tensor import QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 _PACKAGE = "quantkit.formats"
 _ENTRY_POINTS = "quantkit.formats"

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
@@ -27,14 +29,13 @@ from quantkit.formats.format import (
 )
 from quantkit.formats.readers import fp8_readers
 from quantkit.formats.stored import by_block, by_row, model_dtype, round_scale, stored_scale
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 _SCALE = "_scale_inv"
 _WRITTEN = Scheme.parse("fp8a8_b128")

@@ -9,8 +9,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import LABELS, label_of
 from quantkit.errors import NumericsError
-from quantkit.lazy import LABELS, label_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import BackendError
-from quantkit.lazy import torch
 
 
 def choose_device(name: str) -> str:

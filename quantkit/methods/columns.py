@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.numbers.grid import (
     BlockGrid,
     CodebookGrid,

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import SchemeError
-from quantkit.lazy import torch
 from quantkit.methods.parts import GroupRange
 from quantkit.numbers.grid import E4M3_LARGEST, blocks, float_scale, grid_of, store_scale
 from quantkit.numbers.nested import nest

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import Extent, scale_and_zero, snap_rows
 from quantkit.methods.stats import Stats
 from quantkit.numbers.grid import IntegerGrid, grid_of, store_scale

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import (
     Extent,
     aligned,

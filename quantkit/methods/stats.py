@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import NumericsError
-from quantkit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

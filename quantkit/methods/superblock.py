@@ -16,7 +16,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.parts import GroupRange
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockScale, BlockType

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, Float8Grid, float_scale, grid_of
 from quantkit.numbers.scheme import Scheme
 

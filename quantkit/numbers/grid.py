@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from quantkit_kernels.lazy import torch
 from quantkit_kernels.ops.codebook import NF4
 
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import NumericsError
-from quantkit.lazy import torch
 from quantkit.numbers.grid import E4M3_LARGEST, E4M3_SMALLEST, blocks, grid_of, unblocks
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BlockScale

@@ -12,7 +12,8 @@ from quantkit.calibration.tokens import check_seed
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Reader
-from quantkit.formats.format import make_format
+from quantkit.errors import ModelError
+from quantkit.formats.format import WholeFormat, asked_format, make_format
 from quantkit.formats.open import open_source
 from quantkit.inference.device import choose_device
 from quantkit.pipeline.options import QuantizeOptions
@@ -34,8 +35,9 @@ def open_asked(
         _ = request.until_seconds
         if request.format is not None:
             make_format(request.format)
-        if request.device != "auto":
-            choose_device(request.device)
+    # To look for a GPU takes torch.
+    if any(request.device != "auto" for request in requests):
+        device_of(requests)
     first = requests[0]
     if not isinstance(model, str):
         source: Reader = LiveSource(model, tokenizer=tokenizer)
@@ -45,3 +47,22 @@ def open_asked(
     if not (first.requantize and isinstance(source.config.get("quantization_config"), dict)):
         refuse_quantized(source)
     return source
+
+
+def whole_format(request: QuantizeOptions) -> WholeFormat | None:
+    """The format, if it is a container of a whole model."""
+    fmt = asked_format(request.format, request.loaded.scheme)
+    return fmt if isinstance(fmt, WholeFormat) else None
+
+
+def device_of(requests: Sequence[QuantizeOptions]) -> str:
+    """Where the jobs run; blocks of ggml are fitted on the CPU.
+
+    Raises BackendError or ModelError for what cannot be.
+    """
+    name = requests[0].device
+    if all(whole_format(request) is None for request in requests):
+        return choose_device(name)
+    if name not in ("auto", "cpu"):
+        raise ModelError(f"--device {name}: gguf files are quantized on the CPU")
+    return "cpu"

@@ -15,19 +15,18 @@ from quantkit.calibration.tokens import (
     holds_token_ids,
     load_calibration,
 )
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
-from quantkit.errors import FormatError, ModelError
-from quantkit.formats.format import Format, WholeFormat, asked_format, code_of
-from quantkit.inference.device import choose_device
-from quantkit.lazy import dtype_of
+from quantkit.errors import FormatError
+from quantkit.formats.format import Format, code_of
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
-from quantkit.pipeline.asked import open_asked
+from quantkit.pipeline.asked import device_of, open_asked, whole_format
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
@@ -71,7 +70,7 @@ def prepare_all(
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
     source = split_experts(source, trust_remote_code=first.trust_remote_code)
-    device = _device(requests)
+    device = device_of(requests)
     model = CausalModel.open(
         source,
         trust_remote_code=first.trust_remote_code,
@@ -146,7 +145,7 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
     There bfloat16 products take four times as long as float32 ones, and the result is rounded to
     the stored dtype all the same.
     """
-    whole = [fmt for request in requests if (fmt := _whole_format(request)) is not None]
+    whole = [fmt for request in requests if (fmt := whole_format(request)) is not None]
     if whole and len(whole) < len(requests):
         raise FormatError(
             "gguf cannot be compared with other formats in one run: its blocks run in float32; "
@@ -155,22 +154,6 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
     if whole:
         return dtype_of(whole[0].compute_dtype)
     return torch.float32 if device == "cpu" and not has_bf16_units() else None
-
-
-def _whole_format(request: QuantizeOptions) -> WholeFormat | None:
-    """The format, if it is a container of a whole model."""
-    fmt = asked_format(request.format, request.loaded.scheme)
-    return fmt if isinstance(fmt, WholeFormat) else None
-
-
-def _device(requests: Sequence[QuantizeOptions]) -> str:
-    """Where the jobs run; blocks of ggml are fitted on the CPU."""
-    name = requests[0].device
-    if all(_whole_format(request) is None for request in requests):
-        return choose_device(name)
-    if name not in ("auto", "cpu"):
-        raise ModelError(f"--device {name}: gguf files are quantized on the CPU")
-    return "cpu"
 
 
 def _fingerprint(

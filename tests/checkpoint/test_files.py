@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantkit.checkpoint.dtypes import LABELS, dtype_of
 from quantkit.checkpoint.files import FileSource, refuse_quantized
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
-from quantkit.lazy import LABELS, dtype_of
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

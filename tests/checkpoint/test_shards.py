@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 
 import quantkit.checkpoint.shards
+from quantkit.checkpoint.dtypes import LABELS, dtype_of
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.errors import FormatError, OutputError, ResumeError
-from quantkit.lazy import LABELS, dtype_of
 
 INFOS = [
     TensorInfo(name="codes", dtype=torch.uint8, shape=(5, 3)),

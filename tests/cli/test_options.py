@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ ROOT = Path(__file__).parent.parent.parent
 FIELDS = {field.name: field for field in dataclasses.fields(QuantizeOptions)}
 
 
-@pytest.mark.parametrize("name", ["quantize", "plan"])
-def test_commands_take_every_option_with_its_default(name: str) -> None:
+@pytest.mark.parametrize(("name", "left_out"), [("quantize", ()), ("plan", ("until", "profile"))])
+def test_commands_take_every_option_with_its_default(name: str, left_out: Sequence[str]) -> None:
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
     taken = {parameter.name: parameter for parameter in command.params}
     for field, told in options_told().items():
-        if told["flag"] is None:
+        if told["flag"] is None or field in left_out:
             assert field not in taken
             continue
         assert told["flag"] in taken[field].opts

@@ -1,14 +1,6 @@
-"""Weights of 4-bit codes that index sixteen values, two codes to a byte: how CPUs keep them.
-
-N rows of the weight, K columns, G groups per row.
-"""
+"""The sixteen values that 4-bit codes index (no torch: the package reads them at its start)."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 
 # Sign, two bits of exponent, one of mantissa (OCP Microscaling Formats 1.0, section 5.3.3).
 E2M1 = tuple(
@@ -33,26 +25,3 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-
-
-def pack_pairs(codes_NK: Tensor) -> Tensor:
-    """uint8 [N, K/2] of codes uint8 [N, K], the first of a pair low."""
-    return codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)
-
-
-def unpack_pairs(packed: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Codes uint8 [N, K], the inverse of `pack_pairs`."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).view(shape)
-
-
-def pairs(values: Sequence[float]) -> Tensor:
-    """Float32 [256, 2]: both values of every byte.  Half the lookups of one at a time."""
-    book = torch.tensor(values, dtype=torch.float32)
-    return torch.stack((book.repeat(16), book.repeat_interleave(16)), dim=-1)
-
-
-def decode_pairs(packed: Tensor, pairs: Tensor, scale_NG: Tensor) -> Tensor:
-    """Float32 [N, K] of packed codes uint8 [N, K/2], their table, and scales [N, G]."""
-    rows, groups = scale_NG.shape
-    values = pairs.index_select(0, packed.reshape(-1).to(torch.int32))
-    return values.view(rows, groups, -1).mul_(scale_NG[..., None]).view(rows, -1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
-from quantkit_kernels.ops import codebook, layout, weight_only
+from quantkit_kernels.ops import codebook, layout, pairs, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
@@ -71,7 +71,7 @@ def pack(
         words = layout.pack_qk4(codes_NK)
         return Packed(packed=words, scale=scale, outer=factor, group_size=group_size)
     return Packed(
-        packed=codebook.pack_pairs(codes_NK),
+        packed=pairs.pack(codes_NK),
         scale=scale_NG.to(torch.float32).contiguous(),
         outer=None if factor is None else factor.contiguous(),
         group_size=group_size,
@@ -82,7 +82,7 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Codes uint8 [N, K], the inverse of `pack` on both devices."""
     if packed.dtype == torch.int32:
         return layout.unpack_qk4(packed, *shape)
-    return codebook.unpack_pairs(packed, shape)
+    return pairs.unpack(packed, shape)
 
 
 def dequantize(
@@ -134,10 +134,10 @@ def _cpu(
     x_MK, out_shape = flat_rows(x, out_features)
     if x_MK.shape[0] == 0:
         return x.new_empty(out_shape)
-    pairs = codebook.pairs(codebook.E2M1)
+    book = pairs.table(codebook.E2M1)
 
     def decode(rows: slice) -> Tensor:
-        return codebook.decode_pairs(packed[rows], pairs, scale[rows])
+        return pairs.decode(packed[rows], book, scale[rows])
 
     return tiled_linear(x_MK, out_features, bias, decode, outer).view(out_shape)
 

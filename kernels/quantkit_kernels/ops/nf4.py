@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
-from quantkit_kernels.ops import codebook, layout, weight_only
+from quantkit_kernels.ops import codebook, layout, pairs, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
@@ -79,7 +79,7 @@ def pack(
         scale = layout.pad_groups(scale_NG, codes_NK.shape[1], BLOCK)
         words = layout.pack_qk4(codes_NK, adjacent=True)
         return Packed(packed=words, scale=scale, nested=None)
-    packed = codebook.pack_pairs(codes_NK)
+    packed = pairs.pack(codes_NK)
     return Packed(packed=packed, scale=scale_NG.contiguous(), nested=nested)
 
 
@@ -87,7 +87,7 @@ def unpack(packed: Tensor, shape: tuple[int, int]) -> Tensor:
     """Codes uint8 [N, K], the inverse of `pack` on both devices."""
     if packed.dtype == torch.int32:
         return layout.unpack_qk4(packed, *shape, adjacent=True)
-    return codebook.unpack_pairs(packed, shape)
+    return pairs.unpack(packed, shape)
 
 
 def scales(
@@ -157,11 +157,11 @@ def _cpu(
     x_MK, out_shape = flat_rows(x, out_features)
     if x_MK.shape[0] == 0:
         return x.new_empty(out_shape)
-    pairs = codebook.pairs(codebook.NF4)
+    book = pairs.table(codebook.NF4)
 
     def decode(rows: slice) -> Tensor:
         value = scales(scale[rows], rows.start, table, absmax, offset)
-        return codebook.decode_pairs(packed[rows], pairs, value)
+        return pairs.decode(packed[rows], book, value)
 
     return tiled_linear(x_MK, out_features, bias, decode).view(out_shape)
 

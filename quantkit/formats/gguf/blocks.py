@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.numbers.superblock import Q2_K, Q3_K, Q6_K, Q8_0, Blocks, BlockType, Plane
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
@@ -17,7 +19,6 @@ from quantkit.formats.gguf.mixes import RECIPES, Weight, choose_types
 from quantkit.formats.gguf.names import Place, note_unused, place_of
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, Member, PlannedTensor, import_gguf
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES
 

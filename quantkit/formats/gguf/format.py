@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, NumericsError
@@ -18,7 +20,6 @@ from quantkit.formats.gguf.container import GgufContainer
 from quantkit.formats.gguf.mixes import RECIPES
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.stored import round_scale
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import BLOCKS, Scheme
 from quantkit.numbers.superblock import BLOCK_TYPES, BlockScale, BlockType
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
@@ -26,7 +27,7 @@ from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantkit.lazy import Dtype
+    from quantkit.checkpoint.dtypes import Dtype
 
 # Weights packed at a time.
 _CHUNK = 1 << 23

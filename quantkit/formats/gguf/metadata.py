@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.gguf.families import FAMILIES, Assumption, Family
 from quantkit.formats.gguf.file import GgufHeader, damaged, shown
-from quantkit.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

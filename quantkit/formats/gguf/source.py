@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.safetensors import TensorInfo, read_into
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
@@ -16,7 +19,6 @@ from quantkit.formats.gguf.blocks import are_finite, decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
-from quantkit.lazy import dtype_of, torch
 from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
 
 if TYPE_CHECKING:

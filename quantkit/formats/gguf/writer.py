@@ -11,13 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.disk import disk_errors, open_own, reserve, sync_directory
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.safetensors import write_from
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, ResumeError
 from quantkit.formats.gguf.file import TENSOR_TYPES, GgufTensor, read_gguf
 from quantkit.formats.gguf.metadata import Entry
-from quantkit.lazy import dtype_of, torch
 
 if TYPE_CHECKING:
     from torch import Tensor

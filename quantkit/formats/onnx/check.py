@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import module_name, read_nbits
@@ -14,7 +16,6 @@ from quantkit.formats.onnx.names import Part
 from quantkit.formats.onnx.nbits import Blocks, blocks_of
 from quantkit.formats.onnx.rewrite import int8_codes
 from quantkit.formats.onnx.rows import RowIndex, Run
-from quantkit.lazy import torch
 from quantkit.numbers.tensor import QuantizedTensor
 
 if TYPE_CHECKING:

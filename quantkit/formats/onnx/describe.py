@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint.door import CONFIG_BYTES, read_json
+from quantkit.checkpoint.dtypes import name_of
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices
 from quantkit.formats.onnx.names import Names, read_names
 from quantkit.formats.onnx.source import names_of
-from quantkit.lazy import name_of
 
 _GENAI = "genai_config.json"
 # What the model builder computes from the configuration: no parameters of a model.

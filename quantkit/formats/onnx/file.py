@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.door import read_plain
+from quantkit.checkpoint.dtypes import bytes_of, dtype_of, label_of, name_of
 from quantkit.checkpoint.safetensors import read_into, refuse_git_lfs, write_from
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.onnx.wire import LARGEST_GRAPH, check_graph_size
-from quantkit.lazy import bytes_of, dtype_of, label_of, name_of, torch
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto

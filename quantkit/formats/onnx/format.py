@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from quantkit.checkpoint.dtypes import label_of
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
 from quantkit.formats.format import StoredWeight
 from quantkit.formats.onnx.source import METHOD, OnnxSource
-from quantkit.lazy import label_of
 from quantkit.numbers.tensor import QuantizedTensor
 
 

@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile, StoredInitializer
 from quantkit.formats.onnx.nbits import Blocks, unpack_bytes
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import dtype_of, name_of
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile, StoredInitializer, attribute
 from quantkit.formats.onnx.gather import OPERATOR, Table, table_of
 from quantkit.formats.onnx.nbits import Blocks, Packed, unpack
-from quantkit.lazy import dtype_of, name_of, torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 

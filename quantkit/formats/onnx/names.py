@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.checkpoint.config import check_config
 from quantkit.checkpoint.door import read_json
+from quantkit.checkpoint.dtypes import dtype_of, label_of
 from quantkit.checkpoint.safetensors import tensor_bytes
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
-from quantkit.lazy import dtype_of, label_of, torch
 from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import CheckpointError
 from quantkit.formats.bitpack import pack_rows, unpack_rows
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantkit_kernels.lazy import torch
+
 from quantkit.errors import FormatError
 from quantkit.formats.onnx.file import DOMAIN, DataWriter, OnnxFile, require_onnx
 from quantkit.formats.onnx.nbits import Blocks, blocks_of, pack
 from quantkit.formats.onnx.rows import RowIndex, Run
-from quantkit.lazy import torch
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 

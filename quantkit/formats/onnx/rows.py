@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit_kernels.lazy import torch
+
+from quantkit.checkpoint.dtypes import label_of
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.sidefiles import SideFiles, find_side_files
 from quantkit.checkpoint.source import Reader
@@ -16,7 +19,6 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices, read_nbits, tensor_of
 from quantkit.formats.onnx.names import NAMES, Names, QuantizedPlace, read_names
-from quantkit.lazy import label_of, torch
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import aligned, chunks, extent_of, group_range, scale_and_zero
 from quantkit.methods.parts import GroupRange
 from quantkit.methods.stats import Needs, Stats

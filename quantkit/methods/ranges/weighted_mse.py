@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import aligned
 from quantkit.methods.feedback import pivots
 from quantkit.methods.parts import GroupRange, Work

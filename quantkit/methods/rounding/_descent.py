@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.columns import column_rounder
 from quantkit.numbers.grid import grid_of, store_scale
 from quantkit.numbers.scheme import Scheme

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.columns import column_rounder
 from quantkit.methods.extent import extent_of, scale_and_zero
 from quantkit.methods.feedback import Feedback, feedback_of

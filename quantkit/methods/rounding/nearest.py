@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.parts import Rounded
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.grid import CodebookGrid, blocks, grid_of, unblocks

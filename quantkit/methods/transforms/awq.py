@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import snap_rows
 from quantkit.methods.feedback import pivots
 from quantkit.methods.parts import Reader, Work

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.lazy import torch
+from quantkit_kernels.lazy import torch
+
 from quantkit.methods.extent import snap_rows
 from quantkit.methods.parts import Reader, Work
 from quantkit.methods.stats import SAMPLE_ROWS, Needs, Stats

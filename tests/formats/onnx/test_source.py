@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import quantkit
+from quantkit.checkpoint.dtypes import label_of
 from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
@@ -234,7 +235,7 @@ def test_what_is_packed_is_unpacked_to_the_same_tensor(name: str) -> None:
         packed = pack(blocks)
         again = unpack("node", packed, bits=blocks.bits, size=blocks.size, shape=tensor.shape)
         found = tensor_of(
-            "node", again, tensor.scheme, dtype=tensor.dtype, scale_dtype=torch.bfloat16
+            "node", again, tensor.scheme, label=label_of(tensor.dtype), scale_label="BF16"
         )
         assert torch.equal(found.codes, tensor.codes) and found.scheme == tensor.scheme
         assert torch.equal(found.scale.values(), tensor.scale.values())

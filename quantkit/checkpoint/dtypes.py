@@ -1,28 +1,14 @@
-"""torch, and the names of its dtypes, for what must not wait until torch is imported.
-
-That takes a second of CPU time, which commands that read headers, and errors that need no model,
-do without: modules on their way take `torch` from here, where it is imported when something of it
-is asked for, and call dtypes by the names that safetensors gives them.
-"""
+"""dtypes by the names that safetensors gives them, without torch (see `quantkit_kernels.lazy`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
+from quantkit_kernels.lazy import torch
+
 if TYPE_CHECKING:
-    import torch as torch
-
     Dtype = torch.dtype | str
-else:
-
-    class _Torch:
-        def __getattr__(self, name):
-            import torch
-
-            return getattr(torch, name)
-
-    torch = _Torch()
 
 # safetensors' name -> torch's name, bytes of a number.
 LABELS: Mapping[str, tuple[str, int]] = {

@@ -48,7 +48,16 @@ if TYPE_CHECKING:
         group_range,
         scale_and_zero,
     )
-    from quantkit.methods.parts import GroupRange, Range, Reader, Rounded, Rounding, Transform
+    from quantkit.methods.parts import (
+        GroupRange,
+        Range,
+        Reader,
+        Retargeted,
+        Rounded,
+        Rounding,
+        Target,
+        Transform,
+    )
     from quantkit.methods.rounding.nearest import nearest_codes
     from quantkit.methods.search import both_ends, search_range, shrink_factors
     from quantkit.methods.stats import Needs, Stats
@@ -71,6 +80,7 @@ __all__ = [
     "Range",
     "Reader",
     "RecipeError",
+    "Retargeted",
     "Rounded",
     "Rounding",
     "Scheme",
@@ -79,6 +89,7 @@ __all__ = [
     "Source",
     "Stats",
     "StoredWeight",
+    "Target",
     "TensorInfo",
     "Transform",
     "aligned",

@@ -37,7 +37,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "CONTRIBUTING.md"])
 METHOD_PAGES = sorted((DOCS / "methods").glob("*.md"))
 ADDING = DOCS / "adding-a-method.md"
-KINDS: tuple[PartKind, ...] = ("range", "rounding", "transform")
+KINDS: tuple[PartKind, ...] = ("target", "range", "rounding", "transform")
 
 _FENCE = re.compile(r'^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
@@ -125,6 +125,8 @@ def part_options(recipe: Recipe) -> dict[str, object]:
         ("range", recipe.make_range()),
         ("rounding", recipe.make_rounding()),
     ]
+    if (target := recipe.make_target()) is not None:
+        parts.append(("target", target))
     names = [spec.name for spec in recipe.transforms]
     parts += [(f"transforms.{n}", p) for n, p in zip(names, recipe.make_transforms(), strict=True)]
     return {
@@ -145,14 +147,14 @@ def test_method_pages_list_exactly_the_options_there_are(page: Path) -> None:
     written = {
         code(row[0]): default(row[1])
         for row in rows(page.read_text())
-        if re.match(r"(range|rounding|transforms)\.", code(row[0]))
+        if re.match(r"(target|range|rounding|transforms)\.", code(row[0]))
     }
     assert written == part_options(load_recipe(page.stem))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipes_page_lists_exactly_the_parts_there_are(kind: PartKind) -> None:
-    heading = {"range": "## Ranges", "rounding": "## Roundings", "transform": "## Transforms"}[kind]
+    heading = f"## {kind.capitalize()}s"
     written: dict[str, dict[str, object]] = {}
     for row in itertools.islice(rows(section(DOCS / "recipes.md", heading)), 1, None):
         if row[0]:

@@ -210,7 +210,17 @@ def damaged_recipe(text: str, rng: random.Random) -> bytes:
         damage(
             value,
             rng,
-            ("scheme", "head", "range", "rounding", "transforms", "rules", "calibration", "method"),
+            (
+                "scheme",
+                "head",
+                "target",
+                "range",
+                "rounding",
+                "transforms",
+                "rules",
+                "calibration",
+                "method",
+            ),
         )
     try:
         return yaml.safe_dump(value).encode("utf-8", "surrogatepass")

@@ -4,7 +4,8 @@
         [--peer NAME=DIR] [--peer-run "NAME=PYTHON SCRIPT OPTIONS..."] [--reader NAME=PYTHON]
 Calibration is --samples x --seq-len tokens from the start of the text, for every tool.  A peer's
 checkpoint is read by transformers, in the interpreter that made it or that --reader names, or with
-`--reader NAME=quantkit` by quantkit.
+`--reader NAME=quantkit` by quantkit.  The peers of `RATIOS` go by the names they have there, as in
+    --peer-run "AutoRound 200, 3 bit=PYTHON eval/bench/peers/autoround_quantize.py --bits 3"
 """
 
 from __future__ import annotations
@@ -38,7 +39,20 @@ METHODS: tuple[tuple[str, str], ...] = (
     ("smoothquant", "--method smoothquant"),
     ("rtn 3 bit", "--method rtn --scheme w3a16_g128"),
     ("gptq 3 bit", "--method gptq --scheme w3a16_g128"),
+    ("best 3 bit", "--method best --scheme w3a16_g128_asym"),
+    ("best symmetric 3 bit", "--method best --scheme w3a16_g128"),
+    ("best 2 bit", "--method best --scheme w2a16_g128_asym"),
+    ("best symmetric 2 bit", "--method best --scheme w2a16_g128"),
 )
+# The peer that a method's divergence and seconds are held against, by label.
+RATIOS = {
+    "best": "AutoRound 200",
+    "best symmetric": "AutoRound 200",
+    "best 3 bit": "AutoRound 200, 3 bit",
+    "best symmetric 3 bit": "AutoRound 200, 3 bit",
+    "best 2 bit": "AutoRound 200, 2 bit",
+    "best symmetric 2 bit": "AutoRound 200, 2 bit",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +105,23 @@ def main() -> None:
     if options.update:
         new = {row.name: row for row in rows}
         measured = common.with_earlier(options.name, setting, "rows", "name", new)
+    measured["ratios"] = _ratios(common.to_json(measured["rows"]))
     common.write_result(options.name, {**setting, **measured}, pythons=pythons)
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Divergence and seconds of the methods in `RATIOS` in parts of their peers'."""
+    by_name = {row["name"]: row for row in rows}
+    return [
+        {
+            "name": name,
+            "peer": peer,
+            "kl_mean": by_name[name]["quality"]["kl_mean"] / by_name[peer]["quality"]["kl_mean"],
+            "seconds": by_name[name]["seconds"] / by_name[peer]["seconds"],
+        }
+        for name, peer in RATIOS.items()
+        if name in by_name and peer in by_name
+    ]
 
 
 def _ours(name: str, text: str, judge: Judge, options: argparse.Namespace) -> Row:

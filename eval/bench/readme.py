@@ -30,6 +30,13 @@ _SHOWN = {
     "llm-compressor awq": "llm-compressor AWQ, asymmetric",
     "llm-compressor gptq": "llm-compressor GPTQ, symmetric",
     "AutoRound 200": "AutoRound, 200 iterations, symmetric",
+    "gptq 3 bit": "3 bit: gptq, symmetric",
+    "best symmetric 3 bit": "3 bit: best, symmetric",
+    "best 3 bit": "3 bit: best",
+    "AutoRound 200, 3 bit": "3 bit: AutoRound, 200 iterations, symmetric",
+    "best symmetric 2 bit": "2 bit: best, symmetric",
+    "best 2 bit": "2 bit: best",
+    "AutoRound 200, 2 bit": "2 bit: AutoRound, 200 iterations, symmetric",
 }
 
 

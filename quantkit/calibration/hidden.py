@@ -22,9 +22,11 @@ from quantkit.checkpoint.safetensors import read_into, write_from
 class HiddenStore:
     """Hidden states [N, T, H]; generation i enters block i, even and odd share two files."""
 
-    def __init__(self, directory: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, shape: tuple[int, ...], dtype: torch.dtype, name: str = "hidden"
+    ) -> None:
         self.shape, self.dtype = shape, dtype
-        self._paths = tuple(directory / f"hidden-{parity}.bin" for parity in (0, 1))
+        self._paths = tuple(directory / f"{name}-{parity}.bin" for parity in (0, 1))
         with disk_errors(directory, self.num_bytes):
             directory.mkdir(parents=True, exist_ok=True)
             self._files = [open_own(p, os.O_RDWR | os.O_CREAT) for p in self._paths]

@@ -6,21 +6,21 @@ Letters: N sequences, T tokens, H hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration.gather import StatsBook, gather
+from quantkit.calibration.gather import Seen, StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
 from quantkit.calibration.tokens import Calibration
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel, TapCallback
-from quantkit.model.refs import BlockCall
+from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.activations import InputRounding
 
 # Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
@@ -37,8 +37,58 @@ class Batch:
     mask: Tensor | None
 
 
+# A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
+_ROUNDED = 0.05
+
+
+class _Enough(Exception):
+    """Ends the run of a block: what is asked for was seen."""
+
+
+class _Told:
+    """Hands on a block's inputs, each with what the original has there; ends the run after all.
+
+    The input `held` waits for what the block's output lacks.
+    """
+
+    def __init__(
+        self,
+        seen: Seen,
+        left: set[str],
+        kept: dict[str, Tensor],
+        tokens: int,
+        held: str | None,
+    ) -> None:
+        self._seen, self._left, self._kept, self._tokens = seen, left, kept, tokens
+        self._held_key, self._held = held, torch.empty(0)
+
+    def tell(self, key: str, x_TI: Tensor) -> None:
+        """The tokens of an input."""
+        if key not in self._left:
+            return
+        if key == self._held_key:
+            self._held = x_TI.clone()
+            return
+        self._left.remove(key)
+        original = self._kept.pop(key, None)
+        # A row of one is not that of the other where only some tokens come.
+        if original is not None and (len(x_TI) != len(original) or len(x_TI) % self._tokens):
+            original = None
+        self._seen(key, x_TI, original)
+        if not self._left:
+            raise _Enough
+
+    def release(self, lack_TO: Tensor) -> None:
+        """The tokens of the input that waited."""
+        assert self._held_key is not None
+        self._seen(self._held_key, self._held, None, lack_TO)
+
+
 class CalibrationStream:
-    """Hidden states of all sequences in two generations of files; generation i enters block i."""
+    """Hidden states of all sequences in two generations of files; generation i enters block i.
+
+    With `drift` those of the original model go along beside them, in `original`.
+    """
 
     def __init__(
         self,
@@ -49,6 +99,7 @@ class CalibrationStream:
         scratch: Path,
         gram_budget: int | None,
         stack: contextlib.ExitStack,
+        drift: bool = False,
     ) -> None:
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
@@ -56,6 +107,11 @@ class CalibrationStream:
             first, _ = model.calls(calibration.ids[:1])
         shape = (len(calibration.ids), *first.shape[1:])
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
+        self.original: HiddenStore | None = None
+        if drift:
+            self.original = stack.enter_context(
+                HiddenStore(scratch, shape, first.dtype, "original")
+            )
         self.batches = list(_batches(calibration, device))
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
@@ -65,7 +121,15 @@ class CalibrationStream:
             ids = self.calibration.ids[batch.start : batch.stop]
             hidden, _ = self.model.calls(ids, batch.mask)
             self.hidden.write(0, batch.start, hidden)
-        self.hidden.sync(0)
+            if self.original is not None:
+                self.original.write(0, batch.start, hidden)
+        self.sync(0)
+
+    def sync(self, generation: int) -> None:
+        """Returns once the generation is on the disk."""
+        self.hidden.sync(generation)
+        if self.original is not None:
+            self.original.sync(generation)
 
     def gather(
         self,
@@ -83,8 +147,8 @@ class CalibrationStream:
         `taps`: input key -> the keys in `needs` that take its tokens (default: itself).
         """
 
-        def forward(first: bool, callback: TapCallback) -> None:
-            tapped = callback if taps is None else _fan_out(callback, taps)
+        def forward(first: bool, keys: Set[str], seen: Seen) -> None:
+            tapped = seen if taps is None else _fan_out(seen, taps)
             self.forward(index, block, tapped, write=write and first)
 
         return gather(
@@ -112,25 +176,162 @@ class CalibrationStream:
         Inputs of the parameters named in `rounded` are rounded so.
         """
         for batch in self.batches:
-            with phase("reading"):
-                hidden = self.hidden.read(index, batch.start, batch.stop).to(self.device)
-            with phase("forward"), contextlib.ExitStack() as modes:
-                if callback is not None:
-                    modes.enter_context(self.model.tap(index, block, batch.mask, callback))
-                if rounded:
-                    modes.enter_context(QuantizedActivations(block, rounded))
-                out = self.model.run(block, hidden, self._call(index, batch))
+            out = self._run(index, block, batch, self.hidden, callback, rounded)
             if write:
                 with phase("writing"):
                     self.hidden.write(index + 1, batch.start, out)
 
+    def _run(
+        self,
+        index: int,
+        block: nn.Module,
+        batch: Batch,
+        store: HiddenStore,
+        callback: TapCallback | None,
+        rounded: Mapping[str, InputRounding] | None = None,
+    ) -> Tensor:
+        """The block's output for a batch of one of the two streams."""
+        with phase("reading"):
+            hidden = store.read(index, batch.start, batch.stop).to(self.device)
+        with phase("forward"), contextlib.ExitStack() as modes:
+            if callback is not None:
+                modes.enter_context(self.model.tap(index, block, batch.mask, callback))
+            if rounded:
+                modes.enter_context(QuantizedActivations(block, rounded))
+            return self.model.run(block, hidden, self._call(index, batch))
+
+    def gather_paired(
+        self,
+        index: int,
+        original: nn.Module,
+        block: nn.Module,
+        needs: Mapping[str, Needs],
+        features: Mapping[str, int],
+        *,
+        rounded: Mapping[str, InputRounding],
+        write: bool,
+        summand: str | None = None,
+    ) -> StatsBook:
+        """Statistics of the block's inputs beside those of its original on its own hidden states.
+
+        Inputs of the block's parameters named in `rounded` are rounded so.  With `write` what the
+        original hands on is stored.  Of the input `summand` the tokens come with what the block's
+        output lacks, which takes both runs to their end.
+        """
+
+        def forward(first: bool, keys: Set[str], seen: Seen) -> None:
+            paired = {key for key in keys if needs[key].drift and key != summand}
+            whole = summand in keys
+            for batch in self.batches:
+                kept, wanted = self._original_inputs(
+                    index, original, batch, paired, write=write and first, whole=whole
+                )
+                told = _Told(seen, set(keys), kept, self._tokens(batch), held=summand)
+                with contextlib.suppress(_Enough):
+                    out = self._run(index, block, batch, self.hidden, told.tell, rounded)
+                    if wanted is not None and whole:
+                        told.release(self._rows(batch, wanted.float() - out.float()))
+
+        return gather(
+            needs,
+            features,
+            forward,
+            directory=self.scratch,
+            budget=self.gram_budget,
+            stream="quantized",
+            device=self.device,
+            label=self.model.block_path(index),
+        )
+
+    def adds_up(self, index: int, block: nn.Module, ref: WeightRef) -> bool:
+        """Whether the outputs of a matrix are a summand of the block's, on the first batch."""
+        batch, found = self.batches[0], {}
+
+        def keep(key: str, x_TI: Tensor) -> None:
+            if key == ref.input:
+                found[key] = x_TI.to(torch.float32)
+
+        def rows(callback: TapCallback | None) -> Tensor:
+            out = self._run(index, block, batch, self.hidden, callback)
+            return self._rows(batch, out.to(torch.float32))
+
+        whole, weight = rows(keep), self.model.weight(block, ref)
+        own = found[ref.input] @ weight.to(torch.float32).t()
+        kept = weight.clone()
+        weight.zero_()
+        rest = rows(None)
+        weight.copy_(kept)
+        if own.shape != whole.shape:
+            return False
+        return bool((whole - rest - own).norm() <= _ROUNDED * own.norm())
+
+    def forward_original(self, index: int, block: nn.Module) -> None:
+        """Stores what the original hands on to the next block."""
+        assert self.original is not None
+        for batch in self.batches:
+            out = self._run(index, block, batch, self.original, None)
+            with phase("writing"):
+                self.original.write(index + 1, batch.start, out)
+
+    def _original_inputs(
+        self,
+        index: int,
+        original: nn.Module,
+        batch: Batch,
+        keys: Set[str],
+        *,
+        write: bool,
+        whole: bool,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What the original has at the inputs `keys`; runs no further than to the last of them.
+
+        With `write` or `whole` it runs to the end, and what it hands on comes too, or is stored.
+        """
+        assert self.original is not None
+        kept: dict[str, Tensor] = {}
+        out: Tensor | None = None
+        if not keys and not write and not whole:
+            return kept, out
+
+        def keep(key: str, x_TI: Tensor) -> None:
+            if key in keys:
+                kept[key] = x_TI.clone()
+                if len(kept) == len(keys) and not write and not whole:
+                    raise _Enough
+
+        with contextlib.suppress(_Enough):
+            out = self._run(index, original, batch, self.original, keep)
+            if write:
+                with phase("writing"):
+                    self.original.write(index + 1, batch.start, out)
+        return kept, out
+
+    def _tokens(self, batch: Batch) -> int:
+        """Tokens of a batch that count."""
+        if batch.mask is not None:
+            return int(batch.mask.sum())
+        return self.calibration.ids[batch.start : batch.stop].numel()
+
+    def _rows(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
+        """Hidden states [T, H] of the tokens that count."""
+        if batch.mask is not None:
+            return hidden_BTH[batch.mask.to(hidden_BTH.device).bool()]
+        return hidden_BTH.flatten(0, -2)
+
     def head_stats(self, features: int, needs: Needs, *, stream: Stream) -> Stats:
         """Statistics of what the output head reads: after the final norm."""
         stats = Stats.empty(features, needs, stream=stream, device=self.device)
-        for batch in self.batches:
-            hidden = self.hidden.read(self.model.num_blocks, batch.start, batch.stop)
+
+        def read(store: HiddenStore, batch: Batch) -> Tensor:
+            hidden = store.read(self.model.num_blocks, batch.start, batch.stop)
             x = self.model.head_hidden(hidden.to(self.device))
-            stats.update_(x[batch.mask] if batch.mask is not None else x.flatten(0, 1), name="head")
+            return x[batch.mask] if batch.mask is not None else x.flatten(0, 1)
+
+        for batch in self.batches:
+            original = None
+            if needs.drift and self.original is not None:
+                original = read(self.original, batch)
+            stats.update_(read(self.hidden, batch), name="head", original=original)
         stats.finish_()
         return stats
 

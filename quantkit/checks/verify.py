@@ -16,7 +16,13 @@ from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import verify_manifest
 from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
+from quantkit.checks.against import (
+    Vectors,
+    compare_copied,
+    compare_quantized,
+    compare_rescaled,
+    retargeted,
+)
 from quantkit.checks.result import Check, VerifyResult, finite_problems, value_problems
 from quantkit.checks.runtimes import compare_runtime
 from quantkit.checks.verify_container import check_files, container_checks
@@ -191,7 +197,7 @@ def _open(path: Path, checks: list[Check], reference: Path | None) -> _Opened | 
             stored=stored,
             entries=read_entries(report),
             unties_head=bool(report.get("unties_head", False)),
-            vectors=Vectors(folds_since(path, reference)),
+            vectors=Vectors(folds_since(path, reference), retargeted(report)),
         )
     except QuantkitError as error:
         checks.append(Check(name="headers", detail="cannot be read", problems=(str(error),)))

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
 from quantkit.checkpoint.record import REPORT, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.checks.against import Vectors, compare_copied, compare_quantized, compare_rescaled
+from quantkit.checks.against import (
+    Vectors,
+    compare_copied,
+    compare_quantized,
+    compare_rescaled,
+    retargeted,
+)
 from quantkit.checks.result import Check, finite_problems, value_problems
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
 from quantkit.formats.format import format_of
@@ -52,7 +58,8 @@ def container_checks(
     try:
         view = _opened(file)
         folds = folds_since(view.home, None if reference is None else reference.home)
-        vectors = Vectors(_named(folds, view))
+        moved = retargeted(read_report(file.parent) or {})
+        vectors = Vectors(_named(folds, view), moved)
         model = skeleton.build(view, trust_remote_code=False, dtype=None)
         view.transposed = skeleton.conv1d_names(model, view.names())
         names = map_names(model, view)
@@ -318,7 +325,8 @@ def _gguf_tensor(
         squares += error
         total += float(expected.square().sum(dtype=torch.float64))
     error = (squares / total) ** 0.5 if total else float("inf") if squares else 0.0
-    tally.add(name, error, _limit(label, other, folded=folded))
+    limit = _limit(label, other, folded=folded, retargeted=vectors.retargeted)
+    tally.add(name, error, limit)
 
 
 def _expected(name: str, original: Tensor, vectors: Vectors, start: int) -> list[Tensor]:
@@ -331,9 +339,12 @@ def _expected(name: str, original: Tensor, vectors: Vectors, start: int) -> list
     return [(original.float() + offset) / rows - offset for offset in (0.0, 1.0)]
 
 
-def _limit(label: str, other: _Reference, *, folded: bool) -> float:
+def _limit(label: str, other: _Reference, *, folded: bool, retargeted: bool) -> float:
     """Largest relative error that a tensor's type explains."""
     if label in BLOCK_TYPES:
-        return _KEPT_LIMIT if other.kept else _LIMITS[BLOCK_TYPES[label].bits]
+        if other.kept:
+            return _KEPT_LIMIT
+        # A target lies as far from the weight as the errors before it ask for.
+        return _LIMITS[2 if retargeted else BLOCK_TYPES[label].bits]
     # A fold is rounded to the source's dtype; dense tensors are rounded to 16 bits at most.
     return 0.004 if folded else 0.0005

@@ -37,8 +37,9 @@ from quantkit.numbers.tensor import Scale
 if TYPE_CHECKING:
     from torch import Tensor
 
-PartKind = Literal["range", "rounding", "transform"]
+PartKind = Literal["target", "range", "rounding", "transform"]
 _PACKAGES: Mapping[str, str] = {
+    "target": "quantkit.methods.targets",
     "range": "quantkit.methods.ranges",
     "rounding": "quantkit.methods.rounding",
     "transform": "quantkit.methods.transforms",
@@ -73,6 +74,27 @@ class Rounded:
     degraded: str | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retargeted:
+    """A target's answer: float32 [O, I], and a note if it had to fall back (else None)."""
+
+    weight: Tensor
+    degraded: str | None = None
+
+
+@runtime_checkable
+class Target(Protocol):
+    """Chooses the weight that range and rounding are to come near to.  Rows are independent."""
+
+    def needs(self, scheme: Scheme) -> Needs:
+        """The statistics this target reads."""
+        ...
+
+    def __call__(self, weight_OI: Tensor, stats: Stats | None) -> Retargeted:
+        """What stands for a float32 weight."""
+        ...
 
 
 @runtime_checkable

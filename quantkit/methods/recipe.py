@@ -15,7 +15,15 @@ from typing import Any
 
 from quantkit.checkpoint.door import RECIPE_BYTES, given_path, read_plain
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.methods.parts import PartKind, Range, Rounding, Transform, code_of, make_part
+from quantkit.methods.parts import (
+    PartKind,
+    Range,
+    Rounding,
+    Target,
+    Transform,
+    code_of,
+    make_part,
+)
 from quantkit.methods.plain_yaml import parse_yaml
 from quantkit.methods.stats import Needs
 from quantkit.numbers.scheme import Scheme
@@ -25,6 +33,7 @@ _KEYS = (
     "summary",
     "scheme",
     "fit",
+    "target",
     "range",
     "rounding",
     "transforms",
@@ -95,6 +104,7 @@ class Recipe:
     summary: str
     scheme: Scheme
     fit: bool = False
+    target: PartSpec | None = None
     range: PartSpec
     rounding: PartSpec
     transforms: tuple[PartSpec, ...] = ()
@@ -107,6 +117,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_size(self.samples, self.seq_len)
+        if self.target is not None and not self.propagate:
+            raise RecipeError(
+                f"target {self.target.name} needs `propagate: true`: it makes up for the errors of "
+                "the blocks before"
+            )
         if self.transforms and not self.calibrated:
             raise RecipeError(
                 f"transform {self.transforms[0].name} finds nothing to work on with "
@@ -129,7 +144,7 @@ class Recipe:
         calibration = data.get("calibration") or {}
         if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
-        head, mtp = data.get("head"), data.get("mtp")
+        head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -141,6 +156,7 @@ class Recipe:
             summary=str(data.get("summary", "")),
             scheme=Scheme.parse(str(data["scheme"])),
             fit=fit,
+            target=None if target is None else PartSpec.from_value("target", target),
             range=PartSpec.from_value("range", data["range"]),
             rounding=PartSpec.from_value("rounding", data["rounding"]),
             transforms=tuple(PartSpec.from_value("transform", t) for t in transforms),
@@ -167,6 +183,8 @@ class Recipe:
         }
         if self.fit:
             data["fit"] = True
+        if self.target is not None:
+            data["target"] = self.target.to_value()
         if self.head is not None:
             data["head"] = self.head.name
         if self.mtp is not None:
@@ -176,6 +194,13 @@ class Recipe:
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches the checkpoint name; None if none does."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def make_target(self) -> Target | None:
+        """The target part; None where a weight's own outputs are the target."""
+        if self.target is None:
+            return None
+        part: Target = make_part("target", self.target.name, dict(self.target.options))
+        return part
 
     def make_range(self) -> Range:
         """The range part."""
@@ -198,11 +223,14 @@ class Recipe:
             ("rounding", self.rounding),
         ]
         kinds += [("transform", part) for part in self.transforms]
+        if self.target is not None:
+            kinds.append(("target", self.target))
         return " ".join(filter(None, (code_of(kind, part.name) for kind, part in kinds)))
 
     def needs(self, scheme: Scheme) -> Needs:
         """The statistics this method reads for a weight of that scheme."""
-        needs = input_needs(self.make_range(), self.make_rounding(), scheme)
+        parts = self.make_target(), self.make_range(), self.make_rounding()
+        needs = input_needs(parts, scheme)
         for transform in self.make_transforms():
             needs |= transform.needs(scheme)
         return needs
@@ -236,9 +264,11 @@ def check_size(samples: int, seq_len: int) -> None:
         )
 
 
-def input_needs(range_part: Range, rounding: Rounding, scheme: Scheme) -> Needs:
-    """The statistics that a range, a rounding and the scheme itself read at an input."""
-    needs = range_part.needs(scheme) | rounding.needs(scheme)
+def input_needs(parts: tuple[Target | None, Range, Rounding], scheme: Scheme) -> Needs:
+    """The statistics that a method's parts and the scheme itself read at an input."""
+    needs = Needs()
+    for part in parts:
+        needs |= Needs() if part is None else part.needs(scheme)
     return needs | Needs(moments=True) if scheme.static_input else needs
 
 

@@ -32,11 +32,13 @@ class Needs:
     """Which statistics a method reads; the rest is not gathered.
 
     `gram` is 0 for none, -1 for the full matrix, or a block size for its block diagonal only.
+    `drift` takes a second run, of the original model on its own hidden states.
     """
 
     moments: bool = False
     gram: int = 0
     sample: bool = False
+    drift: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         gram = max(self.gram, other.gram)
@@ -46,10 +48,11 @@ class Needs:
             moments=self.moments or other.moments,
             gram=gram,
             sample=self.sample or other.sample,
+            drift=self.drift or other.drift,
         )
 
     def __bool__(self) -> bool:
-        return self.moments or self.gram != 0 or self.sample
+        return self.moments or self.gram != 0 or self.sample or self.drift
 
 
 @dataclass(kw_only=True)
@@ -63,6 +66,10 @@ class Stats:
     gram         float32 [I, I] = XᵀX, or [I/g, g, g] its block diagonal, or None
     sample       up to 512 token rows [S, I] in the activation's dtype, chosen by a hash of the
                  token's position (`sample_keys` int64 [S]), so batching does not change it
+    drift        float32 [I, I] = Xᵀ(X₀ - X), X₀ what the original model has where this one has X;
+                 None if not asked for, or if not every token comes here (routed experts)
+    lack         float32 [I, O] = XᵀR, R what the block's output lacks of the original's before the
+                 last matrix is quantized, if that matrix adds to it; then there is no drift
     stream       whose activations: the original model's, or the ones carrying quantization error
     factor       what methods/feedback.py keeps of the Gram matrix between a range and a rounding
     """
@@ -76,6 +83,8 @@ class Stats:
     gram: Tensor | None = None
     sample: Tensor | None = None
     sample_keys: Tensor | None = None
+    drift: Tensor | None = None
+    lack: Tensor | None = None
     factor: object | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -95,12 +104,25 @@ class Stats:
         elif needs.gram:
             assert features % needs.gram == 0, "group sizes are checked against shapes first"
             stats.gram = torch.zeros(features // needs.gram, needs.gram, needs.gram, device=device)
+        if needs.drift:
+            stats.drift = torch.zeros(features, features, device=device)
         if needs.sample:
             stats.sample_keys = torch.empty(0, dtype=torch.int64, device=device)
         return stats
 
-    def update_(self, x_TI: Tensor, *, name: str) -> None:
-        """Adds the tokens x [T, I].  Raises NumericsError naming the input if one is not finite."""
+    def update_(
+        self,
+        x_TI: Tensor,
+        *,
+        name: str,
+        original: Tensor | None = None,
+        lack_TO: Tensor | None = None,
+    ) -> None:
+        """Adds the tokens x [T, I].  Raises NumericsError naming the input if one is not finite.
+
+        original [T, I]: what the original model has for the same tokens; lack [T, O], in its place:
+        what the block's output lacks of the original's.
+        """
         if x_TI.shape[0] == 0:
             return
         x = x_TI.to(torch.float32)
@@ -120,6 +142,14 @@ class Stats:
                 self.gram.baddbmm_(grouped, grouped.transpose(1, 2))
             else:
                 add_gram_(self.gram, x_TI)
+        if self.drift is not None:
+            if original is None:
+                self.drift = None
+            else:
+                self.drift.addmm_(x.T, original.to(torch.float32) - x)
+        if lack_TO is not None:
+            added = x.T @ lack_TO.to(torch.float32)
+            self.lack = added if self.lack is None else self.lack.add_(added)
         if self.sample_keys is not None:
             self._update_sample_(x_TI)
         self.count += x_TI.shape[0]
@@ -143,6 +173,12 @@ class Stats:
         self.max_abs = torch.maximum(self.max_abs, other.max_abs)
         if self.gram is not None and other.gram is not None:
             self.gram += other.gram
+        if self.drift is None or other.drift is None:
+            self.drift = None
+        else:
+            self.drift += other.drift
+        if self.lack is not None and other.lack is not None:
+            self.lack += other.lack
         if other.sample is not None and other.sample_keys is not None:
             self._keep_smallest_(other.sample_keys, other.sample)
         self.count += other.count
@@ -167,9 +203,11 @@ class Stats:
     def rescaled(self, scale_I: Tensor) -> Stats:
         """The statistics of x / scale: what readers see once a transform divided by `scale`."""
         inverse = (1.0 / scale_I.to(torch.float64)).to(self.sum_abs.device)
-        gram = self.gram
+        gram, drift = self.gram, self.drift
+        factor = inverse.to(torch.float32)
+        if drift is not None:
+            drift = (drift * factor[:, None]).mul_(factor[None, :])
         if gram is not None:
-            factor = inverse.to(torch.float32)
             if gram.ndim == 3:
                 factor = factor.view(gram.shape[0], -1)
                 gram = gram * factor[:, :, None] * factor[:, None, :]
@@ -188,6 +226,8 @@ class Stats:
             gram=gram,
             sample=sample,
             sample_keys=self.sample_keys,
+            drift=drift,
+            lack=None if self.lack is None else self.lack * factor[:, None],
         )
 
 

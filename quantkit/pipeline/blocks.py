@@ -6,6 +6,7 @@ Letters: N sequences, T tokens, H hidden size, O out features, I in features, C 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.shared import BlockNeeds, MethodStats, SharedStats
 from quantkit.calibration.spans import phase
+from quantkit.calibration.staged import Staged, stages_of
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.shards import ShardWriter
 from quantkit.formats.format import PlannedWeight
-from quantkit.methods.parts import Range, Rounding
+from quantkit.methods.parts import Range, Rounding, Target
 from quantkit.methods.recipe import input_needs, load_recipe
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.causal import CausalModel
@@ -72,6 +74,7 @@ class BlockWork:
         self.model, self.plan, self.calibration = model, plan, calibration
         recipe = plan.recipe
         self.transforms = recipe.make_transforms()
+        self.target = recipe.make_target()
         self.range, self.rounding = recipe.make_range(), recipe.make_rounding()
         self.steps = ["outside"]
         if calibration is not None:
@@ -111,6 +114,7 @@ class BlockWork:
                 scratch=scratch,
                 gram_budget=gram_budget,
                 stack=stack,
+                drift=self.target is not None,
             )
 
     def run(self, step: str) -> Record:
@@ -158,11 +162,16 @@ class BlockWork:
         with phase("reading"):
             block = self.model.load_block(index)
         propagate = self.plan.recipe.propagate
-        book = self._statistics(index, block)
+        book: Book | Staged | None = self._statistics(index, block)
         with phase("transform"):
             folded = self._fold(index, block, book)
         rounded: dict[str, InputRounding] = {}
+        if self.target is not None:
+            book = self._staged(index, block, rounded)
         weights = list(self._quantize(index, block, book, rounded))
+        if isinstance(book, Staged):
+            book.close()
+        del book
         with phase("writing"):
             self._write_kept(index, block)
         last = index == self.model.num_blocks - 1 and self.plan.head is None
@@ -170,7 +179,7 @@ class BlockWork:
             if propagate:
                 self.stream.forward(index, block, None, write=True, rounded=rounded)
             with phase("fsync"):
-                self.stream.hidden.sync(index + 1)
+                self.stream.sync(index + 1)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
     def _write_kept(self, index: int, block: nn.Module) -> None:
@@ -189,8 +198,10 @@ class BlockWork:
             return None
         if self.shared is not None:
             return self.shared.stats.book(self.shared.number, index)
-        wanted = block_needs(self.plan, index)
+        wanted = block_needs(self.plan, index, parts=self.target is None)
         propagate = self.plan.recipe.propagate
+        if self.target is not None and not wanted.needs:
+            return None
         return self.stream.gather(
             index,
             block,
@@ -200,7 +211,34 @@ class BlockWork:
             write=not propagate,
         )
 
-    def _fold(self, index: int, block: nn.Module, book: Book | None) -> tuple[str, ...]:
+    def _staged(
+        self, index: int, block: nn.Module, rounded: dict[str, InputRounding]
+    ) -> Staged | None:
+        """Statistics beside the original's, from a copy of the block as it is now."""
+        if self.stream is None:
+            return None
+        wanted = block_needs(self.plan, index, transforms=False)
+        keys: dict[str, bool] = {}
+        readers: dict[str, list[WeightRef]] = {}
+        for key, refs in self.plan.input_groups(index):
+            keys[key] = refs[0].role == "expert"
+            readers.setdefault(key, []).extend(refs)
+        alone = [refs[0] for refs in list(readers.values())[-1:] if len(refs) == 1]
+        last = next((ref for ref in alone if ref.role == "linear"), None)
+        return Staged(
+            self.stream,
+            index,
+            original=copy.deepcopy(block),
+            block=block,
+            needs=wanted.needs,
+            features=wanted.features,
+            stages=stages_of(list(keys.items())),
+            rounded=rounded,
+            write=index < self.model.num_blocks - 1 or self.plan.head is not None,
+            last=last,
+        )
+
+    def _fold(self, index: int, block: nn.Module, book: Book | Staged | None) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
         schemes = {
             ref.name: None if scheme is None else self._stored(ref, scheme)
@@ -210,7 +248,7 @@ class BlockWork:
         vectors = FoldVectors(self.plan.folds[index])
         changed: list[str] = []
         for group in self.plan.groups[index]:
-            assert book is not None, "transforms are calibrated"
+            assert isinstance(book, Book), "transforms are calibrated"
             for transform in self.transforms:
                 # All inputs carry the same channels; the one with most tokens knows them best.
                 key = max(group.inputs, key=book.count)
@@ -229,7 +267,11 @@ class BlockWork:
         return tuple(dict.fromkeys(changed))
 
     def _quantize(
-        self, index: int, block: nn.Module, book: Book | None, rounded: dict[str, InputRounding]
+        self,
+        index: int,
+        block: nn.Module,
+        book: Book | Staged | None,
+        rounded: dict[str, InputRounding],
     ) -> Iterator[WeightRecord]:
         """Quantizes a block's weights; `rounded` receives parameters whose inputs are, and how."""
         for key, refs in self.plan.input_groups(index):
@@ -252,9 +294,9 @@ class BlockWork:
         refs: Sequence[WeightRef],
         weights: Sequence[Tensor],
         stats: Stats | None,
-        parts: tuple[Range, Rounding] | None = None,
+        parts: tuple[Target | None, Range, Rounding] | None = None,
     ) -> list[Solved]:
-        range_part, rounding = parts or (self.range, self.rounding)
+        target, range_part, rounding = parts or (self.target, self.range, self.rounding)
         scheme = self.plan.scheme_of(refs[0])
         # What readers decode to: the checkpoint's dtype, but for ggml's blocks.
         stored = self.model.source.info(refs[0].name).dtype
@@ -263,6 +305,7 @@ class BlockWork:
             weights,
             self._stored(refs[0], scheme),
             stats,
+            target=target,
             range_part=range_part,
             rounding=rounding,
             dtype=torch.float32 if scheme.kind == "ggml" else stored,
@@ -283,7 +326,7 @@ class BlockWork:
         head = self.plan.head
         assert head is not None
         scheme = self.plan.scheme_of(head)
-        needs = input_needs(self.range, self.rounding, scheme)
+        needs = input_needs((self.target, self.range, self.rounding), scheme)
         needs = _fitting(needs, head.shape[1])
         stats: Stats | None = None
         if self.stream is not None and needs:
@@ -304,7 +347,7 @@ class BlockWork:
         for _, refs in self.plan.extra_groups():
             weights = [self.model.source.read(ref.name).to(self.model.dtype) for ref in refs]
             weights = [w.t() if r.transposed else w for r, w in zip(refs, weights, strict=True)]
-            parts = plain.make_range(), plain.make_rounding()
+            parts = None, plain.make_range(), plain.make_rounding()
             for solved in self._solve(refs, weights, None, parts):
                 self._put(self.plan.weight_of[solved.ref.name], solved)
                 self.tell(f"{solved.ref.name.removesuffix('.weight')} {solved.cost.error:.1e}")
@@ -338,17 +381,24 @@ class BlockWork:
         return [info.name for fate in fates for info in fate.output]
 
 
-def block_needs(plan: Plan, index: int) -> BlockNeeds:
-    """The statistics that a plan's method reads at the inputs of a block."""
+def block_needs(
+    plan: Plan, index: int, *, parts: bool = True, transforms: bool = True
+) -> BlockNeeds:
+    """The statistics that a plan's method reads at the inputs of a block.
+
+    Those of its target, range and rounding, those of its transforms, or both.
+    """
     recipe = plan.recipe
-    range_part, rounding = recipe.make_range(), recipe.make_rounding()
+    solving = recipe.make_target(), recipe.make_range(), recipe.make_rounding()
     needs: dict[str, Needs] = {}
     features: dict[str, int] = {}
-    for key, refs in plan.input_groups(index):
-        scheme = plan.scheme_of(refs[0])
-        needs[key] = input_needs(range_part, rounding, scheme)
+    for key, refs in plan.input_groups(index) if parts else ():
+        needs[key] = input_needs(solving, plan.scheme_of(refs[0]))
+        if refs[0].role == "expert":
+            # The two models route differently.
+            needs[key] = dataclasses.replace(needs[key], drift=False)
         features[key] = refs[0].shape[1]
-    for group in plan.groups[index]:
+    for group in plan.groups[index] if transforms else ():
         for transform in recipe.make_transforms():
             for key in group.inputs:
                 needs[key] = needs.get(key, Needs()) | transform.needs(recipe.scheme)

@@ -69,9 +69,10 @@ def duration(
 ) -> float:
     """Seconds that a plan's run takes at these speeds."""
     recipe = plan.recipe
-    parts = (recipe.make_range(), recipe.make_rounding())
+    parts = (recipe.make_target(), recipe.make_range(), recipe.make_rounding())
     transforms = recipe.make_transforms()
-    gram = calibration is not None and recipe.needs(recipe.scheme).gram == -1
+    needs = recipe.needs(recipe.scheme)
+    gram = calibration is not None and needs.gram == -1
     work, own, weights = Work(), 0.0, 0
     fitted: dict[Scheme, int] = {}
     inputs: dict[tuple[int, str], int] = {}
@@ -92,12 +93,13 @@ def duration(
             fitted[scheme] = fitted.get(scheme, 0) + ref.shape[0] * ref.shape[1]
     if calibration is not None:
         tokens, length = calibration.ids.numel(), calibration.ids.shape[1]
-        runs = 2 if recipe.propagate else 1
+        runs = (2 if recipe.propagate else 1) + needs.drift
         width = model.text_config.hidden_size * model.num_blocks
         own += 2.0 * tokens * weights * runs
         own += sum(tokens * float(columns) ** 2 for columns in inputs.values()) if gram else 0.0
+        drift = sum(2.0 * tokens * float(columns) ** 2 for columns in inputs.values())
         work += Work(
-            products=4.0 * tokens * length * width * runs,
+            products=4.0 * tokens * length * width * runs + drift * needs.drift,
             passes=_MOMENT_PASSES * float(tokens) * sum(inputs.values())
             + _ACTIVATION_PASSES * float(tokens) * width * runs,
         )

@@ -5,6 +5,7 @@ Letters: I in features, O out features.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from quantkit.calibration.gather import gram_bytes
@@ -122,7 +123,8 @@ def predict(
             block_grams += 0 if key in inputs_seen else size
             inputs_seen.add(key)
             gram = max(gram, size)
-            factor = _FACTOR_COPIES * size if needs.gram == -1 else 0
+            square = gram_bytes(columns, dataclasses.replace(needs, drift=False))
+            factor = _FACTOR_COPIES * square if needs.gram == -1 and size else 0
             scheme = plan.scheme_of(refs[0])
             if scheme.kind == "ggml":
                 largest = max(ref.shape[0] for ref in refs)
@@ -138,6 +140,14 @@ def predict(
         width = max(max(ref.shape) for refs in plan.refs for ref in refs)
         # A gated MLP holds three activations of its width, statistics two float32 copies of one.
         forward = batch * width * (3 * model.dtype.itemsize + 2 * 4)
+        if needs.drift:
+            # The original's inputs of a block wait for those that are to be compared with them.
+            features = (
+                {key: refs[0].shape[1] for key, refs in plan.input_groups(index)}
+                for index in range(model.num_blocks)
+            )
+            inputs = max(sum(columns.values()) for columns in features)
+            forward += batch * (inputs * model.dtype.itemsize + 2 * width * 4)
     for _, refs in plan.extra_groups():
         rows, columns = sum(ref.shape[0] for ref in refs), refs[0].shape[1]
         solve = max(solve, (_SOLVE_COPIES + 1) * 4 * rows * columns)
@@ -151,11 +161,13 @@ def predict(
             solve = max(solve, size + matrix + working)
     speeds = Speeds.measure(model.dtype)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
+    hidden *= 1 + needs.drift
     spill = grams if calibration is not None else 0
     beside = side_bytes(model.source) if plan.layout.side_files is None else 0
     return Prediction(
         base=base,
-        block=block + 4 * largest_tensor,
+        # With a target the original of the block stays beside it.
+        block=block * (1 + needs.drift) + 4 * largest_tensor,
         forward=forward,
         gram=gram,
         grams=grams,

@@ -16,7 +16,7 @@ from quantkit.calibration.spans import phase
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import Extent, share_scales
 from quantkit.methods.fidelity import Cost, beyond_half, cost_of, unheld_groups
-from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Transform
+from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Target, Transform
 from quantkit.methods.stats import Stats
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.activations import static_input_scale
@@ -51,6 +51,7 @@ def quantize_weights(
     scheme: Scheme,
     stats: Stats | None,
     *,
+    target: Target | None,
     range_part: Range,
     rounding: Rounding,
     dtype: torch.dtype,
@@ -61,9 +62,15 @@ def quantize_weights(
     are solved rows by rows, which bounds their memory.
     """
     floats = [weight.to(torch.float32) for weight in weights]
+    astray: str | None = None
+    if target is not None:
+        with phase("target"):
+            moved = target(_stack(floats), stats)
+        floats = list(moved.weight.split([len(weight) for weight in floats]))
+        astray = moved.degraded
     if scheme.kind == "ggml":
         return [
-            _solve_blocks(ref, weight, scheme, stats, range_part, rounding, dtype)
+            _solve_blocks(ref, weight, scheme, stats, range_part, rounding, dtype, astray)
             for ref, weight in zip(refs, floats, strict=True)
         ]
     with phase("range"):
@@ -102,7 +109,7 @@ def quantize_weights(
                 dtype=dtype,
                 input_scale=input_scale,
             )
-            notes = (found[k].degraded, rounded.degraded, unseen)
+            notes = (astray, found[k].degraded, rounded.degraded, unseen)
             solved.append(_solved(refs[k], floats[k], tensor, scheme, stats, notes))
     return solved
 
@@ -115,9 +122,10 @@ def _solve_blocks(
     range_part: Range,
     rounding: Rounding,
     dtype: torch.dtype,
+    astray: str | None,
 ) -> Solved:
     """A weight on a block type's grid; rows are independent, so parts of them are solved apart."""
-    scales, codes, notes = [], [], []
+    scales, codes, notes = [], [], [astray]
     step = max(1, BLOCK_CHUNK // weight_OI.shape[1])
     for start in range(0, len(weight_OI), step):
         part = weight_OI[start : start + step].contiguous()

@@ -40,7 +40,8 @@ def candidates(
     seq_len: int | None = None,
     default_scheme: str | None = None,
 ) -> list[Candidate]:
-    """The methods at the given bits (none: each at its own), with recipes that do not propagate.
+    """The methods at the given bits (none: each at its own), with recipes that do not propagate, so
+    that each weight's own outputs are its target.
 
     `default_scheme`: what goes with a format, in the place of the methods' own.
 
@@ -51,7 +52,9 @@ def candidates(
     for method in dict.fromkeys(methods):
         own = load_recipe(method, samples=samples, seq_len=seq_len, default_scheme=default_scheme)
         for scheme in _widths(own.scheme, bits):
-            recipe = dataclasses.replace(own, scheme=Scheme.parse(scheme), propagate=False)
+            recipe = dataclasses.replace(
+                own, scheme=Scheme.parse(scheme), propagate=False, target=None
+            )
             found.append((method, recipe))
     if not found:
         raise RecipeError("name at least one method with --methods, as in rtn,awq,gptq")

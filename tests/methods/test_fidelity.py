@@ -48,6 +48,7 @@ def solve(
         [weight],
         scheme,
         stats,
+        target=None,
         range_part=recipe.make_range(),
         rounding=recipe.make_rounding(),
         dtype=torch.float32,

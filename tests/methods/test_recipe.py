@@ -31,7 +31,7 @@ def test_a_recipe_says_the_same_when_written_and_read(method: str, tmp_path: Pat
 
 
 def test_every_part_is_in_a_recipe_or_has_defaults() -> None:
-    for kind in ("range", "rounding", "transform"):
+    for kind in ("target", "range", "rounding", "transform"):
         for name in available(kind):
             make_part(kind, name, {})
 

@@ -27,6 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("range", "mse"),
         ("range", "weighted_mse"),
         ("rounding", "gptq"),
+        ("target", "qronos"),
         ("transform", "awq"),
         ("transform", "smoothquant"),
     ],

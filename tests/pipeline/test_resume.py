@@ -20,7 +20,7 @@ from quantkit.errors import OutputError, ResumeError
 from quantkit.pipeline import blocks
 from quantkit.pipeline.session import Job
 
-METHOD, SCHEME = "awq", "w4a16_g32_asym"
+METHOD, SCHEME = "best", "w4a16_g32_asym"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -208,7 +208,7 @@ def test_the_same_command_on_a_finished_output_says_so(
     message = capsys.readouterr().err
     assert "recipe was" in message and "--fresh" in message
     assert jobs.hashes(out) == whole
-    assert jobs.command(*line(llama, out, "--set", "rounding.name=gptq", "--fresh")) == 0
+    assert jobs.command(*line(llama, out, "--set", "rounding.name=nearest", "--fresh")) == 0
     assert jobs.hashes(out) != whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

@@ -44,7 +44,7 @@ def chosen(methods: list[str]) -> list[Candidate]:
         recipe = load_recipe(
             candidate.recipe.method, scheme=scheme, samples=jobs.SAMPLES, seq_len=jobs.SEQ_LEN
         )
-        data = {**recipe.to_dict(), "propagate": False}
+        data = {**recipe.to_dict(), "propagate": False, "target": None}
         found.append(
             Candidate(
                 name=candidate.name,

@@ -2,9 +2,9 @@
 
 Run with a Python that has auto-round 0.15:
     autoround_quantize.py MODEL OUT --calib-text FILE
-Symmetric 4 bit in groups of 128.  Calibration is the first ``samples * seq_len`` tokens of the
-text, tokenized at once, so that every tool under comparison sees the same tokens.  Prints one JSON
-line with the seconds taken by each part.
+Symmetric in groups of 128, 4 bits unless --bits says otherwise.  Calibration is the first
+``samples * seq_len`` tokens of the text, tokenized at once, so that every tool under comparison
+sees the same tokens.  Prints one JSON line with the seconds taken by each part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     rounder = AutoRound(
         model,
         tokenizer=tokenizer,
-        scheme="W4A16",
+        scheme=f"W{args.bits}A16",
         dataset=batches,
         nsamples=args.samples,
         seqlen=args.seq_len,
@@ -65,6 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--iters", type=int, default=200, help="0 is round-to-nearest")
+    parser.add_argument("--bits", type=int, default=4, choices=[2, 3, 4])
     parser.add_argument(
         "--format", default="auto_gptq", help="auto_gptq, llm_compressor, auto_round"
     )

@@ -33,6 +33,7 @@ def solve(
         [weight],
         recipe.scheme,
         stats,
+        target=None,
         range_part=recipe.make_range(),
         rounding=recipe.make_rounding(),
         dtype=torch.float32,

@@ -31,6 +31,7 @@ from quantkit.methods.recipe import Recipe, builtin_recipes, load_recipe
 from quantkit.methods.rounding.nearest import nearest_codes
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import decode_rows
+from quantkit.pipeline.options import QuantizeOptions
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -224,7 +225,7 @@ def test_command_lines_are_understood(line: str) -> None:
     given = commands()[name].make_context(name, arguments).params
     if name in ("quantize", "plan") and given["recipe"] is None:
         load_recipe(
-            given["method"],
+            given["method"] or QuantizeOptions(bits=given["bits"]).loaded.method,
             overrides=given["overrides"] or (),
             scheme=given["scheme"],
             skip=given["skip"] or (),

@@ -112,7 +112,7 @@ class CalibrationStream:
             self.original = stack.enter_context(
                 HiddenStore(scratch, shape, first.dtype, "original")
             )
-        self.batches = list(_batches(calibration, device))
+        self.batches = list(batches_of(calibration, device))
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
     def embed(self) -> None:
@@ -353,7 +353,8 @@ def _fan_out(callback: TapCallback, taps: Mapping[str, tuple[str, ...]]) -> TapC
     return tell
 
 
-def _batches(calibration: Calibration, device: str) -> Iterator[Batch]:
+def batches_of(calibration: Calibration, device: str) -> Iterator[Batch]:
+    """All sequences in their order, as many at a time as the kind of device takes."""
     size = max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])
     for start in range(0, len(calibration.ids), size):
         mask = calibration.mask[start : start + size]

@@ -271,6 +271,25 @@ def _is_empty(folder: Path, but: str | None = None) -> bool:
     )
 
 
+def earlier_fingerprint(out: Path) -> dict[str, str]:
+    """The fingerprint of the run that completed `out`, or else began it; empty if there is none.
+
+    What is damaged counts as none: opening the output says so.
+    """
+    out = given_path(out)
+    journal = out.with_name(f"{out.name}.partial") / _SCRATCH / _JOURNAL
+    try:
+        if _has_manifest(out):
+            return read_json(out / FINGERPRINT, largest=RECORD_BYTES, error=OutputError)
+        if journal.is_file():
+            with journal.open("rb") as lines:
+                found = json.loads(lines.readline(RECORD_BYTES))
+            return found if isinstance(found, dict) else {}
+    except (OutputError, OSError, ValueError):
+        pass
+    return {}
+
+
 def refuse_unfinished(path: str | os.PathLike[str]) -> None:
     """Raises CheckpointError if the directory is an output that was never finished.
 

@@ -61,7 +61,7 @@ def quantize(
     began = time.monotonic()
 
     try:
-        job = _job(model, options)
+        job = _job(model, options, out)
         from quantkit.pipeline.session import run
 
         if evaluate or fail_if:
@@ -106,7 +106,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
 ) -> None:
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
-    job = _job(model, options)
+    job = _job(model, options, out)
     from quantkit.cli.summary import plan_json, plan_text
 
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
@@ -245,7 +245,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_eval.bench)
 
 
-def _job(model: str, options: QuantizeOptions) -> Job:
+def _job(model: str, options: QuantizeOptions, out: Path | None) -> Job:
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.pipeline.asked import open_asked
 
@@ -254,7 +254,7 @@ def _job(model: str, options: QuantizeOptions) -> Job:
 
     if options.max_ram_bytes is not None:
         return_large_blocks()
-    return prepare(source, options)
+    return prepare(source, options, out=out)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -20,6 +20,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "method": plan.recipe.method,
         "scheme": plan.recipe.scheme.name,
         "fitted": plan.fitted,
+        **({} if job.budget is None else {"budget": job.budget.reported(plan)}),
         "format": plan.format.name,
         "readers": dict(plan.readers),
         "notes": list(plan.notes),
@@ -68,7 +69,9 @@ def plan_text(job: Job) -> str:
 def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The final summary as JSON values."""
     report = read_report(outcome.out)
-    told = ("method", "scheme", "format", "size", "readers", "notes", "degraded", "side_files")
+    told = ["method", "scheme", "format", "size", "readers", "notes", "degraded", "side_files"]
+    if job.budget is not None:
+        told.append("budget")
     return {
         "out": str(outcome.out),
         "written": outcome.written,
@@ -118,6 +121,8 @@ def _totals(job: Job) -> list[str]:
         f"bits       {plan.bits_per_weight:.3f} per weight, "
         f"{plan.bits_per_quantized_weight:.3f} among the quantized",
     ]
+    if job.budget is not None:
+        lines.append(f"budget     {job.budget.line(plan)}")
     if plan.fitted is not None:
         lines.append(f"groups     {plan.fitted}")
     for runtime, reason in plan.readers.items():

@@ -89,9 +89,10 @@ def quantize(
     if isinstance(model, str | os.PathLike):
         if asked.out is None:
             raise OutputError("a model given by path is streamed to disk: say where with out=")
-        job = prepare(os.fspath(model), asked, tokenizer=asked.tokenizer)
+        job = prepare(os.fspath(model), asked, tokenizer=asked.tokenizer, out=Path(asked.out))
         return _run(job, Path(asked.out), asked, began)
-    job = prepare(model, asked, tokenizer=asked.tokenizer)
+    kept = None if asked.out is None else Path(asked.out)
+    job = prepare(model, asked, tokenizer=asked.tokenizer, out=kept)
     if job.plan.layout.side_files is not None:
         raise FormatError(
             f"a model in memory is changed in place, and {job.plan.format.name} is a file for "

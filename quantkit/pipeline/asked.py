@@ -31,6 +31,7 @@ def open_asked(
     """
     for request in requests:
         check_seed(request.seed)
+        request.check_budget()
         _ = request.loaded, request.max_ram_bytes, request.max_vram_bytes, request.max_shard_bytes
         _ = request.until_seconds
         if request.format is not None:

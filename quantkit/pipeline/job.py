@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from quantkit.calibration.tokens import (
 )
 from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
+from quantkit.checkpoint.output import earlier_fingerprint
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
@@ -27,6 +30,7 @@ from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
 from quantkit.pipeline.asked import device_of, open_asked, whole_format
+from quantkit.pipeline.budget.choose import Choice, choose
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
@@ -36,16 +40,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _VERSIONED = ("torch", "transformers", "numpy")
+# The field of the fingerprint that holds what a budget chose.
+_CHOICE = "budget"
 
 
 def prepare(
-    given: str | PreTrainedModel | Reader, request: QuantizeOptions, *, tokenizer: Any = None
+    given: str | PreTrainedModel | Reader,
+    request: QuantizeOptions,
+    *,
+    tokenizer: Any = None,
+    out: Path | None = None,
 ) -> Job:
-    """The job for a request; reads configuration and calibration text, no weights.
+    """The job for a request; reads configuration and calibration text, weights for `bits` only.
+
+    With `bits`, what an earlier run to `out` chose is taken again.
 
     Raises the QuantkitError of whatever does not work out, before anything is written.
     """
-    (job,) = prepare_all(given, [request], tokenizer=tokenizer)
+    (job,) = prepare_all(given, [request], tokenizer=tokenizer, out=out)
     return job
 
 
@@ -54,6 +66,7 @@ def prepare_all(
     requests: Sequence[QuantizeOptions],
     *,
     tokenizer: Any = None,
+    out: Path | None = None,
 ) -> list[Job]:
     """The jobs of several requests that differ in recipe and format only.
 
@@ -77,6 +90,24 @@ def prepare_all(
         dtype=_compute_dtype(device, requests),
         device=device,
     )
+    shared: Calibration | None = None
+    budgets: list[Choice | None] = [None] * len(requests)
+    if any(request.bits is not None for request in requests):
+        shared = _calibration(model, source, first, tokenizer)
+        model.check_replay(shared.ids[:1, :64])
+        earlier = {} if out is None or first.fresh else earlier_fingerprint(out)
+        budgets = [
+            None
+            if request.bits is None
+            else choose(model, request, shared, device=device, earlier=earlier.get(_CHOICE))
+            for request in requests
+        ]
+        requests = [
+            request
+            if choice is None
+            else dataclasses.replace(request, recipe=choice.applied(request.loaded))
+            for request, choice in zip(requests, budgets, strict=True)
+        ]
     plans = [
         make_plan(
             model,
@@ -88,12 +119,13 @@ def prepare_all(
         for request in requests
     ]
     calibrated = next((request for request in requests if request.loaded.calibrated), None)
-    shared: Calibration | None = None
-    if calibrated is not None:
+    if calibrated is not None and shared is None:
         shared = _calibration(model, source, calibrated, tokenizer)
         model.check_replay(shared.ids[:1, :64])
     jobs = []
-    for request, plan in zip(requests, plans, strict=True):
+    for request, plan, choice in zip(requests, plans, budgets, strict=True):
+        if request.reader is not None and (reason := plan.readers[request.reader]) is not None:
+            raise FormatError(f"--for {request.reader}: {reason}")
         calibration = shared if request.loaded.calibrated else None
         prediction = predict(model, plan, calibration, device=device)
         prediction.check(request.max_ram_bytes)
@@ -105,13 +137,24 @@ def prepare_all(
                 plan=plan,
                 calibration=calibration,
                 prediction=prediction,
-                fingerprint=_fingerprint(source, request, calibration, plan.format, device),
+                fingerprint={
+                    **_fingerprint(source, request, calibration, plan.format, device),
+                    **_chosen(choice),
+                },
+                budget=choice,
                 max_ram=request.max_ram_bytes,
                 max_vram=max_vram,
                 device=device,
             )
         )
     return jobs
+
+
+def _chosen(choice: Choice | None) -> dict[str, str]:
+    """What a budget adds to the fingerprint, where a run that goes on finds the choice."""
+    if choice is None:
+        return {}
+    return {"bits": choice.asked, _CHOICE: json.dumps(choice.to_dict(), sort_keys=True)}
 
 
 def _calibration(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quantkit.methods.recipe import Recipe
 
 DEFAULT_METHOD = "awq"
+BUDGET_METHOD = "best"
+_BITS_OF = ("linears", "model")
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(rf"(?:{_NUMBER}h)?\s*(?:{_NUMBER}m)?\s*(?:{_NUMBER}s)?")
 
@@ -53,7 +55,7 @@ class QuantizeOptions:
         metadata=_told(
             "--method",
             "a built-in method, see `quantkit methods`; without it and `--recipe` `awq`, for gguf "
-            "`gptq`",
+            "`gptq`, with `--bits` `best`",
         ),
     )
     out: str | os.PathLike[str] | None = field(
@@ -76,6 +78,37 @@ class QuantizeOptions:
                 "is fitted to the shapes"
             ),
             shown="the recipe's",
+        ),
+    )
+    bits: float | None = field(
+        default=None,
+        metadata=_told(
+            "--bits",
+            (
+                "a mean of bits per weight instead of a scheme: the mix of schemes with the least "
+                "loss that takes no more; see [budgets](budget.md)"
+            ),
+            type=float | None,
+        ),
+    )
+    bits_of: str = field(
+        default="linears",
+        metadata=_told(
+            "--bits-of",
+            (
+                "what `--bits` counts: the quantized `linears` with scales and zeros, or all of "
+                "the `model`"
+            ),
+            shown="`linears`",
+            type=str,
+        ),
+    )
+    reader: str | None = field(
+        default=None,
+        metadata=_told(
+            "--for",
+            "the runtime that has to read the mix of `--bits`: `transformers` or `vllm`",
+            shown="the one with the least loss",
         ),
     )
     format: str | None = field(
@@ -259,6 +292,8 @@ class QuantizeOptions:
             scheme = None if self.scheme is None else Scheme.parse(self.scheme)
             fmt = asked_format(self.format, scheme)
             method = fmt.default_method if isinstance(fmt, WholeFormat) else DEFAULT_METHOD
+            if self.bits is not None:
+                method = BUDGET_METHOD
         return load_recipe(
             method,
             path=None if self.recipe is None else Path(self.recipe),
@@ -271,6 +306,22 @@ class QuantizeOptions:
             seq_len=self.seq_len,
             default_scheme=default_scheme(self.format),
         )
+
+    def check_budget(self) -> None:
+        """Raises RecipeError if the options of a budget contradict themselves or others."""
+        if self.bits is None:
+            if self.reader is not None or self.bits_of != "linears":
+                raise RecipeError("--for and --bits-of say more about --bits; give --bits too")
+            return
+        if self.bits_of not in _BITS_OF:
+            raise RecipeError(f"--bits-of {self.bits_of!r}: choose {' or '.join(_BITS_OF)}")
+        if not 0 < self.bits <= 32:
+            raise RecipeError(f"--bits {self.bits}: give a mean of bits per weight, as in 4.25")
+        if self.scheme is not None:
+            raise RecipeError(
+                f"--bits {self.bits:g} chooses schemes and --scheme {self.scheme} names one; give "
+                "one of the two"
+            )
 
     @property
     def max_ram_bytes(self) -> int | None:

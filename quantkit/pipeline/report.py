@@ -14,6 +14,7 @@ import jinja2
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
 from quantkit.model.provenance import FATES
+from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
 
@@ -26,6 +27,8 @@ def build_report(
     calibration: Calibration | None,
     records: Sequence[Record],
     fingerprint: Mapping[str, str],
+    *,
+    budget: Choice | None = None,
 ) -> dict[str, Any]:
     """The report as JSON values, in a fixed order."""
     weights = [weight for record in records for weight in record.weights]
@@ -38,6 +41,7 @@ def build_report(
         "format": plan.format.name,
         "model_type": plan.model_type,
         "recipe": plan.recipe.to_dict(),
+        **({} if budget is None else {"budget": budget.reported(plan)}),
         "size": {
             "source_bytes": source_bytes,
             "bytes": plan.layout.num_bytes,

@@ -25,6 +25,7 @@ from quantkit.errors import StoppedError
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import keep_source_folds
 from quantkit.pipeline.blocks import BlockWork, SharedMethod
+from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.finish import write_finished_files
 from quantkit.pipeline.options import format_duration
 from quantkit.pipeline.plan import Plan
@@ -48,6 +49,7 @@ class Job:
     max_ram: int | None = None
     max_vram: int | None = None
     device: str = "cpu"
+    budget: Choice | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,7 @@ class Session:
                 job.calibration,
                 [self._done[step] for step in self._work.steps],
                 job.fingerprint,
+                budget=job.budget,
             ),
             recipe=job.plan.recipe.to_dict(),
             run={

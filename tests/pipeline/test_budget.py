@@ -162,7 +162,7 @@ def test_a_loss_is_that_of_the_model_with_the_group_alone_quantized(
             for ref in groups[k].refs:
                 (solved,) = quantize_weights(
                     [ref], [state[ref.name]], probed, None,
-                    range_part=recipe.make_range(), rounding=recipe.make_rounding(),
+                    target=None, range_part=recipe.make_range(), rounding=recipe.make_rounding(),
                     dtype=torch.float32,
                 )  # fmt: skip
                 state[ref.name].copy_(solved.tensor.dequantize())

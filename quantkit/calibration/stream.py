@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantkit.calibration.gather import Seen, StatsBook, gather
+from quantkit.calibration.gather import Forward, Seen, StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
@@ -151,16 +151,7 @@ class CalibrationStream:
             tapped = seen if taps is None else _fan_out(seen, taps)
             self.forward(index, block, tapped, write=write and first)
 
-        return gather(
-            needs,
-            features,
-            forward,
-            directory=self.scratch,
-            budget=self.gram_budget,
-            stream=stream,
-            device=self.device,
-            label=self.model.block_path(index),
-        )
+        return self._gathered(index, needs, features, forward, stream)
 
     def forward(
         self,
@@ -180,6 +171,25 @@ class CalibrationStream:
             if write:
                 with phase("writing"):
                     self.hidden.write(index + 1, batch.start, out)
+
+    def _gathered(
+        self,
+        index: int,
+        needs: Mapping[str, Needs],
+        features: Mapping[str, int],
+        forward: Forward,
+        stream: Stream,
+    ) -> StatsBook:
+        return gather(
+            needs,
+            features,
+            forward,
+            directory=self.scratch,
+            budget=self.gram_budget,
+            stream=stream,
+            device=self.device,
+            label=self.model.block_path(index),
+        )
 
     def _run(
         self,
@@ -232,16 +242,7 @@ class CalibrationStream:
                     if wanted is not None and whole:
                         told.release(self._rows(batch, wanted.float() - out.float()))
 
-        return gather(
-            needs,
-            features,
-            forward,
-            directory=self.scratch,
-            budget=self.gram_budget,
-            stream="quantized",
-            device=self.device,
-            label=self.model.block_path(index),
-        )
+        return self._gathered(index, needs, features, forward, "quantized")
 
     def adds_up(self, index: int, block: nn.Module, ref: WeightRef) -> bool:
         """Whether the outputs of a matrix are a summand of the block's, on the first batch."""
@@ -256,6 +257,9 @@ class CalibrationStream:
             return self._rows(batch, out.to(torch.float32))
 
         whole, weight = rows(keep), self.model.weight(block, ref)
+        if ref.input not in found:
+            # An expert that no token of the batch reaches.
+            return False
         own = found[ref.input] @ weight.to(torch.float32).t()
         kept = weight.clone()
         weight.zero_()
@@ -324,8 +328,7 @@ class CalibrationStream:
 
         def read(store: HiddenStore, batch: Batch) -> Tensor:
             hidden = store.read(self.model.num_blocks, batch.start, batch.stop)
-            x = self.model.head_hidden(hidden.to(self.device))
-            return x[batch.mask] if batch.mask is not None else x.flatten(0, 1)
+            return self._rows(batch, self.model.head_hidden(hidden.to(self.device)))
 
         for batch in self.batches:
             original = None

@@ -112,18 +112,19 @@ def predict(
     largest_tensor = max(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
     # Before the trials, whose memory may stay with the process for a while.
     base = current_rss() + _OVERHEAD_BYTES
-    grams, gram, solve = 0, 0, 0
+    alone = dataclasses.replace(needs, drift=False)
+    grams, gram, solve, inputs = 0, 0, 0, 0
     for index in range(model.num_blocks):
         block_grams = 0
-        inputs_seen: set[str] = set()
+        inputs_seen: dict[str, int] = {}
         for key, refs in plan.input_groups(index):
             columns = refs[0].shape[1]
             rows = sum(ref.shape[0] for ref in refs)
             size = gram_bytes(columns, needs) if calibration is not None else 0
             block_grams += 0 if key in inputs_seen else size
-            inputs_seen.add(key)
+            inputs_seen[key] = columns
             gram = max(gram, size)
-            square = gram_bytes(columns, dataclasses.replace(needs, drift=False))
+            square = gram_bytes(columns, alone)
             factor = _FACTOR_COPIES * square if needs.gram == -1 and size else 0
             scheme = plan.scheme_of(refs[0])
             if scheme.kind == "ggml":
@@ -132,6 +133,7 @@ def predict(
             else:
                 solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
         grams = max(grams, block_grams)
+        inputs = max(inputs, sum(inputs_seen.values()))
     forward, tokens = 0, 0
     if calibration is not None:
         samples, length = calibration.ids.shape
@@ -142,11 +144,6 @@ def predict(
         forward = batch * width * (3 * model.dtype.itemsize + 2 * 4)
         if needs.drift:
             # The original's inputs of a block wait for those that are to be compared with them.
-            features = (
-                {key: refs[0].shape[1] for key, refs in plan.input_groups(index)}
-                for index in range(model.num_blocks)
-            )
-            inputs = max(sum(columns.values()) for columns in features)
             forward += batch * (inputs * model.dtype.itemsize + 2 * width * 4)
     for _, refs in plan.extra_groups():
         rows, columns = sum(ref.shape[0] for ref in refs), refs[0].shape[1]

@@ -75,7 +75,7 @@ class Choice:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {**dataclasses.asdict(self), "groups": [dataclasses.asdict(g) for g in self.groups]}
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Choice:

@@ -23,6 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantkit_kernels.gpu import (
+    channels as channels_triton,
+)
+from quantkit_kernels.gpu import (
     experts as experts_triton,
 )
 from quantkit_kernels.gpu import (
@@ -152,6 +155,7 @@ def builds(arch: int) -> list[Build]:
         kernel = fp8_triton.quantize_kernel
         found.append(_quantizer("tokens to e4m3", kernel, "numbers", "*fp8e4nv"))
     found.append(_reducer())
+    found += [_channels(kind) for kind in ("int", "int asym", "block", "table", "e2m1", "e4m3")]
     return found
 
 
@@ -370,6 +374,29 @@ def _reducer() -> Build:
         types={"partial": "*fp32", "bias": "*bf16", "out": "*bf16", "M": "i32", "N": "i32"},
         constants={"SPLIT": 8, "HAS_BIAS": True, "BLOCK": 512},
         warps=4,
+        stages=3,
+    )
+
+
+def _channels(kind: str) -> Build:
+    numbers = ("targets", "weights", "errors", "factors", "scales", "zeros", "values", "midpoints")
+    return Build(
+        name=f"channels in turn, {kind}, 2 warps",
+        kernel=channels_triton.channels_kernel,
+        types={
+            **dict.fromkeys(numbers, "*fp32"),
+            "group_of": "*i32",
+            **dict.fromkeys(("R", "COUNT", "stride_r", "stride_f"), "i32"),
+            **dict.fromkeys(("low", "high", "center"), "fp32"),
+        },
+        constants={
+            "KIND": kind.split()[0],
+            "HAS_ZERO": kind in ("int asym", "block"),
+            "DOWN": True,
+            "BB": channels_triton.MOST,
+            "BR": 16,
+        },
+        warps=2,
         stages=3,
     )
 

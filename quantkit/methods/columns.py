@@ -1,11 +1,13 @@
-"""Rounding one input channel of many rows at a time, without per-channel set-up.
+"""Rounding input channels of many rows one after the other, without per-channel set-up.
 
-Shapes: R rows, G groups per row.
+Shapes: R rows, G groups per row, B channels; rows of a channel lie side by side.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 from quantkit_kernels.lazy import torch
 
@@ -20,21 +22,108 @@ from quantkit.numbers.grid import (
 from quantkit.numbers.scheme import Scheme
 
 if TYPE_CHECKING:
+    from quantkit_kernels.gpu.channels import Grid
     from torch import Tensor
 
+# Channels whose errors are passed on by vector products before a matrix product takes over; on a
+# GPU one launch is worth more of them.
+_INNER, _INNER_GPU = 32, 128
 
-class ColumnRounder(Protocol):
-    """Rounds a channel's weights to the grid of one group."""
 
-    def __call__(
-        self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
-    ) -> None:
-        """Codes (uint8) nearest to `target` into `codes`; weight - value into `error`."""
-        ...
+class ColumnRounder(ABC):
+    """Rounds channels to the grid of their groups; `scales` are the groups' scales [R] each."""
+
+    def __init__(self, scale_RG: Tensor, zero_RG: Tensor | None) -> None:
+        # Copies, though a single group's transpose is contiguous as it is.
+        self._scale_GR = scale_RG.t().clone(memory_format=torch.contiguous_format)
+        self._zero_GR = None
+        if zero_RG is not None:
+            self._zero_GR = zero_RG.t().clone(memory_format=torch.contiguous_format)
+        self.scales = self._scale_GR.unbind(0)
+        self.zeros = None if self._zero_GR is None else self._zero_GR.unbind(0)
+        self.inner = _INNER
+        self._grid: Grid | None = None
+        if scale_RG.is_cuda and importlib.util.find_spec("triton") is not None:
+            self.inner, self._grid = _INNER_GPU, self._fused(scale_RG.device)
 
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
         """Replaces a group's scale and zero."""
-        ...
+        self.scales[group].copy_(scale_R)
+        if self.zeros is not None and zero_R is not None:
+            self.zeros[group].copy_(zero_R)
+
+    def solve(
+        self,
+        groups_B: Tensor,
+        targets_BR: Tensor,
+        weights_BR: Tensor,
+        errors_BR: Tensor,
+        codes_BR: Tensor,
+        factors_BB: Tensor,
+        *,
+        down: bool,
+    ) -> None:
+        """Rounds channels in their order, or with `down` from the last to the first.
+
+        A channel's code (uint8) is the nearest to its target, which is changed: each channel adds
+        factors[i, j] · (weight - value), which `errors` receive, to the target of every channel j
+        that comes after it.  groups: int32 [B].  On a GPU one kernel does it.
+        """
+        if self._grid is None:
+            self._in_turn(
+                groups_B.tolist(), targets_BR, weights_BR, errors_BR, codes_BR, factors_BB, down
+            )
+            return
+        from quantkit_kernels.gpu import channels
+
+        channels.solve(
+            targets_BR,
+            weights_BR,
+            errors_BR,
+            # Factorisations come in columns.
+            factors_BB.contiguous(),
+            self._grid,
+            self._scale_GR,
+            self._zero_GR,
+            groups_B,
+            down=down,
+        )
+        codes_BR.copy_(self._codes(targets_BR, groups_B))
+
+    def _in_turn(
+        self,
+        groups: list[int],
+        targets_BR: Tensor,
+        weights_BR: Tensor,
+        errors_BR: Tensor,
+        codes_BR: Tensor,
+        factors_BB: Tensor,
+        down: bool,
+    ) -> None:
+        """The same, plainly."""
+        count = len(groups)
+        factors = factors_BB.t().contiguous()
+        targets, weights = targets_BR.unbind(0), weights_BR.unbind(0)
+        errors, codes, errors_RB = errors_BR.unbind(0), codes_BR.unbind(0), errors_BR.t()
+        for i in range(count - 1, -1, -1) if down else range(count):
+            before = slice(i + 1, count) if down else slice(0, i)
+            if before.stop > before.start:
+                targets[i].addmv_(errors_RB[:, before], factors[i, before])
+            self.round(groups[i], targets[i], weights[i], errors[i], codes[i])
+
+    @abstractmethod
+    def round(
+        self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
+    ) -> None:
+        """Codes (uint8) nearest to `target` into `codes`; weight - value into `error`."""
+
+    @abstractmethod
+    def _fused(self, device: torch.device) -> Grid:
+        """What the kernel rounds to."""
+
+    @abstractmethod
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        """The codes of what the kernel rounded to."""
 
 
 def column_rounder(scheme: Scheme, scale_RG: Tensor, zero_RG: Tensor | None) -> ColumnRounder:
@@ -51,18 +140,17 @@ def column_rounder(scheme: Scheme, scale_RG: Tensor, zero_RG: Tensor | None) -> 
     return _IntegerColumns(grid, scale_RG, zero_RG)
 
 
-class _IntegerColumns:
+class _IntegerColumns(ColumnRounder):
     def __init__(self, grid: IntegerGrid, scale_RG: Tensor, zero_RG: Tensor | None) -> None:
         self.grid = grid
-        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        super().__init__(scale_RG, zero_RG)
         self.rounded = torch.empty_like(self.scales[0])
         # Clamping before the zero is added saves a pass over the channel.
         self.low, self.high = float(grid.low - grid.center), float(grid.high - grid.center)
-        self.zeros = None if zero_RG is None else list(zero_RG.t().contiguous().unbind(0))
         self.lows = [grid.low - zero for zero in self.zeros or ()]
         self.highs = [grid.high - zero for zero in self.zeros or ()]
 
-    def __call__(
+    def round(
         self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
     ) -> None:
         rounded, scale = self.rounded, self.scales[group]
@@ -79,23 +167,33 @@ class _IntegerColumns:
         codes_R.copy_(rounded.add_(self.zeros[group]))
 
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
-        self.scales[group] = scale_R.contiguous()
-        if self.zeros is not None and zero_R is not None:
-            self.zeros[group] = zero_R.contiguous()
+        super().set_group_(group, scale_R, zero_R)
+        if self.zeros is not None:
             self.lows[group] = self.grid.low - self.zeros[group]
             self.highs[group] = self.grid.high - self.zeros[group]
 
+    def _fused(self, device: torch.device) -> Grid:
+        from quantkit_kernels.gpu.channels import Grid
 
-class _CodebookColumns:
+        low, high, center = (float(n) for n in (self.grid.low, self.grid.high, self.grid.center))
+        return Grid(kind="int", low=low, high=high, center=center)
+
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        if self._zero_GR is None:
+            return units_BR + self.grid.center
+        return units_BR + self._zero_GR[groups_B.long()]
+
+
+class _CodebookColumns(ColumnRounder):
     def __init__(self, grid: CodebookGrid, scale_RG: Tensor) -> None:
         table = torch.tensor(grid.values, dtype=torch.float32, device=scale_RG.device)
         self.values, order = torch.sort(table, stable=True)
         self.codes = order.to(torch.uint8)
         self.midpoints = (self.values[1:] + self.values[:-1]) / 2
-        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        super().__init__(scale_RG, None)
         self.reciprocals = [1.0 / scale.clamp(min=1e-38) for scale in self.scales]
 
-    def __call__(
+    def round(
         self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
     ) -> None:
         unit = torch.mul(target_R, self.reciprocals[group])
@@ -105,16 +203,25 @@ class _CodebookColumns:
         torch.index_select(self.codes, 0, index, out=codes_R)
 
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
-        self.scales[group] = scale_R.contiguous()
+        super().set_group_(group, scale_R, zero_R)
         self.reciprocals[group] = 1.0 / self.scales[group].clamp(min=1e-38)
 
+    def _fused(self, device: torch.device) -> Grid:
+        from quantkit_kernels.gpu.channels import Grid
 
-class _Float4Columns:
+        last = torch.full((1,), float("inf"), device=device)
+        return Grid(kind="table", values=self.values, midpoints=torch.cat([self.midpoints, last]))
+
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        return self.codes[torch.bucketize(units_BR, self.midpoints)]
+
+
+class _Float4Columns(ColumnRounder):
     def __init__(self, grid: Float4Grid, scale_RG: Tensor) -> None:
         self.grid = grid
-        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        super().__init__(scale_RG, None)
 
-    def __call__(
+    def round(
         self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
     ) -> None:
         codes = self.grid.encode(target_R, self.scales[group], None)
@@ -122,16 +229,21 @@ class _Float4Columns:
         torch.sub(weight_R, value, out=error_R)
         codes_R.copy_(codes)
 
-    def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
-        self.scales[group] = scale_R.contiguous()
+    def _fused(self, device: torch.device) -> Grid:
+        from quantkit_kernels.gpu.channels import Grid
+
+        return Grid(kind="e2m1")
+
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        return self.grid.encode_unit(units_BR)
 
 
-class _Float8Columns:
+class _Float8Columns(ColumnRounder):
     def __init__(self, grid: Float8Grid, scale_RG: Tensor) -> None:
         self.largest = grid.largest
-        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        super().__init__(scale_RG, None)
 
-    def __call__(
+    def round(
         self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
     ) -> None:
         unit = torch.div(target_R, self.scales[group]).clamp_(-self.largest, self.largest)
@@ -140,32 +252,42 @@ class _Float8Columns:
         torch.addcmul(weight_R, value, self.scales[group], value=-1, out=error_R)
         codes_R.copy_(numbers.view(torch.uint8))
 
-    def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
-        self.scales[group] = scale_R.contiguous()
+    def _fused(self, device: torch.device) -> Grid:
+        from quantkit_kernels.gpu.channels import Grid
+
+        return Grid(kind="e4m3", high=self.largest)
+
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        return units_BR.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-class _BlockColumns:
+class _BlockColumns(ColumnRounder):
     def __init__(self, grid: BlockGrid, scale_RG: Tensor, zero_RG: Tensor | None) -> None:
         self.grid = grid
-        self.scales = list(scale_RG.t().contiguous().unbind(0))
+        super().__init__(scale_RG, torch.zeros_like(scale_RG) if zero_RG is None else zero_RG)
         self.inverses = [_inverse(scale) for scale in self.scales]
-        lows = torch.zeros_like(scale_RG) if zero_RG is None else zero_RG
-        self.lows = list(lows.t().contiguous().unbind(0))
 
-    def __call__(
+    def round(
         self, group: int, target_R: Tensor, weight_R: Tensor, error_R: Tensor, codes_R: Tensor
     ) -> None:
-        low, center = self.lows[group], self.grid.center
+        assert self.zeros is not None
+        low, center = self.zeros[group], self.grid.center
         codes = (target_R - low).mul_(self.inverses[group]).round_()
         codes.add_(center).clamp_(0, self.grid.high)
         codes_R.copy_(codes)
         torch.sub(weight_R, codes.sub_(center).mul_(self.scales[group]).add_(low), out=error_R)
 
     def set_group_(self, group: int, scale_R: Tensor, zero_R: Tensor | None) -> None:
-        self.scales[group] = scale_R.contiguous()
+        super().set_group_(group, scale_R, zero_R)
         self.inverses[group] = _inverse(self.scales[group])
-        if zero_R is not None:
-            self.lows[group] = zero_R.contiguous()
+
+    def _fused(self, device: torch.device) -> Grid:
+        from quantkit_kernels.gpu.channels import Grid
+
+        return Grid(kind="block", high=float(self.grid.high), center=float(self.grid.center))
+
+    def _codes(self, units_BR: Tensor, groups_B: Tensor) -> Tensor:
+        return units_BR
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -16,8 +16,6 @@ from quantkit.numbers.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Channels whose changes are passed on by vector products before a matrix product takes over.
-_INNER = 32
 # Larger groups keep their scales: a group has to fit one block.
 _LARGEST_BLOCK, _BLOCK = 256, 128
 # The smallest normal float32.
@@ -66,6 +64,8 @@ class Descent:
         self.scale = scale_RG.t().contiguous()
         self.zero = None if zero_RG is None else zero_RG.t().contiguous()
         self.round = column_rounder(scheme, scale_RG, zero_RG)
+        place = torch.arange(weight_RI.shape[1], dtype=torch.int32, device=weight_RI.device)
+        self.group_of = place // self.group_size
         self.codes = codes_RI.t().contiguous()
         self.value = torch.empty_like(self.codes, dtype=torch.float32)
         for start in range(0, len(self.codes), self.group_size):
@@ -107,8 +107,9 @@ class Descent:
             self._take_scale(block)
         change = torch.empty_like(old)
         inside = self.matrix[block, block]
-        for start in range(0, len(old), _INNER):
-            inner = slice(start, min(start + _INNER, len(old)))
+        step = self.round.inner
+        for start in range(0, len(old), step):
+            inner = slice(start, min(start + step, len(old)))
             self._solve_inner(block.start, inner, change[inner], inside[inner, inner])
             self.pull[block].addmm_(inside[inner].t(), change[inner])
         self.value[block].sub_(change)
@@ -136,15 +137,14 @@ class Descent:
 
     def _solve_inner(self, offset: int, inner: slice, change_BR: Tensor, inside: Tensor) -> None:
         """Takes the codes of a few channels anew; `change_BR` receives old - new values."""
-        first = offset + inner.start
-        count = len(change_BR)
-        factors = inside.t().contiguous()
-        changes, change_RB = change_BR.unbind(0), change_BR.t()
-        values = self.value[first : first + count].unbind(0)
-        targets = (self.value[first : first + count] + self.pull[first : first + count]).unbind(0)
-        codes = self.codes[first : first + count].unbind(0)
-        for i in range(count):
-            if i:
-                targets[i].addmv_(change_RB[:, :i], factors[i, :i])
-            group = (first + i) // self.group_size
-            self.round(group, targets[i], values[i], changes[i], codes[i])
+        part = slice(offset + inner.start, offset + inner.stop)
+        value = self.value[part]
+        self.round.solve(
+            self.group_of[part],
+            value + self.pull[part],
+            value,
+            change_BR,
+            self.codes[part],
+            inside,
+            down=False,
+        )

@@ -23,10 +23,11 @@ from quantkit.numbers.scheme import Scheme
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Rows solved together: a function of the shape alone, so that codes never depend on the budget.
+# Rows solved together: a function of the shape and the kind of device alone, so that codes never
+# depend on the budget.
 _CHUNK_ROWS, _CHUNK_ELEMENTS = 4096, 1 << 24
-# Channels whose errors are fed forward by vector products before a matrix product takes over.
-_INNER = 32
+# On a GPU, where a chunk has to fill the chip.
+_GPU_CHUNK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +174,8 @@ class Gptq:
 def _chunks(weight_OI: Tensor) -> Iterator[slice]:
     rows, columns = weight_OI.shape
     step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // columns))
+    if weight_OI.is_cuda:
+        step = max(1, _GPU_CHUNK_ELEMENTS // columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -198,10 +201,12 @@ class _Rows:
         self.group_size = weight_RI.shape[1] // scale_RG.shape[1]
         # A group's range is taken between blocks, when every correction due has been made.
         self.block = self.group_size if dynamic and self.group_size % block else block
-        # Blocks of ggml had one step of feedback from the start, and keep their bytes.
-        self.inner = self.block if scheme.kind == "ggml" else _INNER
         self.round = column_rounder(scheme, scale_RG, zero_RG)
-        self.group_of = (feedback.order // self.group_size).tolist()
+        self.inner = self.round.inner
+        if scheme.kind == "ggml" and not weight_RI.is_cuda:
+            # Blocks of ggml had one step of feedback from the start, and keep their bytes.
+            self.inner = self.block
+        self.group_of = (feedback.order // self.group_size).to(torch.int32)
         # `weight` stays as it is; `target` carries the corrections made so far.
         self.weight = weight_RI.t()[feedback.order]
         self.target = self.weight.clone()
@@ -222,7 +227,7 @@ class _Rows:
 
     def _take_range(self, stop: int) -> None:
         """Sets the range of the group whose channels end at `stop` from the corrected weights."""
-        group, part = self.group_of[stop - 1], slice(stop - self.group_size, stop)
+        group, part = int(self.group_of[stop - 1]), slice(stop - self.group_size, stop)
         # `target` holds what rounded channels ask for; the rest of the group answers to that, as
         # if it could be left unrounded.
         delta = torch.linalg.solve_triangular(
@@ -252,12 +257,13 @@ class _Rows:
 
     def _solve_inner(self, start: int, stop: int, error_BR: Tensor) -> None:
         """Rounds channels start..stop one by one; `error_BR` receives weight - value of each."""
-        count = stop - start
-        factors = self.lower[start:stop, start:stop].t().contiguous()
-        weights, targets = self.weight[start:stop].unbind(0), self.target[start:stop].unbind(0)
-        errors, codes = error_BR.unbind(0), self.codes[start:stop].unbind(0)
-        error_RB = error_BR.t()
-        for i in range(count - 1, -1, -1):
-            if i + 1 < count:
-                targets[i].addmv_(error_RB[:, i + 1 :], factors[i, i + 1 :])
-            self.round(self.group_of[start + i], targets[i], weights[i], errors[i], codes[i])
+        part = slice(start, stop)
+        self.round.solve(
+            self.group_of[part],
+            self.target[part],
+            self.weight[part],
+            error_BR,
+            self.codes[part],
+            self.lower[part, part],
+            down=True,
+        )

@@ -46,6 +46,7 @@ def main() -> None:
     changed = [_rewrite("README.md", "results", "## Measured\n" + "\n".join(filter(None, parts)))]
     for name, text in (
         ("cpu", kernel_figures.products("../kernels/bench/results")),
+        ("gpu", kernel_figures.on_gpu("../kernels/bench/results")),
         ("decode", kernel_figures.decoding("../kernels/bench/results")),
         ("rounding", kernel_figures.rounding("../eval/results")),
     ):

@@ -82,6 +82,9 @@ def _check(
     if wrong := [row for row in found if row["wrong"]]:
         sys.exit(f"wrong results: {wrong}")
     print(f"{len(found)} of {len(work)} products were checked and are right", flush=True)
+    # All rows are of use where something is wrong.
+    report.fields["correctness"] = correctness.summary(found)
+    report.write()
 
 
 def _time(

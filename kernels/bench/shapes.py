@@ -121,7 +121,7 @@ def _multiply(
         from quantkit_kernels.gpu import fused as fused_triton
 
         weight = fused_triton.Weight(**parts)
-        if x.shape[0] > tuning.DECODE_ROWS:
+        if x.shape[0] > tuning.decode_rows("w4a16"):
             decoded = fused_triton.dequantize(weight, shape, x.dtype, use_asm=False)
             return torch.nn.functional.linear(x, decoded)
         tile = _tile(x, shape, parts["group"])

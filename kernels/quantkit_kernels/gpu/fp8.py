@@ -13,6 +13,8 @@ from torch import Tensor
 from quantkit_kernels.gpu import w8a8 as w8a8_triton
 from quantkit_kernels.gpu.tuning import Tile
 
+# Rows of x from which on cuBLAS is the faster one (kernels/bench/results/gpu_h200.json).
+LIBRARY_ROWS = 65
 _LARGEST = tl.constexpr(448.0)
 # Adding and taking away 1.5 · 2^14 rounds a float32 to multiples of 2^-9, ties to even.
 _ROUND = tl.constexpr(24576.0)
@@ -62,4 +64,31 @@ def matmul(
     numbers, x_scale = quantize(x_MK, weight.shape[1])
     out = torch.empty(x_MK.shape[0], out_features, dtype=x_MK.dtype, device=x_MK.device)
     w8a8_triton.multiply(numbers, x_scale, weight.view(torch.float8_e4m3fn), scale, bias, out, tile)
+    return out
+
+
+def library_fits(x_MK: Tensor, out_features: int) -> bool:
+    """Whether cuBLAS has the product, scaled by row and by column, and is the faster one."""
+    return (
+        x_MK.shape[0] >= LIBRARY_ROWS
+        and x_MK.dtype == torch.bfloat16
+        and out_features % 16 == 0
+        and torch.cuda.get_device_capability(x_MK.device) >= (9, 0)
+    )
+
+
+def library_matmul(
+    x_MK: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """`matmul` by cuBLAS, whose sums leave the tensor cores' few bits as ours do."""
+    numbers, x_scale = quantize(x_MK, weight.shape[1])
+    out: Tensor = torch._scaled_mm(
+        numbers,
+        weight[:out_features].view(torch.float8_e4m3fn).t(),
+        scale_a=x_scale[:, None],
+        scale_b=scale[None, :out_features],
+        bias=None if bias is None else bias.to(x_MK.dtype),
+        out_dtype=x_MK.dtype,
+        use_fast_accum=False,
+    )
     return out

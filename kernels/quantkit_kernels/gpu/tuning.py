@@ -20,8 +20,10 @@ import torch
 from quantkit_kernels.cpu.native import cache_folder
 
 _LOG = logging.getLogger(__name__)
-# Above this many rows the tensor cores are busy whatever the weight's width: decode once instead.
-DECODE_ROWS = 256
+# Above so many rows the tensor cores are busy whatever the weight's width: decode once instead;
+# sooner what is dear to decode, or has 8 bits, so that less is to be won.  As measured on an H200
+# (kernels/bench/results/gpu_h200.json).
+_DECODE_ROWS, _DECODE_SOONER = 256, {"nf4": 128, "w8a16": 128, "fp8a16": 128}
 # Row counts that are tuned; others use the next one.
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -112,9 +114,14 @@ def choose(problem: Problem, device: int) -> Tile | None:
     entry = tuned(device).find(problem)
     if entry is not None:
         return entry.tile
-    if problem.tokens > DECODE_ROWS:
+    if problem.tokens > decode_rows(problem.op):
         return None
     return heuristic(problem, *_device(device))
+
+
+def decode_rows(op: str) -> int:
+    """The most rows of x that an op's fused kernel takes where nothing was tuned."""
+    return _DECODE_SOONER.get(op, _DECODE_ROWS)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,8 +50,8 @@ _MATRICES = ("gram", "drift", "lack")
 class StatsBook:
     """The statistics of a block by input key; with `spill`, their matrices wait on disk."""
 
-    def __init__(self, directory: Path, *, spill: bool) -> None:
-        self._directory, self._spill = directory, spill
+    def __init__(self, directory: Path, *, spill: bool, device: str = "cpu") -> None:
+        self._directory, self._spill, self._device = directory, spill, device
         self._stats: dict[str, Stats] = {}
         self._files: dict[tuple[str, str], tuple[Path, torch.Size]] = {}
 
@@ -81,7 +81,7 @@ class StatsBook:
                 path, shape = self._files[key, kind]
                 with disk_errors(path):
                     matrix = torch.from_numpy(np.fromfile(path, dtype=np.float32)).view(shape)
-                stats = _with(stats, kind, matrix)
+                stats = _with(stats, kind, matrix.to(self._device))
         return stats
 
     def count(self, key: str) -> int:
@@ -134,7 +134,7 @@ def gather(
     """
     sizes = {key: gram_bytes(features[key], need) for key, need in needs.items()}
     passes = split_passes(sizes, budget)
-    book = StatsBook(directory, spill=len(passes) > 1)
+    book = StatsBook(directory, spill=len(passes) > 1, device=device)
     for number, keys in enumerate(passes):
         found = {
             key: Stats.empty(features[key], needs[key], stream=stream, device=device)

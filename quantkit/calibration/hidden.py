@@ -1,6 +1,8 @@
 """Hidden states between two blocks, in two generations of files that outlive a kill.
 
-Read and written in ranges (never memory-mapped: mapped pages would count as resident memory).
+Read and written in ranges (never memory-mapped: mapped pages would count as resident memory), and
+written while the next range is computed.  On a GPU with room to spare the generation that was
+written last stays there too, and is read from there.
 Letters: N sequences, T tokens, H hidden size; where a model has several streams, T stands for
 tokens and streams.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -18,18 +21,42 @@ from torch import Tensor
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.safetensors import read_into, write_from
 
+# Times the room of both generations that a GPU must have free to keep one.
+_SPARE = 8
+# Bytes after which what was written is sent to the disk, so that little is left for the end.
+_SENT = 64 * 2**20
+
 
 class HiddenStore:
-    """Hidden states [N, T, H]; generation i enters block i, even and odd share two files."""
+    """Hidden states [N, T, H]; generation i enters block i, even and odd share two files.
+
+    `kept_on`: a GPU that keeps a generation, if it has several times its room.
+    """
 
     def __init__(
-        self, directory: Path, shape: tuple[int, ...], dtype: torch.dtype, name: str = "hidden"
+        self,
+        directory: Path,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        name: str = "hidden",
+        *,
+        kept_on: str | None = None,
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self._paths = tuple(directory / f"{name}-{parity}.bin" for parity in (0, 1))
         with disk_errors(directory, self.num_bytes):
             directory.mkdir(parents=True, exist_ok=True)
             self._files = [open_own(p, os.O_RDWR | os.O_CREAT) for p in self._paths]
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states")
+        self._pending: Future[None] | None = None
+        self._unsent = 0
+        # Memory that a GPU copies to and from several times as fast, for reading and for writing.
+        self._pinned: dict[str, Tensor] = {}
+        # By generation's parity and place.
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        self._keeps = False
+        if kept_on is not None and kept_on.startswith("cuda"):
+            self._keeps = _SPARE * self.num_bytes < torch.cuda.mem_get_info(kept_on)[0]
 
     @property
     def num_bytes(self) -> int:
@@ -40,26 +67,66 @@ class HiddenStore:
     def _stride(self) -> int:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, generation: int, start: int, stop: int) -> Tensor:
-        """Sequences start..stop [stop - start, T, H], fresh memory."""
-        out = torch.empty(stop - start, *self.shape[1:], dtype=self.dtype)
+    def read(self, generation: int, start: int, stop: int, device: str = "cpu") -> Tensor:
+        """Sequences start..stop [stop - start, T, H] in fresh memory of the device."""
+        kept = self._kept.get((generation % 2, start))
+        if kept is not None and len(kept) == stop - start:
+            # A copy: blocks may work in place.
+            return kept.to(device, copy=True)
+        shape = (stop - start, *self.shape[1:])
+        out = self._buffer("read", shape, device)
         count = read_into(self._files[generation % 2], out, start * self._stride)
         assert count == out.nbytes, "a generation is read only after it was written and synced"
-        return out
+        return out.to(device)
 
     def write(self, generation: int, start: int, hidden_NTH: Tensor) -> None:
-        """Stores sequences from `start` on.  Raises OutputError if the disk is full."""
+        """Stores sequences from `start` on, which must not change until the next call.
+
+        Raises OutputError if the disk is full, at once or in the next call.
+        """
+        self._wait()
+        content = hidden_NTH.to(self.dtype)
+        self._kept.pop((1 - generation % 2, start), None)
+        if self._keeps and content.is_cuda:
+            self._kept[generation % 2, start] = content.clone()
+        if content.is_cuda:
+            # The last content was written, so its memory is free.
+            pinned = self._buffer("write", content.shape, str(content.device))
+            content = pinned.copy_(content)
+        self._pending = self._writer.submit(self._write, generation, start, content.contiguous())
+
+    def _write(self, generation: int, start: int, content: Tensor) -> None:
         with disk_errors(self._paths[generation % 2], self.num_bytes):
-            content = hidden_NTH.to("cpu", self.dtype).contiguous()
             write_from(self._files[generation % 2], content, start * self._stride)
+            self._unsent += content.nbytes
+            if self._unsent >= _SENT:
+                os.fsync(self._files[generation % 2])
+                self._unsent = 0
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _buffer(self, use: str, shape: tuple[int, ...], device: str) -> Tensor:
+        """Memory on the host for a copy to or from the device; the same again if it is a GPU."""
+        if not device.startswith("cuda"):
+            return torch.empty(shape, dtype=self.dtype)
+        kept = self._pinned.get(use)
+        if kept is None or kept.numel() < math.prod(shape):
+            kept = torch.empty(math.prod(shape), dtype=self.dtype, pin_memory=True)
+            self._pinned[use] = kept
+        return kept[: math.prod(shape)].view(shape)
 
     def sync(self, generation: int) -> None:
         """Returns once the generation is on the disk."""
+        self._wait()
         with disk_errors(self._paths[generation % 2]):
             os.fsync(self._files[generation % 2])
 
     def close(self) -> None:
         """Closes the files; they are removed with the scratch directory."""
+        self._writer.shutdown()
         for descriptor in self._files:
             os.close(descriptor)
         self._files = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -104,6 +105,7 @@ class Timeline:
         try:
             yield
         finally:
+            _wait_for_gpu()
             took = Seconds(wall=time.perf_counter() - wall, cpu=time.process_time() - cpu)
             self._inner.pop()
             if self._inner:
@@ -115,6 +117,13 @@ class Timeline:
             if self._events is not None:
                 event = _Event(name=shown or name, began=wall, wall=took.wall, cpu=took.cpu)
                 self._events.append(event)
+
+
+def _wait_for_gpu() -> None:
+    """Returns when what was handed to a GPU is done, so that it counts where it was asked for."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def phase(name: Phase) -> contextlib.AbstractContextManager[None]:

@@ -100,17 +100,20 @@ class CalibrationStream:
         gram_budget: int | None,
         stack: contextlib.ExitStack,
         drift: bool = False,
+        keep: bool = False,
     ) -> None:
+        """keep: on a GPU with room to spare, hidden states stay there as well."""
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
         with torch.no_grad():
             first, _ = model.calls(calibration.ids[:1])
         shape = (len(calibration.ids), *first.shape[1:])
-        self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
+        kept_on = device if keep else None
+        self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype, kept_on=kept_on))
         self.original: HiddenStore | None = None
         if drift:
             self.original = stack.enter_context(
-                HiddenStore(scratch, shape, first.dtype, "original")
+                HiddenStore(scratch, shape, first.dtype, "original", kept_on=kept_on)
             )
         self.batches = list(batches_of(calibration, device))
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
@@ -202,7 +205,7 @@ class CalibrationStream:
     ) -> Tensor:
         """The block's output for a batch of one of the two streams."""
         with phase("reading"):
-            hidden = store.read(index, batch.start, batch.stop).to(self.device)
+            hidden = store.read(index, batch.start, batch.stop, self.device)
         with phase("forward"), contextlib.ExitStack() as modes:
             if callback is not None:
                 modes.enter_context(self.model.tap(index, block, batch.mask, callback))
@@ -327,8 +330,8 @@ class CalibrationStream:
         stats = Stats.empty(features, needs, stream=stream, device=self.device)
 
         def read(store: HiddenStore, batch: Batch) -> Tensor:
-            hidden = store.read(self.model.num_blocks, batch.start, batch.stop)
-            return self._rows(batch, self.model.head_hidden(hidden.to(self.device)))
+            hidden = store.read(self.model.num_blocks, batch.start, batch.stop, self.device)
+            return self._rows(batch, self.model.head_hidden(hidden))
 
         for batch in self.batches:
             original = None

@@ -50,6 +50,14 @@ def with_spare(needed: int) -> int:
     return (-(-needed // 2**20) + _SPARE_MIB) * 2**20
 
 
+def peak_vram(device: str) -> dict[str, int]:
+    """`peak_vram_bytes`: the most that torch held on a GPU so far; nothing of a CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return {}
+    return {"peak_vram_bytes": torch.cuda.max_memory_reserved(device)}
+
+
 def current_rss() -> int:
     """Resident bytes of this process now."""
     try:

@@ -65,8 +65,9 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
 
 
 def _plain(markdown: str) -> str:
-    """The sentence without Markdown: links to their text, code and escapes bare."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"docs/\1.md", markdown)
+    """The sentence without Markdown: links to where they lead, code and escapes bare."""
+    text = re.sub(r"\[[^\]]*\]\((https?:[^)]*)\)", r"\1", markdown)
+    text = re.sub(r"\[[^\]]*\]\(([^)#]*)[^)]*\)", r"docs/\1", text)
     text = text.replace("`", "").replace("\\|", "|")
     # What starts with a name that is typed keeps its spelling.
     return (text[0] if markdown[0] == "`" else text[0].upper()) + text[1:] + "."

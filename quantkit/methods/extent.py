@@ -24,8 +24,9 @@ from quantkit.numbers.tensor import DividedScale, PlainScale
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Weights per chunk of work, so that its temporaries stay in a core's cache.
-_CHUNK_ELEMENTS = 1 << 18
+# Weights per chunk of work, so that its temporaries stay in a core's cache; on a GPU, where every
+# operation has to fill the chip, in a few GiB.
+_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,8 @@ def chunks(weight_OI: Tensor, scheme: Scheme) -> Iterator[tuple[slice, Tensor]]:
     else:
         groups = blocks(weight_OI, scheme)[:, None]
     together = _rows_together(scheme, len(groups))
-    step = max(1, _CHUNK_ELEMENTS // (groups.shape[1] * groups.shape[2]))
+    elements = _GPU_CHUNK_ELEMENTS if weight_OI.is_cuda else _CHUNK_ELEMENTS
+    step = max(1, elements // (groups.shape[1] * groups.shape[2]))
     step = -(-step // together) * together
     for start in range(0, groups.shape[0], step):
         rows = slice(start, min(start + step, groups.shape[0]))

@@ -21,6 +21,8 @@ SAMPLE_ROWS = 512
 # Column tiles of the Gram product: only tiles on and below the diagonal are computed.  Narrow
 # ones compute less that is mirrored; the bits are the same for any width.
 _GRAM_TILE = 192
+# A whole number of those, at whose borders the upper triangle is filled in.
+_GPU_GRAM_TILE = 10 * _GRAM_TILE
 # Columns whose tokens are added up together in float64: few enough to stay in a core's cache.
 _SUM_COLUMNS = 128
 
@@ -146,10 +148,11 @@ class Stats:
             if original is None:
                 self.drift = None
             else:
-                self.drift.addmm_(x.T, original.to(torch.float32) - x)
+                add_product_(self.drift, x_TI, original.to(torch.float32) - x)
         if lack_TO is not None:
-            added = x.T @ lack_TO.to(torch.float32)
-            self.lack = added if self.lack is None else self.lack.add_(added)
+            if self.lack is None:
+                self.lack = x.new_zeros(self.features, lack_TO.shape[1])
+            add_product_(self.lack, x_TI, lack_TO.to(torch.float32))
         if self.sample_keys is not None:
             self._update_sample_(x_TI)
         self.count += x_TI.shape[0]
@@ -232,7 +235,9 @@ class Stats:
 
 
 def _column_sums(x_TI: Tensor) -> Tensor:
-    """Sums over tokens in float64 [I]: the bits of x.sum(0, dtype=float64), four times as fast."""
+    """Sums over tokens in float64 [I]: on a CPU the bits of `sum`, four times as fast."""
+    if x_TI.is_cuda:
+        return x_TI.sum(0, dtype=torch.float64)
     sums = torch.empty(x_TI.shape[1], dtype=torch.float64, device=x_TI.device)
     for start in range(0, x_TI.shape[1], _SUM_COLUMNS):
         part = slice(start, start + _SUM_COLUMNS)
@@ -243,15 +248,44 @@ def _column_sums(x_TI: Tensor) -> Tensor:
 def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:
     """Adds XᵀX to the tiles on and below the diagonal; about half the work of the full product.
 
-    On CPUs with bfloat16 instructions, bfloat16 activations are multiplied in bfloat16 with float32
-    accumulation: the products are exact, and it takes half the time.
+    Activations in 16 bits are multiplied as such where the hardware can, with float32 accumulation:
+    the products are exact.  On CPUs with bfloat16 instructions that takes half the time, on GPUs a
+    tenth (there sums are off by some 6e-5 of the diagonal, a hundredth of GPTQ's damping).
     """
+    if _half_on_gpu(x_TI):
+        for start in range(0, x_TI.shape[1], _GPU_GRAM_TILE):
+            stop = start + _GPU_GRAM_TILE
+            add_product_(gram_II[start:, start:stop], x_TI[:, start:], x_TI[:, start:stop])
+        return
     exact = x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and has_bf16_units()
     x = x_TI.to(torch.float32)
+    tile = _GPU_GRAM_TILE if x.is_cuda else _GRAM_TILE
     with _bf16_products() if exact else contextlib.nullcontext():
-        for start in range(0, x.shape[1], _GRAM_TILE):
-            stop = min(start + _GRAM_TILE, x.shape[1])
+        for start in range(0, x.shape[1], tile):
+            stop = min(start + tile, x.shape[1])
             gram_II[start:, start:stop].addmm_(x[:, start:].T, x[:, start:stop])
+
+
+def add_product_(sum_IO: Tensor, x_TI: Tensor, y_TO: Tensor) -> None:
+    """Adds XᵀY; on GPUs a bfloat16 X meets a float32 Y in two parts of bfloat16, 16 bits of it."""
+    if not _half_on_gpu(x_TI) or (y_TO.dtype == torch.float32 and x_TI.dtype != torch.bfloat16):
+        sum_IO.addmm_(x_TI.to(torch.float32).T, y_TO.to(torch.float32))
+        return
+    parts = [y_TO]
+    if y_TO.dtype == torch.float32:
+        high = y_TO.to(torch.bfloat16)
+        parts = [high, y_TO.sub(high).to(torch.bfloat16)]
+    x_TI = x_TI.contiguous()
+    for part in parts:
+        # Column tiles bound the product that waits to be added.
+        for start in range(0, part.shape[1], _GPU_GRAM_TILE):
+            columns = slice(start, start + _GPU_GRAM_TILE)
+            tile = part[:, columns].contiguous()
+            sum_IO[:, columns].add_(torch.mm(x_TI.T, tile, out_dtype=torch.float32))
+
+
+def _half_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def has_bf16_units() -> bool:

@@ -69,6 +69,7 @@ class BlockWork:
         stack: contextlib.ExitStack,
         tell: Callable[[str], object],
         shared: SharedMethod | None = None,
+        keep_hidden: bool = False,
     ) -> None:
         self.tell = tell
         self.model, self.plan, self.calibration = model, plan, calibration
@@ -115,6 +116,7 @@ class BlockWork:
                 gram_budget=gram_budget,
                 stack=stack,
                 drift=self.target is not None,
+                keep=keep_hidden,
             )
 
     def run(self, step: str) -> Record:

@@ -41,12 +41,20 @@ class Speeds:
     share: float
 
     @classmethod
-    def measure(cls, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Speeds:
+    def measure(
+        cls,
+        dtype: torch.dtype,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        device: str = "cpu",
+    ) -> Speeds:
         """The speeds now; takes some hundredths of a second."""
+        if device != "cpu":
+            own, wide = (_product_speed(kind, clock, device) for kind in (dtype, torch.float32))
+            return cls(own=own, wide=wide, passes=_pass_speed(clock, device), share=1.0)
         began, used = time.perf_counter(), time.process_time()
-        own, wide = _product_speed(dtype, clock), _product_speed(torch.float32, clock)
-        x = torch.ones(1 << 22)
-        passes = x.numel() / _seconds(lambda: x.abs(), clock)
+        own, wide = (_product_speed(kind, clock, device) for kind in (dtype, torch.float32))
+        passes = _pass_speed(clock, device)
         wall, threads = time.perf_counter() - began, torch.get_num_threads()
         share = (time.process_time() - used) / max(wall * threads, 1e-9)
         return cls(own=own, wide=wide, passes=passes, share=min(share, 1.0))
@@ -131,18 +139,30 @@ def _work(
     return total
 
 
-def _product_speed(dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """Operations per second of a matrix product."""
-    size = 384
-    a = torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _seconds(lambda: torch.mm(a, a), clock)
+def _product_speed(dtype: torch.dtype, clock: Callable[[], float], device: str) -> float:
+    """Operations per second of a matrix product large enough to fill the device."""
+    size = 384 if device == "cpu" else 4096
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 / _seconds(lambda: torch.mm(a, a), clock, device)
 
 
-def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
+def _pass_speed(clock: Callable[[], float], device: str) -> float:
+    """Numbers per second that an elementwise pass reads."""
+    x = torch.ones(1 << (22 if device == "cpu" else 26), device=device)
+    return x.numel() / _seconds(lambda: x.abs(), clock, device)
+
+
+def _seconds(call: Callable[[], object], clock: Callable[[], float], device: str) -> float:
     """What a call takes, once it is warm."""
-    call()
     repeats = 5
-    began = clock()
+
+    def finished() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    call()
+    began = finished()
     for _ in range(repeats):
         call()
-    return max((clock() - began) / repeats, 1e-9)
+    return max((finished() - began) / repeats, 1e-9)

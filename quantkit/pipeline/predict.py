@@ -156,7 +156,7 @@ def predict(
             matrix = (4 + model.source.info(ref.name).dtype.itemsize) * rows * columns
             working = _block_bytes(rows, columns, size, _FACTOR_COPIES * size)
             solve = max(solve, size + matrix + working)
-    speeds = Speeds.measure(model.dtype)
+    speeds = Speeds.measure(model.dtype, device=device)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     hidden *= 1 + needs.drift
     spill = grams if calibration is not None else 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from quantkit.calibration.spans import Timeline, phase
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
-from quantkit.checkpoint.memory import peak_rss, release_free_memory
+from quantkit.checkpoint.memory import peak_rss, peak_vram, release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import StoppedError
@@ -159,6 +159,8 @@ class Session:
             stack=self._stack,
             tell=tell,
             shared=shared,
+            # What a limit leaves is for statistics.
+            keep_hidden=job.max_vram is None,
         )
 
     @property
@@ -214,6 +216,7 @@ class Session:
                 "seconds": round(time.monotonic() - self._began, 3),
                 "predicted_seconds": round(job.prediction.seconds, 1),
                 "peak_rss_bytes": peak_rss(),
+                **peak_vram(job.device),
                 "predicted_peak_bytes": job.prediction.peak(job.max_ram),
                 "max_ram_bytes": job.max_ram,
                 "steps_before_resume": self.resumed_after,

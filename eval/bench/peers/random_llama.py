@@ -24,7 +24,7 @@ def main() -> None:
     args = parse_arguments()
     out = Path(args.out)
     out.mkdir(parents=True)
-    vocab_size = copy_tokenizer(Path(args.tokenizer), out)
+    vocab_size = max(copy_tokenizer(Path(args.tokenizer), out), args.vocab)
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=args.hidden,
@@ -41,7 +41,8 @@ def main() -> None:
         dtype="bfloat16",
     )
     config.save_pretrained(out)
-    num_parameters = write_shards(out, config, torch.Generator().manual_seed(args.seed))
+    generator = torch.Generator(args.device).manual_seed(args.seed)
+    num_parameters = write_shards(out, config, generator)
     print(json.dumps({"parameters": num_parameters, "bytes": 2 * num_parameters}))
 
 
@@ -55,7 +56,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--max-positions", type=int, default=4096)
+    parser.add_argument("--vocab", type=int, default=0, help="at least so many tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where numbers are drawn; others there")
     args = parser.parse_args()
     if args.hidden % args.heads or args.heads % args.kv_heads:
         parser.error("--heads must divide --hidden and be a multiple of --kv-heads")
@@ -99,11 +102,12 @@ def shard_tensors(
 
     def normal(rows: int, columns: int) -> torch.Tensor:
         # Keeps outputs at their inputs' scale, whatever the width.
-        values = torch.randn(rows, columns, generator=generator).mul_(columns**-0.5)
-        return values.bfloat16()
+        values = torch.randn(rows, columns, generator=generator, device=generator.device)
+        return values.mul_(columns**-0.5).bfloat16()
 
     def norm() -> torch.Tensor:
-        return (1 + 0.2 * torch.randn(hidden, generator=generator)).bfloat16()
+        drawn = torch.randn(hidden, generator=generator, device=generator.device)
+        return (1 + 0.2 * drawn).bfloat16()
 
     if layer < 0:
         yield "model.embed_tokens.weight", normal(config.vocab_size, hidden)

@@ -1,0 +1,197 @@
+"""Whole runs on a GPU that is none (see fake_gpu): what two devices would break, and what it costs.
+
+The numbers are the CPU's but for the order of sums, so results can be compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_jobs as jobs
+import torch
+from fake_gpu import OnGpu, fake_gpu
+
+from quantkit.calibration.hidden import HiddenStore
+from quantkit.methods.stats import Needs, Stats, add_product_
+
+# (model, method, scheme)
+RUNS: list[tuple[str, str, str | None]] = [
+    ("llama", "gptq", "w4a16_g32"),
+    ("llama", "best", "w3a16_g32_asym"),
+    ("llama", "gptq_nf4", None),
+    ("llama", "rtn", "nvfp4a16"),
+    ("llama", "gptq", "mxfp4a16"),
+    ("llama", "fp8", None),
+    ("qwen3", "awq", "w4a16_g32_asym"),
+    ("gpt2", "smoothquant", None),
+    ("mixtral", "gptq", "w4a16_g32"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with jobs.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: jobs.build(kind, folder / kind) for kind in {run[0] for run in RUNS}}
+
+
+def weights(out: Path) -> list[dict[str, Any]]:
+    """What the report says of each weight."""
+    found: list[dict[str, Any]] = json.loads((out / "quantkit" / "report.json").read_text())[
+        "weights"
+    ]
+    return found
+
+
+def alike(cpu: list[dict[str, Any]], gpu: list[dict[str, Any]]) -> None:
+    """Errors up to what codes change that the last bit of a sum tips, and those after them."""
+    for one, other in zip(cpu, gpu, strict=True):
+        assert (one["name"], one["degraded"]) == (other["name"], other["degraded"])
+        assert other["error"] == pytest.approx(one["error"], rel=0.25)
+    whole, found = (sum(one["error"] for one in side) for side in (cpu, gpu))
+    assert found == pytest.approx(whole, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "method", "scheme"), RUNS)
+def test_a_gpu_gives_what_a_cpu_gives(
+    kind: str,
+    method: str,
+    scheme: str | None,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs.finish(jobs.make_job(models[kind], method, scheme), tmp_path / "cpu")
+    with fake_gpu(monkeypatch):
+        jobs.finish(jobs.make_job(models[kind], method, scheme, device="cuda"), tmp_path / "gpu")
+    alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
+
+
+def test_a_gpu_of_little_memory_reads_statistics_back_from_disk(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = jobs.make_job(models["llama"], "gptq", "w4a16_g32")
+    jobs.finish(job, tmp_path / "cpu")
+    with fake_gpu(monkeypatch):
+        few = jobs.make_job(models["llama"], "gptq", "w4a16_g32", device="cuda")
+        least = few.prediction.smallest - few.prediction.base
+        few = dataclasses.replace(few, max_vram=least)
+        budget = few.prediction.gram_budget(None, least)
+        assert budget is not None and budget < few.prediction.grams
+        jobs.finish(few, tmp_path / "gpu")
+    alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
+
+
+def test_gram_matrices_of_16_bits_are_the_same_over_the_borders_of_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    columns = 2 * 1920 + 7
+    x = torch.randn(64, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with fake_gpu(monkeypatch):
+        stats = Stats.empty(columns, Needs(gram=-1), device="cuda")
+        for part in x.split(24):
+            stats.update_(part.to("cuda"), name="x")
+        stats.finish_()
+    assert isinstance(stats.gram, OnGpu)
+    assert torch.allclose(stats.gram.inner, x.float().T @ x.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_float32_factor_keeps_16_bits_beside_one_of_16(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(50, 9, generator=draw).bfloat16(), torch.randn(50, 2000, generator=draw)
+    exact = x.double().T @ y.double()
+    with fake_gpu(monkeypatch):
+        found = torch.zeros(9, 2000, device="cuda")
+        add_product_(found, x.to("cuda"), y.to("cuda"))
+    assert isinstance(found, OnGpu)
+    assert float((found.inner.double() - exact).norm() / exact.norm()) < 2**-16
+
+
+def test_values_that_come_to_the_host_are_few(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each makes the host wait for the GPU: some for every weight, none for every channel."""
+    with fake_gpu(monkeypatch) as visits:
+        job = jobs.make_job(models["llama"], "gptq", "w4a16_g32", device="cuda")
+        visits.clear()
+        jobs.finish(job, tmp_path / "out")
+    count = len(weights(tmp_path / "out"))
+    busy = {line: seen for line, seen in visits.items() if seen > 8 * count}
+    # The loop over channels stands for a kernel.
+    assert not {line for line in busy if "columns.py" not in line}, busy
+
+
+def test_hidden_states_that_stay_on_the_gpu_are_those_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(2))
+    with fake_gpu(monkeypatch):
+        found = {}
+        for kept_on in (None, "cuda"):
+            with HiddenStore(tmp_path, (4, 3, 5), torch.bfloat16, kept_on=kept_on) as store:
+                for start in (0, 2):
+                    store.write(7, start, written[start : start + 2].to("cuda"))
+                store.sync(7)
+                assert bool(store._kept) == (kept_on is not None)
+                first = store.read(7, 2, 4, "cuda")
+                first.add_(1)
+                found[kept_on] = store.read(7, 2, 4, "cuda").cpu()
+                # The next generation takes their place.
+                store.write(8, 0, first[:2])
+                store.sync(8)
+                assert (1, 0) not in store._kept
+    assert torch.equal(found[None], found["cuda"])
+    assert torch.equal(found[None], written[2:].bfloat16())
+
+
+def test_tensors_of_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in itself: it refuses what CUDA refuses, and lets through what CUDA does."""
+    with fake_gpu(monkeypatch) as visits:
+        here, there = torch.ones(3), torch.ones(3, device="cuda")
+        assert there.device == torch.device("cuda", 0) and there.is_cuda
+        for mixed in (
+            lambda: here + there,
+            lambda: here[there.long()],
+            lambda: there.scatter_(0, torch.zeros(3, dtype=torch.int64), there),
+            lambda: there.numpy(),
+        ):
+            with pytest.raises((RuntimeError, TypeError)):
+                mixed()
+        assert (there * torch.tensor(2.0)).cpu().tolist() == [2, 2, 2]
+        assert there[torch.tensor([0, 1])].shape == (2,)
+        visits.clear()
+        assert float(there.sum()) == 3 and sum(visits.values()) == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_what_it_quantizes(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [
+            *(sys.executable, str(root / "eval" / "bench" / "gpu.py"), "--self-test"),
+            *("--only", "speed", "--methods", "rtn", "gptq", "--json", str(tmp_path / "gpu.json")),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert [row["method"] for row in report["speed"]] == ["rtn", "gptq"]
+    for row in report["speed"]:
+        assert row["whole"] and row["blocks"] == 2
+        assert 0 < sum(row["phases"].values()) < row["seconds"]

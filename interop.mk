@@ -9,9 +9,11 @@ CHECKPOINTS := $(INTEROP)/checkpoints$(if $(QUANTKIT_INTEROP_MODEL),-$(notdir $(
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(CHECKPOINTS)
 
 READERS := transformers gptqmodel vllm llama onnx tasks
-.PHONY: interop interop-checkpoints $(READERS:%=interop-%)
+.PHONY: interop interop-environments interop-checkpoints $(READERS:%=interop-%)
 
 interop: $(READERS:%=interop-%)
+
+interop-environments: $(READERS:%=$(INTEROP)/%/.installed)
 
 # The environments need quantkit's own only to write the checkpoints.
 interop-checkpoints: $(VENV)/.installed

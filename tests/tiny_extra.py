@@ -19,7 +19,7 @@ LAYOUTS = {
 
 def build(kind: str, directory: Path) -> Path:
     """The model in float32 with such a layer, whose values are its own."""
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     block, prefix, root, beside = LAYOUTS[kind]
     with torch.no_grad():
         _build("causal", kind, directory, torch.arange(3, 51).view(2, 24))

@@ -54,7 +54,7 @@ def wanted(weights: Iterable[StoredWeight], dtype: torch.dtype) -> list[Problem]
         elif scheme.kind == "fp8":
             op = f"fp8a{scheme.activation_bits}"
         elif scheme.kind == "int" and scheme.bits in (4, 8):
-            op = "w8a8" if scheme.activation_bits == 8 else f"w{scheme.bits}a16"
+            op = "w8a8" if scheme.centered else f"w{scheme.bits}a16"
         if op is None:
             continue
         for problem in measure.problems(op, scheme.group_size or 0, *weight.shape, dtype):

@@ -147,8 +147,8 @@ def _activations(scheme: Scheme, weights: Mapping[str, Any]) -> dict[str, Any] |
         # Scales of nvfp4's groups are taken from each token, their divisor is not.
         "dynamic": "local" if scheme.kind == "nvfp4" else not scheme.static_input,
     }
-    if found["strategy"] == "channel":
-        found["strategy"] = "token"
+    if scheme.kind == "int" or found["strategy"] == "channel":
+        found |= {"strategy": "token", "group_size": None}
     if scheme.kind in _SCALE_DTYPES:
         found["scale_dtype"] = _SCALE_DTYPES[scheme.kind]
     return found
@@ -187,13 +187,14 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         and weights.get("actorder") in (None, "weight", "static")
         and layout in ("pack-quantized", "int-quantized")
         and (activations is None) == (layout == "pack-quantized")
-        and (activations is None or (bits, strategy) == (8, "channel"))
+        and (activations is None or bits == 4 or (bits, strategy) == (8, "channel"))
+        and (activations is None or bool(weights.get("symmetric", True)))
     )
     if not known:
         raise CheckpointError(
             f"{where}: {layout} with {bits} bit {weights.get('type')} weights per {strategy} "
             f"(group_size {group_size}) is not read; pack-quantized with 2 to 8 bit weights per "
-            "group or channel, int-quantized w8a8 per channel and floats are"
+            "group or channel, int-quantized w8a8 per channel, symmetric w4a8 and floats are"
         )
     return Scheme(
         kind="int",

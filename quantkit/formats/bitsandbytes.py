@@ -65,7 +65,7 @@ class Bitsandbytes:
 
     def supports(self, scheme: Scheme) -> str | None:
         """None if the scheme is w8a8_row, or nf4 or fp4 in blocks that bitsandbytes allows."""
-        if scheme.kind == "int" and scheme.activation_bits == 8:
+        if scheme.centered:
             return None
         if not scheme.flat:
             return f"it holds nf4, fp4 and w8a8_row, not {scheme.name}"

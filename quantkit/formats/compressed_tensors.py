@@ -7,9 +7,9 @@ pack-quantized (integers of 2 to 8 bits, 16-bit activations)
     NAME.weight_scale       the model's dtype [O, G]
     NAME.weight_shape       int64 [2] = (O, I)
     NAME.weight_zero_point  int32 [ceil(O*b/32), G]   packed along O; asymmetric schemes only
-int-quantized (w8a8_row) and float-quantized (fp8a8_row, fp8a16_row, fp8a8_b128, fp8a8_tensor)
-    NAME.weight             int8 [O, I] = code - 128, or float8_e4m3fn [O, I]
-    NAME.weight_scale       the model's dtype [O, 1]; of blocks [ceil(O/128), I/128], of tensors [1]
+int-quantized (w8a8_row, w4a8) and float-quantized (fp8a8_row, fp8a16_row, fp8a8_b128, fp8a8_tensor)
+    NAME.weight             int8 [O, I] = code - 2^(b-1), or float8_e4m3fn [O, I]
+    NAME.weight_scale       the model's dtype [O, G]; of blocks [ceil(O/128), I/128], of tensors [1]
     NAME.input_scale        the model's dtype [1]; fp8a8_tensor only
 mxfp8-quantized (mxfp8a8, mxfp8a16)
     NAME.weight             float8_e4m3fn [O, I]
@@ -168,9 +168,10 @@ class CompressedTensors:
         scales = _stored_scales(weight, tensor)
         if (layout := layout_of(scheme)) in _PLAIN:
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
-            numbers = (codes ^ 128 if scheme.kind == "int" else codes).view(
-                dtype_of(_PLAIN[layout])
-            )
+            if scheme.kind == "int":
+                # Wraps around below the middle, as int8 does.
+                codes = codes - 2 ** (scheme.bits - 1)
+            numbers = codes.view(dtype_of(_PLAIN[layout]))
             stored = numbers.T.contiguous() if weight.transposed else numbers.contiguous()
             return {weight.name: stored, **scales}
         if scheme.kind != "int":
@@ -250,7 +251,8 @@ class CompressedTensors:
             stored = source.read(weight.name)
             numbers = stored.T.contiguous() if weight.transposed else stored
             codes = numbers.view(torch.uint8)
-            codes = codes ^ 128 if scheme.kind == "int" else codes
+            if scheme.kind == "int":
+                codes = codes + 2 ** (scheme.bits - 1)
         elif scheme.kind != "int":
             codes = unpack_nibbles(source.read(weight.name + _PACKED))
         else:
@@ -266,7 +268,8 @@ class CompressedTensors:
             dtype=weight.dtype,
             input_scale=_read_input_scale(weight, source),
         )
-        if scheme.kind != "int":
+        if scheme.kind != "int" or layout_of(scheme) in _PLAIN:
+            # A byte holds more than fewer bits mean.
             tensor.check(weight.name)
         return tensor
 

@@ -180,7 +180,11 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
         return reason
     for scheme in _schemes(weights):
         # 8-bit integers with 8-bit activations, and all floats.
-        if scheme.kind != "int" or scheme.activation_bits == 8:
+        if scheme.kind != "int" or scheme.centered:
+            continue
+        if scheme.activation_bits == 8:
+            if scheme.group_size is not None and scheme.group_size % 32:
+                return f"vLLM 0.32 takes groups of 32 times a number, not {scheme.group_size}"
             continue
         if scheme.bits not in _VLLM_GROUPS or (scheme.bits == 8 and not scheme.symmetric):
             kind = "" if scheme.symmetric else "asymmetric "

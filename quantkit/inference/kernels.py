@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.errors import BackendError, ShapeError
 from quantkit.inference.reference import StoredModule, StoredScale
+from quantkit.numbers.activations import fake_quantize_activation
 from quantkit.numbers.grid import CodebookGrid, grid_of
 from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor
 
@@ -114,6 +115,18 @@ class Int4Kernel(PackedKernel):
             self.group_size,
             self.shape[0],
         )
+
+
+class Int4ActivationKernel(Int4Kernel):
+    """4-bit integer weights and int8 activations: x is rounded by token, then `quantkit::w4a16`."""
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with x rounded to 8 bits, once more to its dtype."""
+        rounded = fake_quantize_activation(x.detach(), self.scheme)
+        if x.requires_grad and torch.is_grad_enabled():
+            # Rounding has no slope to follow.
+            rounded = x + (rounded - x.detach())
+        return super().multiply(rounded, bias)
 
 
 class Int8Kernel(PackedKernel):
@@ -404,5 +417,5 @@ def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
     if scheme.kind == "fp8":
         return Float8ActivationKernel if eight else Float8Kernel
     if eight:
-        return Int8ActivationKernel
+        return Int8ActivationKernel if scheme.bits == 8 else Int4ActivationKernel
     return {4: Int4Kernel, 8: Int8Kernel}.get(scheme.bits)

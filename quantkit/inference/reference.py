@@ -128,7 +128,7 @@ class ReferenceKernel(StoredModule):
 
     def _forward_rounded(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """The product of a scheme that rounds its input."""
-        if self.scheme.kind == "int":
+        if self.scheme.centered:
             return self._forward_int8(x, values, bias)
         if self.scheme.name == "fp8a8_row":
             return self._forward_fp8(x, values, bias)

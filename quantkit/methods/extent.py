@@ -83,7 +83,7 @@ def scale_and_zero(
             return store(magnitude / E4M3_LARGEST), None
         return float_scale(magnitude, scheme), None
     top = 2**scheme.bits - 1
-    if scheme.activation_bits == 8:
+    if scheme.centered:
         return store(extent.magnitude / (top // 2)), None
     if scheme.symmetric:
         scale = store(extent.magnitude * (2 / top))

@@ -270,5 +270,5 @@ def grid_of(scheme: Scheme) -> Grid:
         return Float8Grid()
     if scheme.block is not None:
         return BlockGrid(high=2**scheme.bits - 1, center=BLOCK_TYPES[scheme.block.upper()].center)
-    low = 1 if scheme.activation_bits == 8 else 0
+    low = 1 if scheme.centered else 0
     return IntegerGrid(low=low, high=2**scheme.bits - 1, center=2 ** (scheme.bits - 1))

@@ -89,14 +89,14 @@ class Scheme:
                 raise SchemeError(f"{self.bits} bits: integer schemes have 2 to 8")
             if self.double_quant:
                 raise SchemeError("double quantization is for nf4 and fp4 only")
-            if self.activation_bits != 16 and (
-                (self.bits, self.activation_bits) != (8, 8)
-                or self.group_size is not None
-                or not self.symmetric
+            if self.activation_bits != 16 and not (
+                self.activation_bits == 8
+                and self.symmetric
+                and (self.bits == 4 or (self.bits == 8 and self.group_size is None))
             ):
                 raise SchemeError(
-                    f"{self.name}: 8-bit activations go with 8-bit symmetric weights per row only; "
-                    "use w8a8_row, or 16-bit activations (a16)"
+                    f"{self.name}: 8-bit activations go with symmetric weights, of 8 bits per row "
+                    "or of 4; use w8a8_row, w4a8_g128, or 16-bit activations (a16)"
                 )
         elif self.kind == "fp8":
             if self.bits != 8 or not self.symmetric or self.double_quant:
@@ -142,6 +142,11 @@ class Scheme:
     def flat(self) -> bool:
         """True if blocks run along the flattened weight and may straddle rows."""
         return self.kind in ("nf4", "fp4")
+
+    @property
+    def centered(self) -> bool:
+        """True of int8 weights that meet int8 activations: -127..127, one rule for both."""
+        return self.kind == "int" and (self.bits, self.activation_bits) == (8, 8)
 
     @property
     def coarse_scales(self) -> bool:

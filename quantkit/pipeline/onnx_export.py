@@ -226,7 +226,7 @@ class _Work:
 
 def holds(scheme: Scheme) -> str | None:
     """None if an operator of ONNX Runtime holds the scheme exactly, else why not."""
-    if scheme.kind == "int" and scheme.activation_bits == 8:
+    if scheme.centered:
         return None
     return onnx_nbits.holds(scheme)
 

@@ -23,6 +23,7 @@ SCHEMES = [
     "w3a16_row",
     "w8a16_row_asym",
     "w8a8_row",
+    "w4a8_g32",
     "fp8a8_row",
     "nf4_b64",
     "nf4_b64_dq",

@@ -13,7 +13,7 @@ from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
 
 TRANSFORMS = [*available("transform"), "third_party:HalfWay"]
-SCHEMES = ["w4a16_g32_asym", "w3a16_row", "w8a8_row", "nf4_b64_dq"]
+SCHEMES = ["w4a16_g32_asym", "w3a16_row", "w8a8_row", "w4a8_g32", "nf4_b64_dq"]
 COLUMNS = 128
 
 

@@ -78,6 +78,30 @@ def test_w8a8_is_stored_as_signed_bytes_and_transposed_for_conv1d() -> None:
     assert chosen.layout(turned, torch.float32)[0].shape == (3, 2)
 
 
+def test_w4a8_is_stored_as_signed_bytes_too() -> None:
+    chosen = make_format("compressed-tensors")
+    codes = torch.arange(2 * 64).reshape(2, 64) % 16
+    tensor, weight = integers("w4a8_g32", codes), planned("a.weight", (2, 64), "w4a8_g32")
+    packed = chosen.pack(weight, tensor)
+    assert torch.equal(packed["a.weight"], (codes - 8).to(torch.int8))
+    assert tuple(packed["a.weight_scale"].shape) == (2, 2)
+    config = chosen.config([weight], model_type="llama", dtype=torch.float32)
+    (group,) = config["config_groups"].values()
+    assert group["format"] == "int-quantized"
+    assert (group["weights"]["num_bits"], group["weights"]["group_size"]) == (4, 32)
+    activations = group["input_activations"]
+    assert [activations[key] for key in ("num_bits", "strategy", "group_size", "dynamic")] == [
+        *(8, "token", None, True)
+    ]
+    source = MemorySource(config={"quantization_config": config}, tensors=packed)
+    (found,) = chosen.weights(source).values()
+    assert found.scheme == tensor.scheme
+    assert torch.equal(chosen.unpack(found, source).codes, tensor.codes)
+    packed["a.weight"][1, 5] = 8
+    with pytest.raises(NumericsError, match=r"a\.weight: code 16 does not fit 4 bits"):
+        chosen.unpack(found, source)
+
+
 def test_transposed_w8a8_comes_back_even_if_square() -> None:
     chosen = make_format("compressed-tensors")
     weights = [

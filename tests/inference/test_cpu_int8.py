@@ -38,6 +38,7 @@ def available() -> None:
         "w8a16_row",
         "w8a16_g32_asym",
         "w8a8_row",
+        "w4a8_g32",
         "fp8a16_row",
         "fp8a8_row",
         "nf4_b64_dq",

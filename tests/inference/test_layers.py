@@ -26,6 +26,8 @@ SCHEMES = [
     "w8a16_row",
     "w5a16_g16_asym",
     "w8a8_row",
+    "w4a8_g32",
+    "w4a8_row",
     "fp8a8_row",
     "fp8a16_row",
     "nf4_b64",

@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from format_samples import planned, quantized
 
 SCHEMES: tuple[str, ...] = (
-    tuple(
+    *(
         f"w{bits}a16_{group}{symmetry}"
         for bits in range(2, 9)
         for group in ("g32", "row")
         for symmetry in ("", "_asym")
-    )
-    + FLOATS
+    ),
+    *("w4a8_g32", "w4a8_row"),
+    *FLOATS,
 )
 SHAPES = ((40, 96), (7, 32), (130, 160), (200, 256))
 DTYPES = (torch.float32, torch.bfloat16)

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 DENSE = ["dense2", "dense5", "dense6"]
 SYMMETRIC = ["rtn", "gptq", "w8a16", "fp8_weights", *DENSE]
 ASYMMETRIC = ["awq", "dense3_asym"]
-INT8_ACTIVATIONS = ["w8a8", "smoothquant"]
+INT8_ACTIVATIONS = ["w8a8", "w4a8", "w4a8_row", "smoothquant"]
 EIGHT_BIT_ACTIVATIONS = [*INT8_ACTIVATIONS, "fp8"]
 # Products in float32 with activations rounded as quantkit's; what runs in bfloat16 only.
 FLOAT8 = ["fp8_blocks", "fp8_tensor"]

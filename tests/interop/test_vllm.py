@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # bfloat16 rounds logits of this size by about 0.06 each; two can change places below 0.15.
 TIE = 0.15
-SERVED = ["gptq", "awq", "w8a8", "fp8", "gptq_v1", "gptq_v2", "awq_gemm"]
+SERVED = ["gptq", "awq", "w8a8", "w4a8", "fp8", "gptq_v1", "gptq_v2", "awq_gemm"]
 ACTIVATIONS: dict[str, Activation] = {
     "w8a8": int8_tokens(levels=127, lowest=-127),
+    "w4a8": int8_tokens(levels=127, lowest=-127),
     "fp8": float8_tokens,
 }
 # transformers reads GPTQ and AWQ files only with GPTQModel (test_gptqmodel.py): what they were

@@ -57,10 +57,15 @@ def test_an_unknown_name_lists_the_allowed(name: str) -> None:
         Scheme.parse(name)
 
 
-@pytest.mark.parametrize("name", ["w4a8_row", "w8a8_g128", "w8a8_row_asym"])
-def test_activations_of_8_bits_go_with_weights_per_row(name: str) -> None:
-    with pytest.raises(SchemeError, match="use w8a8_row"):
+@pytest.mark.parametrize("name", ["w5a8_row", "w8a8_g128", "w8a8_row_asym", "w4a8_g32_asym"])
+def test_activations_of_8_bits_go_with_8_bits_per_row_and_4(name: str) -> None:
+    with pytest.raises(SchemeError, match="use w8a8_row, w4a8_g128"):
         Scheme.parse(name)
+
+
+def test_int8_weights_are_centered_where_activations_are_int8() -> None:
+    assert Scheme.parse("w8a8_row").centered
+    assert not any(Scheme.parse(name).centered for name in ("w8a16_row", "w4a8_row", "fp8a8_row"))
 
 
 @pytest.mark.parametrize(("name", "activation_bits"), [("fp8a8_row", 8), ("fp8a16_row", 16)])

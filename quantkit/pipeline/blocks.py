@@ -347,7 +347,7 @@ class BlockWork:
         plain = load_recipe("rtn")
         records = []
         for _, refs in self.plan.extra_groups():
-            weights = [self.model.source.read(ref.name).to(self.model.dtype) for ref in refs]
+            weights = [self._read(ref) for ref in refs]
             weights = [w.t() if r.transposed else w for r, w in zip(refs, weights, strict=True)]
             parts = None, plain.make_range(), plain.make_rounding()
             for solved in self._solve(refs, weights, None, parts):
@@ -358,10 +358,13 @@ class BlockWork:
 
     def _outside_matrix(self, ref: WeightRef, stats: Stats | None) -> WeightRecord:
         planned = self.plan.planned_head if ref.role == "head" else self.plan.weight_of[ref.name]
-        weight = self.model.source.read(ref.name).to(self.model.dtype)
-        (solved,) = self._solve([ref], [weight], stats)
+        (solved,) = self._solve([ref], [self._read(ref)], stats)
         self._put(planned, solved)
         return WeightRecord.of(solved, planned.name, None if stats is None else stats.count)
+
+    def _read(self, ref: WeightRef) -> Tensor:
+        """A weight that no block holds, where the statistics are."""
+        return self.model.source.read(ref.name).to(self.model.device, self.model.dtype)
 
     def _outputs(self, step: str) -> list[str]:
         """Names of the output tensors that a step writes."""

@@ -80,6 +80,32 @@ def test_a_gpu_gives_what_a_cpu_gives(
     alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
 
 
+def test_the_output_head_is_quantized_on_a_gpu_too(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"head": "w8a16_row", "allow_unreadable": True}
+    jobs.finish(jobs.make_job(models["llama"], "gptq", **options), tmp_path / "cpu")
+    with fake_gpu(monkeypatch):
+        job = jobs.make_job(models["llama"], "gptq", device="cuda", **options)
+        jobs.finish(job, tmp_path / "gpu")
+    assert weights(tmp_path / "gpu")[-1]["name"] == "lm_head.weight"
+    alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
+
+
+def test_methods_are_compared_and_budgets_kept_on_a_gpu(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["llama"]
+    text = model / "calibration.txt"
+    asked = ("--device", "cuda", "--calib", text, "--samples", "6", "--seq-len", "32")
+    compared = ("--methods", "rtn,awq", "--text", text, "--out", tmp_path / "compared")
+    with fake_gpu(monkeypatch):
+        assert jobs.command("compare", model, *asked, *compared) == 0
+        budget = ("--bits", "4.6", "--out", tmp_path / "mixed")
+        assert jobs.command("quantize", model, *asked, *budget) == 0
+    assert len({weight["scheme"] for weight in weights(tmp_path / "mixed")}) > 1
+
+
 def test_a_gpu_of_little_memory_reads_statistics_back_from_disk(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,8 @@ class HiddenStore:
             directory.mkdir(parents=True, exist_ok=True)
             self._files = [open_own(p, os.O_RDWR | os.O_CREAT) for p in self._paths]
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="hidden-states")
-        self._pending: Future[None] | None = None
+        # What is being written, and its generation.
+        self._pending: tuple[int, Future[None]] | None = None
         self._unsent = 0
         # Memory that a GPU copies to and from several times as fast, for reading and for writing.
         self._pinned: dict[str, Tensor] = {}
@@ -73,10 +74,12 @@ class HiddenStore:
         if kept is not None and len(kept) == stop - start:
             # A copy: blocks may work in place.
             return kept.to(device, copy=True)
+        if self._pending is not None and self._pending[0] == generation:
+            self._wait()
         shape = (stop - start, *self.shape[1:])
         out = self._buffer("read", shape, device)
         count = read_into(self._files[generation % 2], out, start * self._stride)
-        assert count == out.nbytes, "a generation is read only after it was written and synced"
+        assert count == out.nbytes, "a generation is read only after it was written"
         return out.to(device)
 
     def write(self, generation: int, start: int, hidden_NTH: Tensor) -> None:
@@ -87,13 +90,14 @@ class HiddenStore:
         self._wait()
         content = hidden_NTH.to(self.dtype)
         self._kept.pop((1 - generation % 2, start), None)
-        if self._keeps and content.is_cuda:
-            self._kept[generation % 2, start] = content.clone()
         if content.is_cuda:
+            if self._keeps:
+                self._kept[generation % 2, start] = content.clone()
             # The last content was written, so its memory is free.
             pinned = self._buffer("write", content.shape, str(content.device))
             content = pinned.copy_(content)
-        self._pending = self._writer.submit(self._write, generation, start, content.contiguous())
+        future = self._writer.submit(self._write, generation, start, content.contiguous())
+        self._pending = generation, future
 
     def _write(self, generation: int, start: int, content: Tensor) -> None:
         with disk_errors(self._paths[generation % 2], self.num_bytes):
@@ -106,7 +110,7 @@ class HiddenStore:
     def _wait(self) -> None:
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            pending[1].result()
 
     def _buffer(self, use: str, shape: tuple[int, ...], device: str) -> Tensor:
         """Memory on the host for a copy to or from the device; the same again if it is a GPU."""

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import tiny_jobs as jobs
 import torch
 from fake_gpu import OnGpu, fake_gpu
 
+from quantkit.calibration import hidden
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.methods.stats import Needs, Stats, add_product_
 
@@ -181,6 +183,24 @@ def test_hidden_states_that_stay_on_the_gpu_are_those_of_the_disk(
                 assert (1, 0) not in store._kept
     assert torch.equal(found[None], found["cuda"])
     assert torch.equal(found[None], written[2:].bfloat16())
+
+
+def test_what_is_still_being_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers that never sync, as those of budgets, get the new bytes."""
+    plain = hidden.write_from
+
+    def slow(*parts: Any) -> None:
+        time.sleep(0.3)
+        plain(*parts)
+
+    monkeypatch.setattr(hidden, "write_from", slow)
+    old, new = torch.zeros(2, 3, 5), torch.ones(2, 3, 5)
+    with HiddenStore(tmp_path, (2, 3, 5), torch.float32) as store:
+        store.write(0, 0, old)
+        store.write(2, 0, new)
+        assert torch.equal(store.read(2, 0, 2), new)
 
 
 def test_tensors_of_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,13 +83,6 @@ class OnGpu(torch.Tensor):
     def untyped_storage(self) -> Any:
         return self.inner.untyped_storage()
 
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> OnGpu:
-        return OnGpu(inner["inner"])
-
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None

@@ -112,10 +112,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """How many products of each scheme and dtype were checked, and the worst of their errors."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        name = row["scheme"], row["dtype"]
-        one = found.setdefault(
-            name, {**dict(zip(("scheme", "dtype"), name, strict=True)), "products": 0}
-        )
+        named = {"scheme": row["scheme"], "dtype": row["dtype"]}
+        one = found.setdefault((row["scheme"], row["dtype"]), {**named, "products": 0})
         one["products"] += 1
         for kind in ("error", "norm"):
             one[kind] = max(one.get(kind, 0.0), row[kind])

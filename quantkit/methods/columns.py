@@ -69,42 +69,27 @@ class ColumnRounder(ABC):
         factors[i, j] · (weight - value), which `errors` receive, to the target of every channel j
         that comes after it.  groups: int32 [B].  On a GPU one kernel does it.
         """
-        if self._grid is None:
-            self._in_turn(
-                groups_B.tolist(), targets_BR, weights_BR, errors_BR, codes_BR, factors_BB, down
+        if self._grid is not None:
+            from quantkit_kernels.gpu import channels
+
+            channels.solve(
+                targets_BR,
+                weights_BR,
+                errors_BR,
+                # Factorisations come in columns.
+                factors_BB.contiguous(),
+                self._grid,
+                self._scale_GR,
+                self._zero_GR,
+                groups_B,
+                down=down,
             )
+            codes_BR.copy_(self._codes(targets_BR, groups_B))
             return
-        from quantkit_kernels.gpu import channels
-
-        channels.solve(
-            targets_BR,
-            weights_BR,
-            errors_BR,
-            # Factorisations come in columns.
-            factors_BB.contiguous(),
-            self._grid,
-            self._scale_GR,
-            self._zero_GR,
-            groups_B,
-            down=down,
-        )
-        codes_BR.copy_(self._codes(targets_BR, groups_B))
-
-    def _in_turn(
-        self,
-        groups: list[int],
-        targets_BR: Tensor,
-        weights_BR: Tensor,
-        errors_BR: Tensor,
-        codes_BR: Tensor,
-        factors_BB: Tensor,
-        down: bool,
-    ) -> None:
-        """The same, plainly."""
-        count = len(groups)
-        factors = factors_BB.t().contiguous()
+        groups, factors = groups_B.tolist(), factors_BB.t().contiguous()
         targets, weights = targets_BR.unbind(0), weights_BR.unbind(0)
         errors, codes, errors_RB = errors_BR.unbind(0), codes_BR.unbind(0), errors_BR.t()
+        count = len(groups)
         for i in range(count - 1, -1, -1) if down else range(count):
             before = slice(i + 1, count) if down else slice(0, i)
             if before.stop > before.start:

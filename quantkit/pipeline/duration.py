@@ -49,14 +49,14 @@ class Speeds:
         device: str = "cpu",
     ) -> Speeds:
         """The speeds now; takes some hundredths of a second."""
-        if device != "cpu":
-            own, wide = (_product_speed(kind, clock, device) for kind in (dtype, torch.float32))
-            return cls(own=own, wide=wide, passes=_pass_speed(clock, device), share=1.0)
         began, used = time.perf_counter(), time.process_time()
         own, wide = (_product_speed(kind, clock, device) for kind in (dtype, torch.float32))
         passes = _pass_speed(clock, device)
         wall, threads = time.perf_counter() - began, torch.get_num_threads()
         share = (time.process_time() - used) / max(wall * threads, 1e-9)
+        if device != "cpu":
+            # A GPU is not waited for by all threads.
+            share = 1.0
         return cls(own=own, wide=wide, passes=passes, share=min(share, 1.0))
 
     @property

@@ -15,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.gpu.fp8 import round_e4m3
+
 # Most channels of a launch.
 MOST = 128
 # Adding and taking away 1.5 · 2^23 rounds a float32 below 2^22 to an integer, ties to even.
 _ROUND = tl.constexpr(12582912.0)
 _FAR = tl.constexpr(2097152.0)
-# The same for multiples of 2^-9, where e4m3 numbers lie evenly.
-_ROUND_SMALL = tl.constexpr(24576.0)
 _ROWS, _WARPS = 16, 2
 
 
@@ -59,17 +59,6 @@ def _four(number):
     step = tl.where(size < 2.0, 0.5, tl.where(size < 4.0, 1.0, 2.0))
     size = ((size / step + _ROUND) - _ROUND) * step
     return tl.where(number < 0.0, -size, size)
-
-
-@triton.jit
-def _eight(number, LARGEST):
-    """The nearest e4m3 number."""
-    number = tl.minimum(tl.maximum(number, -LARGEST), LARGEST)
-    bits = number.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576
-    normal = bits.to(tl.float32, bitcast=True)
-    small = (number + _ROUND_SMALL) - _ROUND_SMALL
-    return tl.where(tl.abs(number) < 0.015625, small, normal)
 
 
 @triton.jit(do_not_specialize=["R", "COUNT", "stride_r", "stride_f"])
@@ -150,7 +139,8 @@ def channels_kernel(
             unit = _four(tl.div_rn(target, scale))
             value = unit * scale
         else:
-            unit = _eight(tl.div_rn(target, scale), high)
+            number = tl.div_rn(target, scale)
+            unit = round_e4m3(tl.minimum(tl.maximum(number, -high), high))
             value = unit * scale
         error = weight - value
         tl.store(targets + place, unit, mask=inside)

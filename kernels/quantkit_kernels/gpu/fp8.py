@@ -32,11 +32,11 @@ def quantize_kernel(x, numbers, scale, K, K_PAD, stride_x, BLOCK: tl.constexpr):
         part = tl.load(x + row * stride_x + start + columns, mask=inside, other=0.0)
         value = tl.minimum(tl.maximum(part.to(tl.float32) / step, -_LARGEST), _LARGEST)
         place = numbers + row * K_PAD + start + columns
-        tl.store(place, _round(value).to(tl.float8e4nv), mask=start + columns < K_PAD)
+        tl.store(place, round_e4m3(value).to(tl.float8e4nv), mask=start + columns < K_PAD)
 
 
 @triton.jit
-def _round(value):
+def round_e4m3(value):
     """The nearest e4m3 number, ties to even, in float32: what is cast to e4m3 is exact."""
     bits = value.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576

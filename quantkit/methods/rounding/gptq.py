@@ -173,9 +173,10 @@ class Gptq:
 
 def _chunks(weight_OI: Tensor) -> Iterator[slice]:
     rows, columns = weight_OI.shape
-    step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // columns))
     if weight_OI.is_cuda:
         step = max(1, _GPU_CHUNK_ELEMENTS // columns)
+    else:
+        step = max(1, min(_CHUNK_ROWS, _CHUNK_ELEMENTS // columns))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -1,10 +1,13 @@
-"""quantkit's report of a checkpoint, read back: every field that is used has been checked."""
+"""quantkit's report of a checkpoint, read back: every field that is used has been checked.
+
+It tells how a checkpoint came about, and what became of each tensor of its source.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from quantkit.checkpoint.door import (
     RECORD_BYTES,
@@ -18,8 +21,14 @@ from quantkit.checkpoint.door import (
     object_of,
     read_json,
 )
+from quantkit.checkpoint.source import Source
 
 REPORT = "quantkit/report.json"
+# What becomes of a tensor of the source.
+Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
+FATES: tuple[Fate, ...] = get_args(Fate)
+# Fingerprint of the checkpoint that a graph or file holds the numbers of.
+EXPORT_OF = "export of"
 
 
 def _is_weight(value: Any) -> bool:
@@ -49,3 +58,11 @@ def read_report(home: Path) -> dict[str, Any]:
     report = read_json(path, largest=RECORD_BYTES)
     check_fields(report, _FIELDS, f"{path}: ")
     return report
+
+
+def holds_numbers_of(home: Path | None, source: Source) -> bool:
+    """False if the weights at `home` were quantized anew from the quantized `source`."""
+    made = {} if home is None else read_report(home).get("fingerprint")
+    if not isinstance(made, dict) or made.get("requantize") != "True":
+        return True
+    return bool(made.get(EXPORT_OF) == source.fingerprint())

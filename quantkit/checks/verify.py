@@ -14,7 +14,7 @@ from typing import Any
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import verify_manifest
-from quantkit.checkpoint.record import REPORT, read_report
+from quantkit.checkpoint.record import FATES, REPORT, read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import (
     Vectors,
@@ -33,7 +33,6 @@ from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import map_names
-from quantkit.model.provenance import FATES
 from quantkit.model.split_experts import split_experts
 from quantkit.model.views import converted, under_owners
 from quantkit.numbers.tensor import QuantizedTensor

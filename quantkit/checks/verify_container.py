@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
-from quantkit.checkpoint.record import REPORT, read_report
+from quantkit.checkpoint.record import REPORT, holds_numbers_of, read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checks.against import (
     Vectors,
@@ -34,7 +34,6 @@ from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import NameMap, check_complete, map_names
-from quantkit.model.provenance import holds_numbers_of
 from quantkit.model.views import stored_under_partners
 from quantkit.numbers.superblock import BLOCK_TYPES
 from quantkit.numbers.tensor import QuantizedTensor

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState, refuse_unfinished
-from quantkit.checkpoint.record import read_report
+from quantkit.checkpoint.record import EXPORT_OF, read_report
 from quantkit.checkpoint.shards import TensorWriter
 from quantkit.checkpoint.sidefiles import left_lines, side_record
 from quantkit.checkpoint.source import Source
@@ -31,7 +31,6 @@ from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import copy_folds
-from quantkit.model.provenance import EXPORT_OF
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.finish import write_finished_files

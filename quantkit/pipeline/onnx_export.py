@@ -22,9 +22,11 @@ from tqdm import tqdm
 from quantkit.checkpoint.disk import disk_errors, write_file
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.output import OutputDirectory, OutputState, refuse_unfinished
+from quantkit.checkpoint.record import EXPORT_OF, REPORT, read_report
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.checkpoint.sidefiles import copy_side_files
+from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, OutputError
@@ -39,12 +41,14 @@ from quantkit.formats.onnx.rows import RowIndex
 from quantkit.formats.onnx.triton import model_config
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked
-from quantkit.model.provenance import EXPORT_OF, copy_provenance
+from quantkit.model.fold_vectors import copy_folds
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale
 from quantkit.pipeline.export import Exported, export
 
 DETAILS = "quantkit/onnx.json"
+# What of a report stays true of the graph made of the checkpoint.
+_TOLD = ("method", "scheme", "calibration")
 # The builder's own setting for CPUs: activations in int8 by block.  1 is float32.
 ACCURACY_LEVELS = (1, 4)
 READERS: Mapping[str, str | None] = {"onnxruntime": None, "onnxruntime-genai": None}
@@ -114,7 +118,7 @@ def export_onnx(
             write_file(_made(output.partial / DETAILS), _json({**details, "versions": versions}))
             names = _names(view, OnnxFile(target), checked)
             write_file(output.partial / NAMES, names.to_json())
-            copy_provenance(source, output.partial, fingerprint)
+            _copy_provenance(source, output.partial, fingerprint)
             if triton:
                 config = model_config(target, name=output.out.name)
                 write_file(output.partial / "config.pbtxt", config.encode())
@@ -342,3 +346,21 @@ def _made(path: Path) -> Path:
 
 def _json(data: object) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _copy_provenance(source: Source, partial: Path, fingerprint: Mapping[str, str]) -> None:
+    """Writes how the checkpoint was made, and what transforms did, beside the graph made of it.
+
+    Nothing where no report of quantkit's tells it.
+    """
+    copy_folds(source.home, partial)
+    report = {} if source.home is None else read_report(source.home)
+    made = report.get("fingerprint")
+    if not isinstance(made, dict) or any(key not in report for key in _TOLD):
+        return
+    told = {**{key: report[key] for key in _TOLD}, "fingerprint": {**made, **fingerprint}}
+    text = json.dumps(told, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+    path = partial / REPORT
+    with disk_errors(path):
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, text.encode())

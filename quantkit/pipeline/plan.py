@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.record import Fate
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
 from quantkit.errors import FormatError, RecipeError
@@ -27,7 +28,6 @@ from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import fitted_line
 from quantkit.model.fold_vectors import fold_shapes
-from quantkit.model.provenance import Fate
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.decide import (

@@ -13,7 +13,7 @@ import jinja2
 
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
-from quantkit.model.provenance import FATES
+from quantkit.checkpoint.record import FATES
 from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord

@@ -177,14 +177,14 @@ def test_an_onnx_graph_whose_data_is_spoiled_is_not_announced(
 
     monkeypatch.setattr(onnx_export, "build_graph", Builder())
     monkeypatch.setattr(onnx_export, "require_builder", lambda: {"onnx": "1"})
-    right = onnx_export.copy_provenance
+    right = onnx_export._copy_provenance
 
     def cut(source: Any, partial: Path, fingerprint: Any) -> None:
         right(source, partial, fingerprint)
         data = (partial / "model.onnx.data").read_bytes()
         (partial / "model.onnx.data").write_bytes(data[: len(data) // 2])
 
-    monkeypatch.setattr(onnx_export, "copy_provenance", cut)
+    monkeypatch.setattr(onnx_export, "_copy_provenance", cut)
     with pytest.raises(UnsoundError, match=r"model\.onnx"):
         onnx_export.export_onnx(quantized, tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()

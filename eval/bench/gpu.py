@@ -147,28 +147,28 @@ def _timed(
     left: float,
 ) -> dict[str, Any]:
     """One run: seconds, and those of its blocks and their phases; stopped after `left` seconds."""
-    import quantkit
     from quantkit.errors import StoppedError
+    from quantkit.pipeline.job import prepare
+    from quantkit.pipeline.options import QuantizeOptions
+    from quantkit.pipeline.session import run
 
     trace, out = scratch / "trace.json", scratch / "out"
     name, _, scheme = method.partition(":")
     row: dict[str, Any] = {"method": method, "device": device, "whole": True}
+    asked = QuantizeOptions(
+        name,
+        scheme=scheme or None,
+        calibration=str(text),
+        samples=options.samples,
+        seq_len=options.seq_len,
+        device=device,
+    )
+    deadline = None if left == float("inf") else time.monotonic() + left
     started = time.perf_counter()
     try:
-        quantkit.quantize(
-            str(model),
-            out=out,
-            method=name,
-            scheme=scheme or None,
-            calibration=str(text),
-            samples=options.samples,
-            seq_len=options.seq_len,
-            device=device,
-            fresh=True,
-            progress=False,
-            profile=trace,
-            until=None if left == float("inf") else f"{max(1, round(left))}s",
-        )
+        job = prepare(str(model), asked, out=out)
+        row["prepare_seconds"] = time.perf_counter() - started
+        run(job, out, fresh=True, progress=False, profile=trace, deadline=deadline)
     except StoppedError:
         row["whole"] = False
     except Exception as error:  # a failure is a result; the other methods follow
@@ -179,6 +179,8 @@ def _timed(
     blocks, phases = _of_trace(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
     row |= {"blocks": len(blocks), "seconds_per_block": statistics.median(blocks or [0.0])}
     row |= {"first_blocks": blocks[:3], "phases": phases}
+    # Opening, checking and hashing what was written.
+    row["finish_seconds"] = row["seconds"] - row["prepare_seconds"] - sum(phases.values())
     if row["whole"]:
         run = json.loads((out / "quantkit" / "run.json").read_text(encoding="utf-8"))
         kept = ("predicted_seconds", "peak_rss_bytes", "predicted_peak_bytes", "peak_vram_bytes")

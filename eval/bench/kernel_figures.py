@@ -111,6 +111,21 @@ def on_gpu(folder: str) -> str:
         )
         for shape in ((14336, 4096), (28672, 8192)):
             parts.append(_ratios(found["speed"], shape))
+    for path in sorted(_FOLDER.glob("decode_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "decode" in found:
+            rates = {row["scheme"]: row["tokens_per_second"] for row in found["decode"]}
+            shown = (
+                f"{_ON_GPU.get(name, name)} {rate:.0f} ({rate / rates['bf16']:.2f}x)"
+                for name, rate in rates.items()
+                if name != "bf16"
+            )
+            parts.append(
+                f"\nTokens per second of transformers' `generate` with an 8 B Llama of random "
+                f"weights at batch 1, compiled, {found['machine']['device']} "
+                f"([{path.name}]({folder}/{path.name})): bfloat16 {rates['bf16']:.0f}, "
+                f"{', '.join(shown)}."
+            )
     return "\n".join(parts)
 
 

@@ -42,7 +42,16 @@ _SHOWN = {
 
 def main() -> None:
     decoding = kernel_figures.decoding("kernels/bench/results").rstrip()
-    parts = (_accuracy(), _speed(), decoding, _memory(), _eval_memory(), _durability(), _outliers())
+    parts = (
+        _accuracy(),
+        _speed(),
+        _on_gpu(),
+        decoding,
+        _memory(),
+        _eval_memory(),
+        _durability(),
+        _outliers(),
+    )
     changed = [_rewrite("README.md", "results", "## Measured\n" + "\n".join(filter(None, parts)))]
     for name, text in (
         ("cpu", kernel_figures.products("../kernels/bench/results")),
@@ -126,6 +135,30 @@ def _speed() -> str:
                 f"| {theirs['median_seconds']:.0f} | {row['ratio']:.2f}x |"
             )
     return "\n".join(lines)
+
+
+def _on_gpu() -> str:
+    """Of each GPU: seconds that quantizing a random model took, and what was predicted."""
+    parts = []
+    for path in sorted(common.RESULTS.glob("gpu_*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts += [
+            f"\nQuantizing {found['model']['parameters'] / 1e9:.1f} B parameters on one "
+            f"{found['hardware']['gpu']} (random weights of Llama's 8 B shapes, "
+            f"{found['samples']} x {found['seq_len']} tokens, reading, checking and hashing "
+            f"included; [{path.name}](eval/results/{path.name})):\n",
+            "| method | seconds | predicted | a block | statistics and forward, of it "
+            "| GPU memory |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in found["speed"]:
+            work = sum(row["phases"].get(name, 0.0) for name in ("statistics", "forward"))
+            parts.append(
+                f"| {row['method'].replace(':', ', ')} | {row['seconds']:.0f} "
+                f"| {row['predicted_seconds']:.0f} | {row['seconds_per_block']:.2f} "
+                f"| {work / row['blocks']:.2f} | {row['peak_vram_bytes'] / 1e9:.1f} GB |"
+            )
+    return "\n".join(parts)
 
 
 def _memory() -> str:

@@ -1,8 +1,8 @@
 """Hidden states between two blocks, in two generations of files that outlive a kill.
 
 Read and written in ranges (never memory-mapped: mapped pages would count as resident memory), and
-written while the next range is computed.  On a GPU with room to spare the generation that was
-written last stays there too, and is read from there.
+written while the next range is computed.  A GPU with room to spare holds both generations instead,
+and a generation reaches its file when it is saved.
 Letters: N sequences, T tokens, H hidden size; where a model has several streams, T stands for
 tokens and streams.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.safetensors import read_into, write_from
 
-# Times the room of both generations that a GPU must have free to keep one.
+# Times the room of both generations that a GPU must have free to hold them.
 _SPARE = 8
 # Bytes after which what was written is sent to the disk, so that little is left for the end.
 _SENT = 64 * 2**20
@@ -30,7 +30,8 @@ _SENT = 64 * 2**20
 class HiddenStore:
     """Hidden states [N, T, H]; generation i enters block i, even and odd share two files.
 
-    `kept_on`: a GPU that keeps a generation, if it has several times its room.
+    `kept_on`: a GPU that holds them, if it has several times their room; `saved` is then the
+    generation that is on the disk, whose file no other takes.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class HiddenStore:
         self._pinned: dict[str, Tensor] = {}
         # By generation's parity and place.
         self._kept: dict[tuple[int, int], Tensor] = {}
-        self._keeps = False
+        self.saved: int | None = None
+        self.keeps = False
         if kept_on is not None and kept_on.startswith("cuda"):
-            self._keeps = _SPARE * self.num_bytes < torch.cuda.mem_get_info(kept_on)[0]
+            self.keeps = _SPARE * self.num_bytes < torch.cuda.mem_get_info(kept_on)[0]
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +82,8 @@ class HiddenStore:
         out = self._buffer("read", shape, device)
         count = read_into(self._files[generation % 2], out, start * self._stride)
         assert count == out.nbytes, "a generation is read only after it was written"
+        # An interrupted run goes on from it.
+        self.saved = generation
         return out.to(device)
 
     def write(self, generation: int, start: int, hidden_NTH: Tensor) -> None:
@@ -89,10 +93,13 @@ class HiddenStore:
         """
         self._wait()
         content = hidden_NTH.to(self.dtype)
-        self._kept.pop((1 - generation % 2, start), None)
+        if self.keeps and content.is_cuda:
+            self._kept[generation % 2, start] = content.clone()
+        else:
+            self._begin_writing(generation, start, content)
+
+    def _begin_writing(self, generation: int, start: int, content: Tensor) -> None:
         if content.is_cuda:
-            if self._keeps:
-                self._kept[generation % 2, start] = content.clone()
             # The last content was written, so its memory is free.
             pinned = self._buffer("write", content.shape, str(content.device))
             content = pinned.copy_(content)
@@ -122,9 +129,18 @@ class HiddenStore:
             self._pinned[use] = kept
         return kept[: math.prod(shape)].view(shape)
 
+    def has_file_for(self, generation: int) -> bool:
+        """Whether the generation can be saved beside the one that is."""
+        return self.saved is None or self.saved % 2 != generation % 2
+
     def sync(self, generation: int) -> None:
         """Returns once the generation is on the disk."""
+        for (parity, start), content in sorted(self._kept.items(), key=lambda item: item[0]):
+            if parity == generation % 2:
+                self._wait()
+                self._begin_writing(generation, start, content)
         self._wait()
+        self.saved = generation
         with disk_errors(self._paths[generation % 2]):
             os.fsync(self._files[generation % 2])
 

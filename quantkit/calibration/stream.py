@@ -6,6 +6,7 @@ Letters: N sequences, T tokens, H hidden size.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ class Batch:
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
 _ROUNDED = 0.05
+
+
+# Times the seconds that saving takes which pass before hidden states are saved again.
+_TIMES_SAVING = 20
 
 
 class _Enough(Exception):
@@ -102,7 +107,7 @@ class CalibrationStream:
         drift: bool = False,
         keep: bool = False,
     ) -> None:
-        """keep: on a GPU with room to spare, hidden states stay there as well."""
+        """keep: a GPU with room to spare holds the hidden states, and saves them now and then."""
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
         with torch.no_grad():
@@ -116,6 +121,8 @@ class CalibrationStream:
                 HiddenStore(scratch, shape, first.dtype, "original", kept_on=kept_on)
             )
         self.batches = list(batches_of(calibration, device))
+        # When hidden states were saved last, and the seconds it took.
+        self._saved_at, self._saving = 0.0, 0.0
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
 
     def embed(self) -> None:
@@ -126,13 +133,24 @@ class CalibrationStream:
             self.hidden.write(0, batch.start, hidden)
             if self.original is not None:
                 self.original.write(0, batch.start, hidden)
-        self.sync(0)
 
-    def sync(self, generation: int) -> None:
-        """Returns once the generation is on the disk."""
-        self.hidden.sync(generation)
-        if self.original is not None:
-            self.original.sync(generation)
+    def sync(self, generation: int) -> bool:
+        """Whether the generation is on the disk, from where an interrupted run can go on.
+
+        Always, but where a GPU holds it: there it is saved when a small part of the time since the
+        last one was enough for that, and not over the one that is on the disk.
+        """
+        stores = [store for store in (self.hidden, self.original) if store is not None]
+        began = time.monotonic()
+        if any(store.keeps for store in stores):
+            early = began - self._saved_at < _TIMES_SAVING * self._saving
+            if early or not all(store.has_file_for(generation) for store in stores):
+                return False
+        for store in stores:
+            store.sync(generation)
+        self._saved_at = time.monotonic()
+        self._saving = self._saved_at - began
+        return True
 
     def gather(
         self,

@@ -44,8 +44,8 @@ _TRACE_TOKENS = 8
 class CausalModel:
     """A transformers causal LM whose blocks stay on disk until they are asked for.
 
-    Holds the meta skeleton, the small tensors outside the blocks (norms, positions, rotary tables)
-    and nothing else: token embedding rows are gathered per batch, the head is read in rows.
+    Holds the meta skeleton and the small tensors outside the blocks (norms, positions, rotary
+    tables): token embedding rows are gathered per batch, the head is read in rows.
     `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
     those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones.
     `extra_layers` lie among the unmapped: those that predict further tokens.
@@ -160,9 +160,13 @@ class CausalModel:
         Costs block_bytes plus one tensor; drop the reference to free it.  Raises NumericsError that
         names the tensor if a weight is NaN or infinite.
         """
-        block = self._empty_block(index)
-        load_into(block, self.block_path(index), self._names, self.source, self.device)
+        block = self.empty_block(index)
+        self.fill_block_(block, index, self.device)
         return block.to(self.device)
+
+    def fill_block_(self, block: nn.Module, index: int, device: torch.device) -> None:
+        """Reads the weights of an `empty_block`; a thread of its own may do that."""
+        load_into(block, self.block_path(index), self._names, self.source, device)
 
     def calls(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None
@@ -287,17 +291,16 @@ class CausalModel:
     ) -> Iterator[None]:
         """While active, run() calls callback(input_key, x [n, I]) once per distinct input.
 
-        x holds valid tokens only (padding removed, of an expert the tokens routed to it; an expert
-        that no token reaches is not called), in the model's dtype; it may alias the activation: do
-        not keep or change it.
+        x holds valid tokens only (padding removed, of an expert the tokens routed to it; one that
+        no token reaches is not called), in the model's dtype; do not keep or change it.
         """
-        trace = self._traces[self._signatures[index]]
+        keys = self._traces[self._signatures[index]].keys()
         if mask_BT is not None and self._passes.layout != Layout():
             raise ModelError(
                 f"{self.block_path(index)}: hidden states do not have a row for each token, so "
                 "padding cannot be told apart; calibrate on windows without padding"
             )
-        mode = Tap(block, trace.keys(), mask_BT, callback)
+        mode = Tap(block, keys, mask_BT, callback)
         handle = block.register_forward_pre_hook(lambda _module, _args: mode.start())
         try:
             with mode:
@@ -348,8 +351,7 @@ class CausalModel:
 
     def fold_(self, block: nn.Module, group: ScaleGroup, scale_C: torch.Tensor) -> Folded:
         """Divides the producer's channels by scale_C, multiplies the readers' columns: see fold."""
-        stored = self.source.info(group.producer_names[0]).dtype
-        return fold_(block, group, scale_C, stored=stored)
+        return fold_(block, group, scale_C, stored=self.source.info(group.producer_names[0]).dtype)
 
     @property
     def head(self) -> WeightRef:
@@ -383,7 +385,8 @@ class CausalModel:
         """
         return self._passes.finish_rows(hidden_BTH, rows_VH, start)
 
-    def _empty_block(self, index: int) -> nn.Module:
+    def empty_block(self, index: int) -> nn.Module:
+        """A copy of a block whose weights are on the meta device; what it computes is there."""
         block = skeleton.clone(self._blocks[index])
         skeleton.fill_buffers(self._model, block, self.block_path(index))
         return block
@@ -420,7 +423,7 @@ class CausalModel:
             last[:] = [hidden_BTH]
             signature = self._signatures[index]
             if signature not in self._traces:
-                drawn = sketch_(self._empty_block(index))
+                drawn = sketch_(self.empty_block(index))
                 noise = noise_like(hidden_BTH, 1)
                 self._traces[signature] = discover(
                     drawn,
@@ -461,7 +464,7 @@ class CausalModel:
             return lambda block: self.run(block, noise_BTH, call)
 
         return find_groups(
-            sketch_(self._empty_block(index)),
+            sketch_(self.empty_block(index)),
             self._traces[self._signatures[index]],
             forward,
             skeleton.head_sizes(self._model),

@@ -27,6 +27,7 @@ from quantkit.formats.format import PlannedWeight
 from quantkit.methods.parts import Range, Rounding, Target
 from quantkit.methods.recipe import input_needs, load_recipe
 from quantkit.methods.stats import Needs, Stats, Stream
+from quantkit.model.ahead import BlocksAhead
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
 from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
@@ -70,8 +71,20 @@ class BlockWork:
         tell: Callable[[str], object],
         shared: SharedMethod | None = None,
         keep_hidden: bool = False,
+        ahead: bool = False,
     ) -> None:
+        """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work.
+
+        Raises ResumeError if what `done` wrote is gone.
+        """
         self.tell = tell
+        self._load: Callable[[int], nn.Module] = model.load_block
+        if ahead:
+            reader = BlocksAhead(model)
+            stack.callback(reader.close)
+            self._load = reader.load
+        # The hidden states that the next step needs.
+        self._generation: int | None = None
         self.model, self.plan, self.calibration = model, plan, calibration
         recipe = plan.recipe
         self.transforms = recipe.make_transforms()
@@ -120,7 +133,8 @@ class BlockWork:
             )
 
     def run(self, step: str) -> Record:
-        """Does a step; on return its tensors and hidden states are on the disk."""
+        """Does a step; `settle` tells whether it is on the disk."""
+        self._generation = None
         with torch.no_grad():
             if step == "outside":
                 record = self._outside()
@@ -134,11 +148,21 @@ class BlockWork:
                 record = self._extra()
             else:
                 record = self._block(int(step.removeprefix("block ")))
+        return record
+
+    def settle(self) -> bool:
+        """Whether all steps so far are on the disk, with the hidden states that the next needs.
+
+        If not, an interrupted run has to do again what came after the last one that was.
+        """
         with phase("fsync"):
+            needed = None if self.stream is None else self._generation
+            if self.stream is not None and needed is not None and not self.stream.sync(needed):
+                return False
             self.writer.sync()
             if self.folds is not None:
                 self.folds.sync()
-        return record
+        return True
 
     def close(self) -> None:
         """Completes the shards; raises if a planned tensor was never written."""
@@ -158,11 +182,12 @@ class BlockWork:
             self.shared.stats.embed()
         else:
             self.stream.embed()
+        self._generation = 0
         return Record(step="embed")
 
     def _block(self, index: int) -> Record:
         with phase("reading"):
-            block = self.model.load_block(index)
+            block = self._load(index)
         propagate = self.plan.recipe.propagate
         book: Book | Staged | None = self._statistics(index, block)
         with phase("transform"):
@@ -177,11 +202,9 @@ class BlockWork:
         with phase("writing"):
             self._write_kept(index, block)
         last = index == self.model.num_blocks - 1 and self.plan.head is None
-        if self.stream is not None and self.shared is None and not last:
-            if propagate:
-                self.stream.forward(index, block, None, write=True, rounded=rounded)
-            with phase("fsync"):
-                self.stream.sync(index + 1)
+        self._generation = None if last or self.shared is not None else index + 1
+        if self.stream is not None and self._generation is not None and propagate:
+            self.stream.forward(index, block, None, write=True, rounded=rounded)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
     def _write_kept(self, index: int, block: nn.Module) -> None:

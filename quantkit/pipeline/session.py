@@ -91,12 +91,11 @@ def run(
         bar.update(session.resumed_after)
         for step in session.pending:
             if deadline is not None and time.monotonic() + session.longest > deadline:
-                left = len(session.pending)
-                if left < len(session.steps) - session.resumed_after:
-                    done = len(session.steps) - left
+                done = session.settled
+                if done > session.resumed_after:
                     raise StoppedError(
                         f"{out}: stopped before --until with {done} of {len(session.steps)} steps "
-                        f"done, {step} being next; the same command goes on there"
+                        f"done, {session.steps[done]} being next; the same command goes on there"
                     )
             bar.set_description(f"{step}{session.remaining}")
             session.run(step)
@@ -130,6 +129,8 @@ class Session:
         self._job, self._fresh, self._stack = job, fresh, stack
         self._output = stack.enter_context(OutputDirectory(out))
         self._done: dict[str, Record] = {}
+        # Steps that are done, but not yet so that a run could go on from there.
+        self._unsettled: list[Record] = []
         self.resumed_after = 0
         self.complete = self._output.state is OutputState.COMPLETE and not fresh
         if self.complete:
@@ -161,6 +162,7 @@ class Session:
             shared=shared,
             # What a limit leaves is for statistics.
             keep_hidden=job.max_vram is None,
+            ahead=job.device.startswith("cuda") and job.max_ram is None,
         )
 
     @property
@@ -172,6 +174,11 @@ class Session:
     def pending(self) -> list[str]:
         """The steps that are left."""
         return [step for step in self._work.steps if step not in self._done]
+
+    @property
+    def settled(self) -> int:
+        """How many steps the same command would not do again."""
+        return len(self._done) - len(self._unsettled)
 
     @property
     def longest(self) -> float:
@@ -189,11 +196,15 @@ class Session:
         return f", {format_duration(left * statistics.median(seconds))} left"
 
     def run(self, step: str) -> None:
-        """Does a step; it is in the journal on return."""
+        """Does a step; it is in the journal on return, if a run can go on from there."""
         with self.timeline.step(step):
             self._done[step] = record = self._work.run(step)
-            with phase("fsync"):
-                self._journal.append(record.to_dict())
+            self._unsettled.append(record)
+            if self._work.settle():
+                with phase("fsync"):
+                    for record in self._unsettled:
+                        self._journal.append(record.to_dict())
+                self._unsettled.clear()
             release_free_memory()
 
     def finish(self) -> Outcome:

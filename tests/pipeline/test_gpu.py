@@ -10,8 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import tiny_jobs as jobs
 import torch
 from fake_gpu import OnGpu, fake_gpu
 
-from quantkit.calibration import hidden
+from quantkit.calibration import hidden, stream
 from quantkit.calibration.hidden import HiddenStore
+from quantkit.calibration.stream import CalibrationStream
+from quantkit.errors import NumericsError
 from quantkit.methods.stats import Needs, Stats, add_product_
+from quantkit.model.causal import CausalModel
 
 # (model, method, scheme)
 RUNS: list[tuple[str, str, str | None]] = [
@@ -47,7 +51,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {kind: jobs.build(kind, folder / kind) for kind in {run[0] for run in RUNS}}
+    built = {kind: jobs.build(kind, folder / kind) for kind in {run[0] for run in RUNS}}
+    return {**built, "deep": jobs.build("llama", folder / "deep", num_hidden_layers=5)}
 
 
 def weights(out: Path) -> list[dict[str, Any]]:
@@ -170,19 +175,81 @@ def test_hidden_states_that_stay_on_the_gpu_are_those_of_the_disk(
         found = {}
         for kept_on in (None, "cuda"):
             with HiddenStore(tmp_path, (4, 3, 5), torch.bfloat16, kept_on=kept_on) as store:
+                assert store.keeps == (kept_on is not None)
                 for start in (0, 2):
                     store.write(7, start, written[start : start + 2].to("cuda"))
-                store.sync(7)
-                assert bool(store._kept) == (kept_on is not None)
                 first = store.read(7, 2, 4, "cuda")
                 first.add_(1)
                 found[kept_on] = store.read(7, 2, 4, "cuda").cpu()
-                # The next generation takes their place.
-                store.write(8, 0, first[:2])
-                store.sync(8)
-                assert (1, 0) not in store._kept
+                # Another generation leaves this one whole, until one of its parity comes.
+                store.write(8, 2, first)
+                assert torch.equal(store.read(7, 2, 4, "cuda").cpu(), found[kept_on])
+                store.sync(7)
+                assert store.has_file_for(8) and not store.has_file_for(9)
+                store.write(9, 2, first)
+            with HiddenStore(tmp_path, (4, 3, 5), torch.bfloat16) as store:
+                assert torch.equal(store.read(7, 0, 2), written[:2].bfloat16())
     assert torch.equal(found[None], found["cuda"])
     assert torch.equal(found[None], written[2:].bfloat16())
+
+
+@pytest.mark.parametrize("method", ["gptq", "best"])
+@pytest.mark.parametrize("times", [0, float("inf")])
+def test_a_run_goes_on_from_the_hidden_states_that_were_saved(
+    method: str,
+    times: float,
+    models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kill at any block, with every generation saved that there is a file for, or the first."""
+    with fake_gpu(monkeypatch):
+        whole = jobs.make_job(models["deep"], method, "w4a16_g32", device="cuda")
+        jobs.finish(whole, tmp_path / "whole")
+        monkeypatch.setattr(stream, "_TIMES_SAVING", times)
+        for kill in range(4):
+            out = tmp_path / f"killed-{kill}"
+            with monkeypatch.context() as patch:
+                patch.setattr(CalibrationStream, "forward", dying(kill))
+                with pytest.raises(KeyboardInterrupt):
+                    jobs.finish(whole, out)
+            again = jobs.finish(whole, out)
+            assert jobs.hashes(again.out) == jobs.hashes(tmp_path / "whole")
+            before = json.loads((out / "quantkit" / "run.json").read_text())["steps_before_resume"]
+            # outside and embed, and the blocks before the one that it died in.
+            assert before == (2 if times else 2 + kill)
+
+
+def dying(kill: int) -> Callable[..., None]:
+    """A forward that ends the process once it has written what the block hands on."""
+    plain = CalibrationStream.forward
+
+    def forward(self: CalibrationStream, index: int, *rest: Any, **options: Any) -> None:
+        plain(self, index, *rest, **options)
+        if index == kill:
+            raise KeyboardInterrupt
+
+    return forward
+
+
+def test_the_next_block_is_read_while_one_is_at_work(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = []
+    plain = CausalModel.fill_block_
+
+    def fill(self: CausalModel, block: torch.nn.Module, index: int, device: torch.device) -> None:
+        readers.append((index, threading.current_thread().name.split("_")[0]))
+        if index == 3:
+            raise NumericsError("block 3 cannot be read")
+        plain(self, block, index, device)
+
+    with fake_gpu(monkeypatch):
+        job = jobs.make_job(models["deep"], "gptq", "w4a16_g32", device="cuda")
+        monkeypatch.setattr(CausalModel, "fill_block_", fill)
+        with pytest.raises(NumericsError, match="block 3"):
+            jobs.finish(job, tmp_path / "out")
+    assert readers == [(index, "next-block") for index in range(4)]
 
 
 def test_what_is_still_being_written_is_waited_for(

@@ -129,6 +129,7 @@ def dequantized(model: Path, out: Path) -> PreTrainedModel:
     stored = fmt.weights(source)
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     taken = {name for weight in stored.values() for name in weight.tensors}
+    taken |= {name for name in source.names() if name.endswith((".k_scale", ".v_scale"))}
     state = {name: source.read(name) for name in source.names() if name not in taken}
     for name, weight in stored.items():
         value = fmt.unpack(weight, source).dequantize(torch.float32)

@@ -1,6 +1,6 @@
 """Writes the figures of README and docs from results files: none there is typed by hand.
 
-readme.py            rewrites the text between the marks in README.md and docs/kernels.md
+readme.py            rewrites the text between the marks in README.md and pages of docs/
 readme.py --check    exit code 1 if it would change
 """
 
@@ -60,6 +60,7 @@ def main() -> None:
         ("rounding", kernel_figures.rounding("../eval/results")),
     ):
         changed.append(_rewrite("docs/kernels.md", name, text.strip()))
+    changed.append(_rewrite("docs/cache.md", "cache", _cache()))
     if "--check" in sys.argv[1:]:
         sys.exit(int(any(changed)))
 
@@ -109,6 +110,28 @@ def _accuracy() -> str:
                 f"| {'' if bits is None else f'{bits:.3f}'} "
                 f"| {'' if seconds is None else f'{seconds:.0f}'} |"
             )
+    return "\n".join(lines)
+
+
+def _cache() -> str:
+    found = _figures("cache")
+    if found is None:
+        return ""
+    lines = [
+        f"KL divergence to the float32 model ({found['model']}, int8 weights) on "
+        f"{found['windows']} x {found['seq_len']} unseen tokens "
+        "([cache.json](../eval/results/cache.json)):\n",
+        "| cache | scales hold | calibrated on | KL, 95 % interval | top token kept |",
+        "|---|---|---|---|---|",
+    ]
+    held = {"twice absmax": "twice the largest (ours)", "absmax": "the largest", "ones": "448"}
+    for row in found["rows"]:
+        cache = "as computed" if row["cache"] == "none" else f"`{row['cache']}`"
+        lines.append(
+            f"| {cache} | {held.get(row['scales'], '')} | {row['calibration']} "
+            f"| {_kl(row['kl'])} [{_kl(row['low'])}, {_kl(row['high'])}] "
+            f"| {100 * row['top1_agreement']:.1f} % |"
+        )
     return "\n".join(lines)
 
 

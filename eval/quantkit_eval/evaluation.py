@@ -21,7 +21,7 @@ from quantkit_eval.figures.sensitivity import (
     few_windows,
     measure_sensitivity,
 )
-from quantkit_eval.figures.stream import ModelStream
+from quantkit_eval.figures.stream import ModelStream, cached_as
 from quantkit_eval.gate import judge, worst
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import SCHEMA, Answer, Candidate, Fact, NoiseFloor, Report, TokenShown
@@ -70,6 +70,7 @@ def evaluate(
                 sensitivity[number],
                 whole,
                 asked,
+                request.kv,
             )
         )
     noise = None
@@ -121,6 +122,7 @@ def _measure(
                     dtype=dtype,
                     device=request.device,
                     trust_remote_code=request.trust_remote_code,
+                    kv=request.kv,
                 )
             )
 
@@ -160,6 +162,7 @@ def _sensitivity(
                         scratch / f"sensitivity-{number}-{place}",
                         device=request.device,
                         trust_remote_code=request.trust_remote_code,
+                        kv=request.kv,
                     )
                 )
                 for place, one in (("original", setting.original), ("quantized", subject))
@@ -184,6 +187,7 @@ def _candidate(
     sensitivity: tuple[BlockSensitivity, ...],
     whole: Whole,
     asked: Sequence[Verdicts],
+    kv: str,
 ) -> Candidate:
     seen = measured.looked[number]
     found = (*_answers(setting, measured, number), *_harness_answers(asked, number))
@@ -213,7 +217,7 @@ def _candidate(
         completions=whole.completions(number),
         completions_note=whole.note,
         worst_tokens=_worst_tokens(setting, divergence),
-        notes=_notes(setting, subject),
+        notes=_notes(setting, subject, kv),
     )
 
 
@@ -274,9 +278,14 @@ def _worst_tokens(setting: Setting, divergence: Divergence) -> tuple[TokenShown,
     return tuple(found)
 
 
-def _notes(setting: Setting, subject: Subject) -> tuple[str, ...]:
+def _notes(setting: Setting, subject: Subject, kv: str) -> tuple[str, ...]:
     """What a reader should know before trusting the numbers."""
     notes = []
+    if (cached := cached_as(subject.source, kv)) is not None:
+        notes.append(
+            f"Keys and values were rounded to {cached.name} as a server's cache holds them, but "
+            "not in completions and lm-eval's tasks."
+        )
     calibration = None if subject.recorded is None else subject.recorded.get("calibration")
     if calibration is not None:
         used = {calibration.get("file_sha256"), calibration.get("revision")} - {None}

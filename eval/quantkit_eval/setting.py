@@ -26,6 +26,7 @@ from quantkit_eval.windows import ProtocolKind, Windows, text_windows
 
 # Of a text that is longer, the beginning is used; the protocol says so.
 MAX_TOKENS = 524_288
+_CACHES = ("stored", "none", "fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class EvaluationRequest:
     prompts          how many beginnings of the text both models continue; 0 for none
     original_name    what to call the original (default: its directory's name)
     any_base         accept a quantized model that was made from another original
+    kv               the cache of quantized models: as `stored` says, `none`, or `fp8`
     """
 
     model: str
@@ -62,9 +64,12 @@ class EvaluationRequest:
     trust_remote_code: bool = False
     title: str | None = None
     original_name: str | None = None
+    kv: str = "stored"
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.kv not in _CACHES:
+            raise EvaluationError(f"--kv {self.kv!r}: choose {', '.join(_CACHES)}")
         for option, value, smallest, largest in (
             ("--seq-len", self.seq_len, 2, 2**24),
             ("--windows", self.windows, 1, 2**24),

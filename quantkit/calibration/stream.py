@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
 from quantkit.calibration.tokens import Calibration
 from quantkit.methods.stats import Needs, Stats, Stream
+from quantkit.model.attention import KeysValues, keys_and_values
 from quantkit.model.causal import CausalModel, TapCallback
 from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.activations import InputRounding
 
+CacheSeen = Callable[[nn.Module, Tensor, Tensor], None]
 # Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
 # that the order of accumulation, and with it every bit of the result, stays the same.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -182,13 +184,18 @@ class CalibrationStream:
         *,
         write: bool,
         rounded: Mapping[str, InputRounding] | None = None,
+        cached: CacheSeen | None = None,
     ) -> None:
         """Runs the block over all batches; with `write`, stores what enters the next one.
 
-        Inputs of the parameters named in `rounded` are rounded so.
+        Inputs of the parameters named in `rounded` are rounded so.  `cached` is told of the keys
+        and values [B, H, T, D] of tokens that count.
         """
         for batch in self.batches:
-            out = self._run(index, block, batch, self.hidden, callback, rounded)
+            with contextlib.ExitStack() as modes:
+                if cached is not None:
+                    modes.enter_context(keys_and_values(_counting(cached, batch.mask)))
+                out = self._run(index, block, batch, self.hidden, callback, rounded)
             if write:
                 with phase("writing"):
                     self.hidden.write(index + 1, batch.start, out)
@@ -367,6 +374,21 @@ class CalibrationStream:
         if ids.shape[0] not in self._calls:
             self._calls[ids.shape[0]] = self.model.calls(ids, None)[1]
         return self._calls[ids.shape[0]][index]
+
+
+def _counting(cached: CacheSeen, mask_BT: Tensor | None) -> KeysValues:
+    """Tells of keys and values of tokens that count, and changes none."""
+
+    def see(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [key, value]
+        if mask_BT is not None:
+            mask = mask_BT.to(key.device).bool()
+            # [tokens, H, D] as one sequence.
+            counts = [x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in counts]
+        cached(module, *counts)
+        return key, value
+
+    return see
 
 
 def _fan_out(callback: TapCallback, taps: Mapping[str, tuple[str, ...]]) -> TapCallback:

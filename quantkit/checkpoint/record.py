@@ -24,8 +24,8 @@ from quantkit.checkpoint.door import (
 from quantkit.checkpoint.source import Source
 
 REPORT = "quantkit/report.json"
-# What becomes of a tensor of the source.
-Fate = Literal["quantized", "rescaled", "kept", "copied", "left out"]
+# What becomes of a tensor of the source; "added" is one that the source does not have.
+Fate = Literal["quantized", "rescaled", "kept", "copied", "left out", "added"]
 FATES: tuple[Fate, ...] = get_args(Fate)
 # Fingerprint of the checkpoint that a graph or file holds the numbers of.
 EXPORT_OF = "export of"

@@ -101,3 +101,9 @@ def finite_problems(name: str, source: Source) -> Iterator[str]:
         if not all(bool(edge.isfinite()) for edge in torch.aminmax(piece)):
             yield f"{name}: holds NaN or infinity"
             return
+
+
+def scale_problems(name: str, source: Source) -> Iterator[str]:
+    """What is wrong with the scales of a cache, which divide."""
+    if not bool((source.read(name) > 0).all()):
+        yield f"{name}: a scale is not above zero"

@@ -23,7 +23,13 @@ from quantkit.checks.against import (
     compare_rescaled,
     retargeted,
 )
-from quantkit.checks.result import Check, VerifyResult, finite_problems, value_problems
+from quantkit.checks.result import (
+    Check,
+    VerifyResult,
+    finite_problems,
+    scale_problems,
+    value_problems,
+)
 from quantkit.checks.runtimes import compare_runtime
 from quantkit.checks.verify_container import check_files, container_checks
 from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
@@ -294,6 +300,8 @@ def _numbers(opened: _Opened, reference: Source | None) -> Iterator[Check]:
     for entry in kept:
         if entry.name in present and entry.fate != "copied":
             tally.numbers += finite_problems(entry.name, opened.source)
+        if entry.name in present and entry.fate == "added":
+            tally.numbers += scale_problems(entry.name, opened.source)
     yield Check(
         name="numbers",
         detail=f"scales and codes of {len(opened.stored)} weights; {len(kept)} other tensors",
@@ -345,7 +353,7 @@ def _name_problems(opened: _Opened, reference: Source) -> Iterator[str]:
     ours = {
         entry.name
         for entry in opened.entries
-        if not (opened.unties_head and entry.name in opened.stored)
+        if entry.fate != "added" and not (opened.unties_head and entry.name in opened.stored)
     }
     theirs = set(reference.names())
     ours |= theirs.intersection(opened.stored)

@@ -84,6 +84,14 @@ def evaluate(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Accept what was made from another original.")
     ] = False,
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv",
+            help="Round keys and values as a cache does: stored (as the checkpoint asks), none, "
+            "or fp8 (with scales of 1 where the checkpoint has none).",
+        ),
+    ] = "stored",
     max_ram: RamOption = None,
     device: DeviceOption = "cpu",
     backend: BackendOption = "auto",
@@ -119,6 +127,7 @@ def evaluate(
         prompts=prompts,
         noise_floor=noise_floor,
         any_base=any_base,
+        kv=kv,
         max_ram=memory_limit(max_ram),
         device=device_name(device),
         backend=backend,

@@ -20,6 +20,9 @@ mxfp4-pack-quantized (mxfp4a4, mxfp4a16) and nvfp4-pack-quantized (nvfp4a4, nvfp
     NAME.weight_global_scale  float32 [1]             what nvfp4's scales are divided by
     NAME.input_global_scale   float32 [1]             the same for its input; nvfp4a4 only
 
+For the attention module NAME, where keys and values are cached in 8 bits:
+    NAME.k_scale, NAME.v_scale  float32 [1], or [H, 1, 1] with a scale for each head
+
 Codes lie without gaps, across words, as compressed-tensors 0.20 writes them.  Its older releases
 left bits of each word empty at 3, 5, 6 and 7 bits; their shapes differ, and they are refused.
 """
@@ -75,6 +78,7 @@ from quantkit.formats.stored import (
     round_scale,
     stored_scale,
 )
+from quantkit.numbers.cache import CACHE_NAMES, CacheScheme
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import DividedScale, PlainScale, QuantizedTensor, Scale
 
@@ -85,6 +89,8 @@ if TYPE_CHECKING:
 
 _PACKED, _SCALE, _SHAPE, _ZERO = "_packed", "_scale", "_shape", "_zero_point"
 _GLOBAL, _INPUT, _INPUT_GLOBAL = "_global_scale", "input_scale", "input_global_scale"
+_CACHE = ("k_scale", "v_scale")
+_ASKED = ("num_bits", "type", "strategy", "symmetric", "dynamic")
 # Layouts that keep one number per weight under the weight's own name, and its dtype.
 _PLAIN: dict[Layout, str] = {
     "int-quantized": "I8",
@@ -229,6 +235,41 @@ class CompressedTensors:
         if decompresses_at_load(weights, model_type):
             config["dequantize"] = True
         return config
+
+    def cache_layout(self, module: str, scheme: CacheScheme, heads: int) -> tuple[TensorInfo, ...]:
+        """The tensors that hold the scales of an attention module's keys, and of its values."""
+        shape = scheme.scale_shape(heads)
+        return tuple(
+            TensorInfo(name=f"{module}.{leaf}", dtype="F32", shape=shape) for leaf in _CACHE
+        )
+
+    def cache_config(self, scheme: CacheScheme) -> dict[str, Any]:
+        """What the `quantization_config` says of it besides."""
+        return {
+            "kv_cache_scheme": {
+                "num_bits": 8,
+                "type": "float",
+                "strategy": "attn_head" if scheme.per_head else "tensor",
+                "symmetric": True,
+                "dynamic": False,
+                "group_size": None,
+                "block_structure": None,
+            }
+        }
+
+    def cache_scheme(self, config: Mapping[str, Any]) -> CacheScheme | None:
+        """The scheme that a `quantization_config` tells of, as llm-compressor writes it too."""
+        told = config.get("kv_cache_scheme")
+        if told is None:
+            return None
+        for name in CACHE_NAMES:
+            wanted = self.cache_config(CacheScheme(name=name))["kv_cache_scheme"]
+            if isinstance(told, Mapping) and all(told.get(key) == wanted[key] for key in _ASKED):
+                return CacheScheme(name=name)
+        raise CheckpointError(
+            f"config.json: kv_cache_scheme {told} is unknown; a symmetric static float of 8 bits "
+            "for each tensor or head (attn_head) is read"
+        )
 
     def weights(self, source: Source) -> dict[str, StoredWeight]:
         """Weight name -> how it is stored, for every quantized weight of a checkpoint."""

@@ -29,6 +29,7 @@ from quantkit.checkpoint.shards import Layout
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.methods.parts import imported
+from quantkit.numbers.cache import CacheScheme
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 
@@ -195,6 +196,26 @@ class Format(FormatReader, Protocol):
         `weights` are all quantizable weights, the kept ones included; `others` are the model's
         other tensors, so that linear layers outside the blocks can be listed as kept too: by the
         checkpoint's names, and by "MODULE.weight" where transformers calls a layer otherwise.
+        """
+        ...
+
+
+@runtime_checkable
+class CacheFormat(Format, Protocol):
+    """A format with a place for scales of the cache of keys and values."""
+
+    def cache_layout(self, module: str, scheme: CacheScheme, heads: int) -> tuple[TensorInfo, ...]:
+        """The tensors that hold the scales of an attention module's keys, and of its values."""
+        ...
+
+    def cache_config(self, scheme: CacheScheme) -> dict[str, Any]:
+        """What the `quantization_config` says of it besides."""
+        ...
+
+    def cache_scheme(self, config: Mapping[str, Any]) -> CacheScheme | None:
+        """The scheme that a `quantization_config` tells of; None if there is none.
+
+        Raises CheckpointError for one that is not known.
         """
         ...
 

@@ -183,7 +183,7 @@ class LoadingQuantizer(HfQuantizer):
         saved = SavedTensors(
             pieces=pieces_of(self._names),
             transposed=self._view.transposed,
-            extra=stored_names(self._names.unmapped, self._stored),
+            extra=(*stored_names(self._names.unmapped, self._stored), *self._view.cache_names),
             source=self._source,
         )
         attach_quantizer_(model, self._format, self.quantization_config.fields, saved)

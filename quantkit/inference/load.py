@@ -96,7 +96,7 @@ def load(
     if fmt is not None:
         opaque = (p.name for pieces in names.pieces.values() for p in pieces if p.opaque)
         unfilled = dict.fromkeys((*names.unmapped, *opaque))
-        extra = stored_names(unfilled, stored)
+        extra = (*stored_names(unfilled, stored), *view.cache_names)
         saved = SavedTensors(
             pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
@@ -117,13 +117,15 @@ def install_(
     names: NameMap,
     fmt: Format,
     quantization_config: Mapping[str, Any],
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replaces modules of a live model by quantized ones and writes the tensors folds have changed.
 
     Both mappings go by checkpoint names; entries are read block by block, so they may be lazy: once
     each, twice those of experts that turn out not to fit one kernel.  `names` is the map of the
-    model before this call.  A quantized head that was tied gets untied.  Afterwards
-    `save_pretrained` writes the canonical quantized checkpoint.
+    model before this call; `beside` are small tensors of the checkpoint that no module holds.
+    A quantized head that was tied gets untied.  Afterwards `save_pretrained` writes the canonical
+    quantized checkpoint.
     """
     names = _untie_(model, names, frozenset(tensors))
     pieces = pieces_of(names)
@@ -142,7 +144,9 @@ def install_(
         lambda path, old: old.detach(),
         "auto",
     )
-    saved = SavedTensors(pieces=pieces, transposed=transposed, extra=(), source=None)
+    saved = SavedTensors(
+        pieces=pieces, transposed=transposed, extra=(), source=None, beside=beside or {}
+    )
     attach_quantizer_(model, fmt, quantization_config, saved)
     model.eval()
 

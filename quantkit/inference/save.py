@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,14 @@ class SavedTensors:
     pieces      one per checkpoint tensor or quantized weight; tied parameters appear once
     transposed  names of weights that the unquantized checkpoint stores [I, O] (Conv1D)
     extra       tensors that no module holds (MTP heads), with the source that has them
+    beside      those of them that are in memory
     """
 
     pieces: tuple[Piece, ...]
     transposed: frozenset[str]
     extra: tuple[str, ...]
     source: Source | None
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class QuantkitConfig(QuantizationConfigMixin):
@@ -148,6 +150,7 @@ def canonical_tensors(
     for name in saved.extra:
         assert saved.source is not None
         tensors[name] = saved.source.read(name)
+    tensors.update(saved.beside)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in covered:
             tensors[name] = tensor.detach().cpu()

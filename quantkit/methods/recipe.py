@@ -26,6 +26,7 @@ from quantkit.methods.parts import (
 )
 from quantkit.methods.plain_yaml import parse_yaml
 from quantkit.methods.stats import Needs
+from quantkit.numbers.cache import CacheScheme
 from quantkit.numbers.scheme import Scheme
 
 _KEYS = (
@@ -41,6 +42,7 @@ _KEYS = (
     "rules",
     "head",
     "mtp",
+    "kv",
     "calibration",
 )
 _RULE_KEYS = ("match", "scheme", "keep")
@@ -112,6 +114,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     head: Scheme | None = None
     mtp: Scheme | None = None
+    kv: CacheScheme | None = None
     samples: int = 128
     seq_len: int = 2048
 
@@ -122,7 +125,7 @@ class Recipe:
                 f"target {self.target.name} needs `propagate: true`: it makes up for the errors of "
                 "the blocks before"
             )
-        if self.transforms and not self.calibrated:
+        if self.transforms and not self._reads_statistics:
             raise RecipeError(
                 f"transform {self.transforms[0].name} finds nothing to work on with "
                 f"{self.scheme.name}: it looks at activations that are rounded; choose a scheme "
@@ -145,6 +148,7 @@ class Recipe:
         if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
         head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
+        kv = data.get("kv")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -164,6 +168,7 @@ class Recipe:
             rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
             head=None if head is None else Scheme.parse(str(head)),
             mtp=None if mtp is None else Scheme.parse(str(mtp)),
+            kv=None if kv is None else CacheScheme.parse(str(kv)),
             samples=_count(calibration, "samples", 128, where),
             seq_len=_count(calibration, "seq_len", 2048, where),
         )
@@ -189,6 +194,8 @@ class Recipe:
             data["head"] = self.head.name
         if self.mtp is not None:
             data["mtp"] = self.mtp.name
+        if self.kv is not None:
+            data["kv"] = self.kv.name
         return data
 
     def rule_for(self, name: str) -> Rule | None:
@@ -243,7 +250,11 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """True if any weight needs statistics, so that calibration text is needed."""
+        """True if any weight needs statistics, or the cache scales: calibration text is needed."""
+        return self.kv is not None or self._reads_statistics
+
+    @property
+    def _reads_statistics(self) -> bool:
         return any(self.needs(scheme) for scheme in self.schemes)
 
 
@@ -289,6 +300,7 @@ def load_recipe(
     skip: Sequence[str] = (),
     head: str | None = None,
     mtp: str | None = None,
+    kv: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
     default_scheme: str | None = None,
@@ -324,6 +336,8 @@ def load_recipe(
         data["head"] = head
     if mtp is not None:
         data["mtp"] = mtp
+    if kv is not None:
+        data["kv"] = kv
     recipe = Recipe.from_dict(data, str(path.name))
     skipped = tuple(Rule(match=glob, scheme=None) for glob in skip)
     return dataclasses.replace(

@@ -6,7 +6,7 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,11 @@ from torch import nn
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, QuantkitError
 from quantkit.model import skeleton
+from quantkit.model.attention import Attention
 from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
-from quantkit.model.passes import Layout, Passes, as_float, call_block, lazy_paths
+from quantkit.model.passes import Layout, Passes, as_float, call_block, load_outside
 from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.replay import check_replay
@@ -135,7 +136,7 @@ class CausalModel:
             blocks=blocks,
             device=torch.device(device),
         )
-        opened._load_outside(outside)
+        load_outside(model, outside, names, source, opened.device, blocks)
         with skeleton.model_errors(model):
             opened._trace_blocks()
         return opened
@@ -353,6 +354,18 @@ class CausalModel:
         """Divides the producer's channels by scale_C, multiplies the readers' columns: see fold."""
         return fold_(block, group, scale_C, stored=self.source.info(group.producer_names[0]).dtype)
 
+    def attentions(self, index: int) -> Mapping[str, Attention]:
+        """Path in the block -> what reads keys and values there."""
+        return self._traces[self._signatures[index]].attentions
+
+    def module_name(self, index: int, path: str) -> str:
+        """What the checkpoint calls a module of a block: its tensors' names less their own."""
+        full = f"{self.block_path(index)}.{path}"
+        for inner, pieces in self._names.under(full).items():
+            if (prefix := pieces[0].name.removesuffix(f".{inner}")) != pieces[0].name:
+                return prefix
+        return full
+
     @property
     def head(self) -> WeightRef:
         """The output projection [V, H]; its name is the embedding's if the two are tied."""
@@ -390,25 +403,6 @@ class CausalModel:
         block = skeleton.clone(self._blocks[index])
         skeleton.fill_buffers(self._model, block, self.block_path(index))
         return block
-
-    def _load_outside(self, paths: list[str]) -> None:
-        lazy = set(lazy_paths(self._model))
-        for path in paths:
-            if path not in lazy and self._names.tied.get(path) not in lazy:
-                load_into(
-                    self._model.get_submodule(path.rpartition(".")[0]),
-                    path.rpartition(".")[0],
-                    self._names,
-                    self.source,
-                    self.device,
-                    only=path.rpartition(".")[2],
-                )
-        skeleton.fill_buffers(self._model, self._model, "", skip=self._blocks)
-        for path in lazy:
-            # Empty but real: models move token ids to wherever the embedding is.
-            module = self._model.get_submodule(path.rpartition(".")[0])
-            empty = torch.empty(0, module.weight.shape[-1], dtype=self.dtype, device=self.device)
-            module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
 
     def _trace_blocks(self) -> None:
         """Runs a sketch of each kind of block and checks that blocks follow one another."""

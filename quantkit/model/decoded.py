@@ -14,19 +14,24 @@ from torch import Tensor
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
-from quantkit.formats.format import FormatReader, StoredWeight, format_of, reader_of
+from quantkit.errors import CheckpointError
+from quantkit.formats.format import CacheFormat, FormatReader, StoredWeight, format_of, reader_of
 from quantkit.model import skeleton
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.activations import InputRounding
+from quantkit.numbers.cache import CacheScheme
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
+
+_CACHE = (".k_scale", ".v_scale")
 
 
 class Unpacked(Reader):
     """A checkpoint under the names, shapes and dtypes it had before it was quantized.
 
-    `transposed` names the weights whose unquantized storage is [I, O].  Holds the codes of the
-    weight read last in part, so that a head read in ranges of rows is unpacked once.
+    `transposed` names the weights whose unquantized storage is [I, O], `cache_names` are tensors
+    with scales for keys and values.  Holds the codes of the weight read last in part, so that a
+    head read in ranges of rows is unpacked once.
     """
 
     # What quantized weights are read in; None: their dtype before quantization.
@@ -42,6 +47,11 @@ class Unpacked(Reader):
         if isinstance(source, FileSource):
             self.path = source.path
         packed = {name for weight in stored.values() for name in weight.tensors}
+        # Scales of the cache belong to the format, not to the model.
+        self.cache_names: tuple[str, ...] = ()
+        if fmt is not None:
+            self.cache_names = tuple(name for name in source.names() if name.endswith(_CACHE))
+            packed |= set(self.cache_names)
         self._names = tuple(sorted({*source.names(), *stored} - (packed - set(stored))))
         self._last: tuple[str, QuantizedTensor] | None = None
 
@@ -101,6 +111,29 @@ class Unpacked(Reader):
             for name, weight in self.stored.items()
             if weight.scheme.activation_bits != 16
         }
+
+    def cache_scheme(self) -> CacheScheme | None:
+        """How keys and values are to be cached; None if the checkpoint does not say."""
+        config = self.packed.config.get("quantization_config")
+        if not isinstance(self.format, CacheFormat) or not isinstance(config, Mapping):
+            return None
+        return self.format.cache_scheme(config)
+
+    def cache_scales(self, module: str, scheme: CacheScheme, heads: int) -> tuple[Tensor, Tensor]:
+        """The scales of an attention module's keys and values; 1 where the checkpoint has none,
+        which is what servers take."""
+        assert isinstance(self.format, CacheFormat)
+        found = []
+        for info in self.format.cache_layout(module, scheme, heads):
+            there = info.name in self.packed.names()
+            scale = self.packed.read(info.name).float() if there else torch.ones(info.shape)
+            if scale.numel() != math.prod(info.shape) or not bool((scale > 0).all()):
+                raise CheckpointError(
+                    f"{info.name}: {list(scale.shape)} numbers, the least {float(scale.min()):g}; "
+                    f"{list(info.shape)} above zero are wanted; the checkpoint is damaged"
+                )
+            found.append(scale.reshape(info.shape))
+        return found[0], found[1]
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor; of a quantized one, its rows decoded."""

@@ -9,7 +9,7 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_map
 
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, NumericsError
-from quantkit.model.names import NameMap
+from quantkit.model import skeleton
+from quantkit.model.names import NameMap, load_into
 from quantkit.model.refs import BlockCall, WeightRef
 
 _HEAD_BYTES = 64 * 2**20
@@ -279,6 +280,28 @@ def lazy_paths(model: Any) -> tuple[str, str]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {module: path for path, module in model.named_modules()}
     return f"{paths[embedding]}.weight", f"{paths[head]}.weight"
+
+
+def load_outside(
+    model: Any,
+    paths: Sequence[str],
+    names: NameMap,
+    source: Source,
+    device: torch.device,
+    blocks: nn.ModuleList,
+) -> None:
+    """Loads what is at these paths outside the blocks, but for the `lazy_paths`."""
+    lazy = set(lazy_paths(model))
+    for path in paths:
+        if path not in lazy and names.tied.get(path) not in lazy:
+            owner, _, leaf = path.rpartition(".")
+            load_into(model.get_submodule(owner), owner, names, source, device, only=leaf)
+    skeleton.fill_buffers(model, model, "", skip=blocks)
+    for path in lazy:
+        # Empty but real: models move token ids to wherever the embedding is.
+        module = model.get_submodule(path.rpartition(".")[0])
+        empty = torch.empty(0, module.weight.shape[-1], dtype=model.dtype, device=device)
+        module._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
 
 
 def call_block(block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> Any:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import ModelError
+from quantkit.model.attention import attentions
 from quantkit.model.experts import Routing, mark_tokens, route
 from quantkit.model.uses import BlockTrace, Use, with_all_slices
 from quantkit.model.watched import watched
@@ -326,7 +327,7 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
     """
     mode = _Discover(drawn, batch=batch)
     try:
-        with torch.no_grad(), mode, watched(drawn) as read:
+        with torch.no_grad(), mode, watched(drawn) as read, attentions(drawn) as attended:
             output = forward(drawn)
     # The block's own code fails on what it does not expect in its own way.
     except ModelError:
@@ -365,6 +366,7 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
             **dict.fromkeys(read, OUTSIDE),
         },
         kept=kept,
+        attentions=attended,
     )
 
 

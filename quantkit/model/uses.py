@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from quantkit.model.attention import Attention
+
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
@@ -28,7 +30,8 @@ class BlockTrace:
     `inputs[k]` is the number of the input that `uses[k]` reads.  `outputs` is the length of the
     tuple that forward returns, None if it returns the hidden states themselves.  `read` are
     weights that the block's own code reads, besides the layers that multiply by them.  `kept` are
-    matrices that stay as they are, each with the reason, UNREACHED or another.
+    matrices that stay as they are, each with the reason, UNREACHED or another.  `attentions` are
+    the modules, by path, whose keys and values a cache holds.
     """
 
     uses: tuple[Use, ...]
@@ -36,6 +39,7 @@ class BlockTrace:
     outputs: int | None
     read: Mapping[str, str]
     kept: Mapping[str, str]
+    attentions: Mapping[str, Attention]
 
     def keys(self) -> dict[tuple[str, int | None], str]:
         """The name of the input that each weight reads, by `Use.key`.

@@ -130,6 +130,7 @@ def _install(model: PreTrainedModel, job: Job, written: Path) -> None:
         names=map_names(model, converted(split_experts(LiveSource(model)), model)),
         fmt=fmt,
         quantization_config=source.config["quantization_config"],
+        beside={f.name: source.read(f.name) for f in job.plan.fates if f.fate == "added"},
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.ahead import BlocksAhead
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.shared import BlockNeeds, MethodStats, SharedStats
 from quantkit.calibration.spans import phase
@@ -27,13 +28,13 @@ from quantkit.formats.format import PlannedWeight
 from quantkit.methods.parts import Range, Rounding, Target
 from quantkit.methods.recipe import input_needs, load_recipe
 from quantkit.methods.stats import Needs, Stats, Stream
-from quantkit.model.ahead import BlocksAhead
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
 from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.activations import InputRounding
 from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.cache import CacheRanges
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
 from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights
@@ -203,13 +204,20 @@ class BlockWork:
             self._write_kept(index, block)
         last = index == self.model.num_blocks - 1 and self.plan.head is None
         self._generation = None if last or self.shared is not None else index + 1
-        if self.stream is not None and self._generation is not None and propagate:
-            self.stream.forward(index, block, None, write=True, rounded=rounded)
+        write = self._generation is not None and propagate
+        if self.stream is not None and (write or self.plan.cache is not None):
+            ranges = None if self.plan.cache is None else CacheRanges(block, self.plan.cache, index)
+            see = None if ranges is None else ranges.see
+            self.stream.forward(index, block, None, write=write, rounded=rounded, cached=see)
+            for name, scale in {} if ranges is None else ranges.scales().items():
+                self.writer.put(name, scale)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
 
     def _write_kept(self, index: int, block: nn.Module) -> None:
         """Writes what a block holds besides quantized weights."""
         for fate in self.plan.fates_of_block.get(index, ()):
+            if fate.fate == "added":
+                continue
             if fate.fate == "rescaled":
                 now = self.model.tensor(block, index, fate.name)
                 self.writer.put(fate.name, in_dtype(fate.name, now, fate.dtype))

@@ -222,7 +222,11 @@ def _plan(
         else fate
         for fate in plan.fates
     )
-    return dataclasses.replace(plan, fates=fates, unties_head=bool(report.get("unties_head")))
+    notes = plan.notes
+    if (cache := view.cache_scheme()) is not None:
+        notes += (f"scales of the cache of keys and values ({cache.name}) are left out",)
+    untied = bool(report.get("unties_head"))
+    return dataclasses.replace(plan, fates=fates, notes=notes, unties_head=untied)
 
 
 def _scheme_in(fmt: Format, name: str, scheme: Scheme) -> Scheme:

@@ -180,6 +180,18 @@ class QuantizeOptions:
             ),
         ),
     )
+    kv: str | None = field(
+        default=None,
+        metadata=_told(
+            "--kv",
+            (
+                "calibrate scales for a cache of keys and values in 8 bits: `fp8` for each layer, "
+                "`fp8_head` for each of its heads; a server that reads them then holds such a "
+                "cache"
+            ),
+            shown="none",
+        ),
+    )
     max_ram: int | str | None = field(
         default=None,
         metadata=_told(
@@ -302,6 +314,7 @@ class QuantizeOptions:
             skip=self.skip,
             head=self.lm_head,
             mtp=self.mtp,
+            kv=self.kv,
             samples=self.samples,
             seq_len=self.seq_len,
             default_scheme=default_scheme(self.format),

@@ -15,6 +15,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import (
+    CacheFormat,
     Container,
     Format,
     PlannedWeight,
@@ -30,6 +31,7 @@ from quantkit.model.fitting import fitted_line
 from quantkit.model.fold_vectors import fold_shapes
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.cache import CachePlan, plan_cache
 from quantkit.pipeline.decide import (
     check_enough,
     check_rules,
@@ -72,7 +74,12 @@ class TensorFate:
     @property
     def source_bytes(self) -> int:
         """Bytes in the source."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return 0 if self.fate == "added" else self.parameters * self.dtype.itemsize
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the source."""
+        return 0 if self.fate == "added" else torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,7 @@ class Plan:
     embedding   the table of embeddings, where it is quantized and is not the head
     extra       the quantized weights of layers that predict further tokens
     notes       what the format's reader will do otherwise
+    cache       scales for a cache of keys and values, if they are asked for
     """
 
     recipe: Recipe
@@ -107,6 +115,7 @@ class Plan:
     embedding: WeightRef | None = None
     extra: tuple[WeightRef, ...] = ()
     notes: tuple[str, ...] = ()
+    cache: CachePlan | None = None
 
     @cached_property
     def weight_of(self) -> Mapping[str, PlannedWeight]:
@@ -161,14 +170,14 @@ class Plan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per parameter of the source: scales, zeros, unquantized tensors and all."""
-        parameters = sum(torch.Size(fate.shape).numel() for fate in self.fates)
+        parameters = sum(fate.parameters for fate in self.fates)
         return 8 * sum(fate.num_bytes for fate in self.fates) / max(parameters, 1)
 
     @property
     def bits_per_quantized_weight(self) -> float:
         """Stored bits per parameter among quantized weights only."""
         quantized = [fate for fate in self.fates if fate.fate == "quantized"]
-        parameters = sum(torch.Size(fate.shape).numel() for fate in quantized)
+        parameters = sum(fate.parameters for fate in quantized)
         return 8 * sum(fate.num_bytes for fate in quantized) / max(parameters, 1)
 
 
@@ -296,6 +305,9 @@ def lay_out(
     reasons = {name: reason for name, (_, reason) in decisions.items()}
     reasons["transforms"] = ", ".join(part.name for part in recipe.transforms)
     fates = _fates(model, fmt, container, weights, reasons, rescaled)
+    cache = None if recipe.kv is None else plan_cache(model, recipe.kv, fmt)
+    if cache is not None:
+        fates += _added(cache)
     infos = [info for fate in fates for info in fate.output]
     head_layout: tuple[TensorInfo, ...] = ()
     if head is not None:
@@ -309,6 +321,19 @@ def lay_out(
         for block in folds
         for name, length in block.items()
     ]
+    layout = (
+        plan_shards(infos, max_shard_bytes)
+        if container is None
+        else container.lay_out(recipe.scheme, {w.name: w.scheme for w in weights})
+    )
+    notes = [*extra_notes(model, extra), *(() if container is None else container.notes)]
+    if cache is not None:
+        notes.append(cache.note(layout.num_bytes))
+    config = fmt.config(
+        weights, model_type=model_type, dtype=model.dtype, others=_others(model, weights, fates)
+    )
+    if cache is not None and isinstance(fmt, CacheFormat):
+        config |= fmt.cache_config(cache.scheme)
     return Plan(
         recipe=recipe,
         format=fmt,
@@ -320,18 +345,15 @@ def lay_out(
         head=head,
         head_layout=head_layout,
         unties_head=unties,
-        layout=plan_shards(infos, max_shard_bytes)
-        if container is None
-        else container.lay_out(recipe.scheme, {w.name: w.scheme for w in weights}),
+        layout=layout,
         folds=folds,
         folds_layout=plan_shards(vectors, 1 << 62, stem="folds") if vectors else None,
         readers=readers,
-        quantization_config=fmt.config(
-            weights, model_type=model_type, dtype=model.dtype, others=_others(model, weights, fates)
-        ),
+        quantization_config=config,
+        cache=cache,
         embedding=embedding,
         extra=extra,
-        notes=(*extra_notes(model, extra), *(() if container is None else container.notes)),
+        notes=tuple(notes),
     )
 
 
@@ -411,6 +433,25 @@ def _fates(
             )
         )
     return tuple(found)
+
+
+def _added(cache: CachePlan) -> tuple[TensorFate, ...]:
+    """Scales that calibration makes, block by block."""
+    return tuple(
+        TensorFate(
+            name=info.name,
+            fate="added",
+            reason=f"--kv {cache.scheme.name}",
+            shape=info.shape,
+            dtype=info.dtype,
+            block=index,
+            scheme=None,
+            output=(info,),
+        )
+        for index, block in enumerate(cache.infos)
+        for infos in block.values()
+        for info in infos
+    )
 
 
 def _others(

@@ -57,10 +57,17 @@ FLOATS = {
     "nvfp4_weights": ("nvfp4a16", ()),
 }
 
+# Keys and values that a server is to cache in 8 bits, with a scale for each layer or head.
+CACHED = {"kv": "fp8", "kv_head": "fp8_head"}
+
 CASES = (
     Case(name="rtn", source="demo", options=("--method", "rtn")),
     Case(name="gptq", source="demo", options=("--method", "gptq", *_CALIBRATION)),
     Case(name="awq", source="demo", options=("--method", "awq", *_CALIBRATION)),
+    *(
+        Case(name=name, source="demo", options=("--method", "gptq", "--kv", kv, *_CALIBRATION))
+        for name, kv in CACHED.items()
+    ),
     Case(name="w8a16", source="demo", options=("--method", "int8")),
     Case(name="w8a8", source="demo", options=("--method", "int8", "--scheme", "w8a8_row")),
     Case(name="w4a8", source="demo", options=("--method", "rtn", "--scheme", "w4a8_g32")),

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -63,6 +64,24 @@ def logits(model: PreTrainedModel, root: Path, name: str) -> torch.Tensor:
     input_ids = load_file(root / f"{name}-logits.safetensors")["input_ids"]
     with torch.no_grad():
         return model(input_ids=input_ids, use_cache=False).logits.float()
+
+
+class Float8Cache(DynamicCache):
+    """transformers' own cache, but for keys and values: rounded to e4m3 with the file's scales."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self.scales = load_file(checkpoint / "model.safetensors")
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attention reads, all tokens so far."""
+        found = []
+        for leaf, x in (("k", key_states), ("v", value_states)):
+            scale = self.scales[f"model.layers.{layer_idx}.self_attn.{leaf}_scale"]
+            found.append((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+        return super().update(*found, layer_idx, *rest)
 
 
 def int8_tokens(levels: float, lowest: int) -> Activation:

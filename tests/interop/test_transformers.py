@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import IMAGES
+from cases import CACHED, IMAGES
 from compressed_tensors.quantization import disable_quantization
-from dense import dense_model, int8_tokens, loaded, logits, quantized_weights
+from dense import Float8Cache, dense_model, int8_tokens, loaded, logits, quantized_weights
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +37,22 @@ EXPERTS = ["mixtral", "qwen3_moe"]
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_symmetric_checkpoint_gives_the_logits_of_quantkit(root: Path, name: str) -> None:
     assert max_difference(loaded(root, name), root, name) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", CACHED)
+@pytest.mark.parametrize("cached", [False, True])
+def test_keys_and_values_are_rounded_with_quantkits_scales(
+    root: Path, name: str, cached: bool
+) -> None:
+    model, reference = loaded(root, name), dense_model(root, name)
+    ids = load_file(root / f"{name}-logits.safetensors")["input_ids"]
+    with torch.no_grad():
+        plain = reference(input_ids=ids, use_cache=False).logits
+        cache = Float8Cache(root / name)
+        expected = reference(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        found = model(input_ids=ids, use_cache=cached).logits
+    assert (found - expected).abs().max().item() < TOLERANCE
+    assert (plain - expected).abs().max().item() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", EXPERTS)

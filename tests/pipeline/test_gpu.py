@@ -20,6 +20,7 @@ import pytest
 import tiny_jobs as jobs
 import torch
 from fake_gpu import OnGpu, fake_gpu
+from safetensors.torch import load_file
 
 from quantkit.calibration import hidden, stream
 from quantkit.calibration.hidden import HiddenStore
@@ -97,6 +98,20 @@ def test_the_output_head_is_quantized_on_a_gpu_too(
         jobs.finish(job, tmp_path / "gpu")
     assert weights(tmp_path / "gpu")[-1]["name"] == "lm_head.weight"
     alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
+
+
+def test_scales_of_the_cache_are_calibrated_on_a_gpu_too(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = jobs.load_recipe("rtn", scheme="w8a16_row", samples=8, seq_len=32, kv="fp8_head")
+    jobs.finish(jobs.make_job(models["llama"], recipe=recipe), tmp_path / "cpu")
+    with fake_gpu(monkeypatch):
+        job = jobs.make_job(models["llama"], recipe=recipe, device="cuda")
+        jobs.finish(job, tmp_path / "gpu")
+    here, there = (load_file(tmp_path / side / "model.safetensors") for side in ("cpu", "gpu"))
+    scales = [name for name in here if name.endswith(("k_scale", "v_scale"))]
+    assert len(scales) == 4
+    assert all(torch.allclose(here[name], there[name], rtol=2**-7) for name in scales)
 
 
 def test_methods_are_compared_and_budgets_kept_on_a_gpu(

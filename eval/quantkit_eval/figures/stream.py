@@ -14,12 +14,16 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.rounded_cache import RoundedCache
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
+from quantkit.model.attention import keys_and_values
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
 from quantkit.model.decoded import Decoded
+from quantkit.numbers.cache import CacheScheme
+from quantkit_eval.errors import EvaluationError
 from quantkit_eval.sequences import Batch, Workload
 
 
@@ -64,7 +68,8 @@ class ModelStream:
     """One model and where its hidden states are between two blocks.
 
     Quantized weights are decoded once and multiplied in `dtype`; inputs of schemes that
-    round them are rounded as the layers that run them do.
+    round them are rounded as the layers that run them do, keys and values as the cache does that
+    the checkpoint asks for, or that `kv` names.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class ModelStream:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        kv: str = "stored",
     ) -> None:
         self.name, self.source, self.workload = name, source, workload
         self.device = device
@@ -84,6 +90,7 @@ class ModelStream:
             source, trust_remote_code=trust_remote_code, dtype=dtype, device=device
         )
         self._rounded = source.input_roundings() if isinstance(source, Decoded) else {}
+        self._cache = rounded_cache(source, self.model, kv)
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
         first, _ = self._call(workload.batches[0])
         self.hidden_size: int = first.shape[-1]
@@ -120,6 +127,8 @@ class ModelStream:
             modes.enter_context(torch.no_grad())
             if rounded:
                 modes.enter_context(QuantizedActivations(block, rounded))
+            if self._cache is not None:
+                modes.enter_context(keys_and_values(self._cache.of(index, block)))
             return self.model.run(block, hidden.to(self.device), call)
 
     @contextlib.contextmanager
@@ -167,3 +176,24 @@ class ModelStream:
         if shape not in self._calls:
             self._calls[shape] = self._call(batch)[1]
         return self._calls[shape]
+
+
+def cached_as(source: Source, kv: str) -> CacheScheme | None:
+    """How a model's keys and values are cached: `kv` is stored, none, or a scheme's name."""
+    if not isinstance(source, Decoded) or kv == "none":
+        return None
+    found = source.cache_scheme()
+    return found if kv == "stored" or found is not None else CacheScheme.parse(kv)
+
+
+def rounded_cache(source: Source, model: CausalModel, kv: str) -> RoundedCache | None:
+    """The cache that a model's keys and values go through; None if it rounds nothing."""
+    scheme = cached_as(source, kv)
+    if scheme is None or not isinstance(source, Decoded):
+        return None
+    if getattr(model.text_config, "kv_lora_rank", None):
+        raise EvaluationError(
+            f"--kv {kv}: this model's cache holds what keys and values are computed from "
+            "(multi-head latent attention), which is not simulated; give --kv none"
+        )
+    return RoundedCache(source, scheme, model)

@@ -1,0 +1,40 @@
+"""Attention on keys and values as a checkpoint's cache holds them.
+
+Letters: B sequences, H heads of keys and values, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from quantkit.model.attention import KeysValues
+from quantkit.model.causal import CausalModel
+from quantkit.model.decoded import Unpacked
+from quantkit.numbers.cache import CacheScheme
+
+
+class RoundedCache:
+    """The scales of a checkpoint's cache, read once, and what they make of keys and values."""
+
+    def __init__(self, source: Unpacked, scheme: CacheScheme, model: CausalModel) -> None:
+        self.scheme = scheme
+        self._scales = [
+            {
+                path: source.cache_scales(model.module_name(index, path), scheme, one.heads)
+                for path, one in model.attentions(index).items()
+            }
+            for index in range(model.num_blocks)
+        ]
+
+    def of(self, index: int, block: nn.Module) -> KeysValues:
+        """For `keys_and_values`: what the cache of a loaded block gives back."""
+        paths = {id(module): path for path, module in block.named_modules()}
+        scales = self._scales[index]
+
+        def rounded(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            if (path := paths.get(id(module))) not in scales:
+                return key, value
+            key_scale, value_scale = scales[path]
+            return self.scheme.rounded(key, key_scale), self.scheme.rounded(value, value_scale)
+
+        return rounded

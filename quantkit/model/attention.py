@@ -1,0 +1,73 @@
+"""What attention reads: keys and values, seen or replaced where transformers hands them over.
+
+Models call the function that `ALL_ATTENTION_FUNCTIONS` gives for their implementation, with keys
+and values as a cache returns them: after rotation, before heads are repeated.
+Letters: B sequences, H heads of keys and values, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# Takes the attention module, keys and values [B, H, T, D]; what it returns stands in for them.
+KeysValues = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """An attention module of a block: its heads of keys and values and their sizes."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+@contextlib.contextmanager
+def keys_and_values(seen: KeysValues) -> Iterator[None]:
+    """While active, every attention of any model reads what `seen` returns."""
+    registry: Any = ALL_ATTENTION_FUNCTIONS
+    plain = registry.get_interface
+
+    def get_interface(*names: Any, **more: Any) -> Any:
+        function = plain(*names, **more)
+
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            key, value = seen(module, key, value)
+            return function(module, query, key, value, *args, **kwargs)
+
+        return attend
+
+    outer = vars(registry).get("get_interface")
+    registry.get_interface = get_interface
+    try:
+        yield
+    finally:
+        if outer is None:
+            del registry.get_interface
+        else:
+            registry.get_interface = outer
+
+
+@contextlib.contextmanager
+def attentions(block: nn.Module) -> Iterator[dict[str, Attention]]:
+    """The block's attention modules by path, as they are called while this is active."""
+    paths = {id(module): path for path, module in block.named_modules()}
+    found: dict[str, Attention] = {}
+
+    def seen(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if (path := paths.get(id(module))) is not None:
+            found[path] = Attention(
+                heads=key.shape[1], key_size=key.shape[-1], value_size=value.shape[-1]
+            )
+        return key, value
+
+    with keys_and_values(seen):
+        yield found

@@ -174,6 +174,10 @@ def generate(
         bool,
         typer.Option("--compile", help="Compile the step of each token: pays off in long texts."),
     ] = False,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", help="Keep older keys and values in 8 or 4 bits: int8 or int4."),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
@@ -184,7 +188,7 @@ def generate(
 
     text = generate_text(
         path, prompt, max_new_tokens,
-        backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled,
+        backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled, kv=kv,
     )  # fmt: skip
     typer.echo(text)
 

@@ -13,6 +13,7 @@ from quantkit.errors import ModelError
 from quantkit.formats.open import open_source
 from quantkit.inference.device import choose_device
 from quantkit.inference.load import load
+from quantkit.inference.packed_cache import PACKED, packed_cache
 
 _MOST_TOKENS = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,12 +29,18 @@ def generate_text(
     device: str = "auto",
     dtype: str | None = None,
     compiled: bool = False,
+    kv: str | None = None,
 ) -> str:
     """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one.
 
     `dtype` names what the model computes in, None is the config's; `compiled` as in
-    `decoding_options`.  Raises ModelError for another dtype than float32, bfloat16 and float16.
+    `decoding_options`; `kv` packs keys and values, see `packed_cache`.  Raises ModelError for
+    another dtype than float32, bfloat16 and float16, and for what cannot be packed.
     """
+    if kv is not None and compiled:
+        raise ModelError("--compile wants a cache of fixed size, and --kv one that grows; give one")
+    if kv is not None and kv not in PACKED:
+        raise ModelError(f"--kv {kv!r}: choose {' or '.join(PACKED)}")
     if dtype not in (None, *_DTYPES):
         raise ModelError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
     if not 1 <= max_new_tokens <= _MOST_TOKENS:
@@ -49,6 +56,7 @@ def generate_text(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not inputs["input_ids"].numel():
         raise ModelError("the prompt holds no tokens; write what the model shall continue")
+    cache = {} if kv is None else {"past_key_values": packed_cache(model.config, kv)}
     with torch.no_grad():
         ids = model.generate(
             input_ids=inputs["input_ids"],
@@ -57,6 +65,7 @@ def generate_text(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **decoding_options(compiled=compiled),
+            **cache,
         )
     text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
     return text

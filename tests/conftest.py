@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
 # Triton decides at its first import whether kernels are compiled or interpreted.
@@ -11,3 +14,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A command line that ends by an internal error shows its traceback in the test's output.
 os.environ.setdefault("QUANTKIT_TRACEBACK", "1")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread while a module's tests run: tiny products are slower with more."""
+    from tiny_jobs import one_thread
+
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama of two blocks with calibration text beside it, one for each module."""
+    from tiny_jobs import build
+
+    return build("llama", tmp_path_factory.mktemp("llama"))

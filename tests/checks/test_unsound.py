@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,9 @@ from quantkit.checks.verify import verify
 from quantkit.errors import ResumeError, UnsoundError
 from quantkit.pipeline import export, onnx_export, session
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

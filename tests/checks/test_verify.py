@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,13 @@ from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.1.input_layernorm.weight"
 HEAD = "lm_head.weight"
 WEIGHTS = "model.safetensors"
 REPORT = "quantkit/report.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quantize(source: Path, out: Path, method: str, scheme: str, *, head: str | None = None) -> Path:

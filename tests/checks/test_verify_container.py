@@ -6,7 +6,6 @@ ONNX models are verified in test_onnx_source.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,7 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.gguf.container import MODEL_FILE
 from quantkit.formats.gguf.file import read_gguf
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ from quantkit.checkpoint.manifest import write_manifest
 from quantkit.formats.format import available_formats
 from quantkit.methods.recipe import builtin_recipes, load_recipe
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

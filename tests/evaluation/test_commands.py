@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,9 @@ from transformers import LlamaConfig
 
 from quantkit.checks.verify import verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,13 +15,9 @@ from quantkit_eval.records import Candidate
 from quantkit_eval.setting import EvaluationRequest
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 State = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

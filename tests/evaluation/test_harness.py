@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from quantkit_eval.tasks.harness_tasks import HarnessTask, load_harness_tasks
 from transformers import AutoModelForCausalLM
 
 from quantkit.inference.load import load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -65,12 +66,6 @@ metric_list:
   - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 metadata: {{version: 1}}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 def rows() -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,10 @@ from transformers import AutoModelForCausalLM
 from quantkit.errors import BudgetError, OutputError
 from quantkit.inference.load import load
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Capture = pytest.CaptureFixture[str]
 SCHEMA = Path(__file__).parent.parent.parent / "eval" / "quantkit_eval" / "report.schema.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,9 @@ from quantkit.model.decoded import Unpacked
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.export import export
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCK = (16, 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 def write_fp8(model: Path, out: Path, block: tuple[int, int] | None) -> dict[str, torch.Tensor]:

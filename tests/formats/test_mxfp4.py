@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,10 @@ from quantkit.formats.open import open_source
 from quantkit.model.decoded import Unpacked, open_decoded
 from quantkit.numbers.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUMBERS = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 DOWN = "model.layers.1.mlp.experts.down_proj"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 def write_mxfp4(model: Path, out: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor
 from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -78,14 +80,6 @@ CASES = [
     ("mixtral", "w4a16_g32", "compressed-tensors"),
     ("qwen3_moe", "w8a16_row", "compressed-tensors"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 IDS = [f"{kind}-{scheme}" for kind, scheme, _ in CASES]

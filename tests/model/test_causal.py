@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,10 @@ from quantkit.errors import CheckpointError, ModelError, NumericsError
 from quantkit.formats.open import open_source
 from quantkit.model.causal import CausalModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TYPES = [*tiny.CONFIGS, *tiny.VARIANTS]
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=TYPES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import quantkit
 from quantkit.checkpoint.files import FileSource
 from quantkit.checks.verify import verify
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TYPES = [
     "llama",
@@ -36,12 +37,6 @@ TYPES = [
 # Parts of names that only unquantized tensors have, whatever the model calls its layers.
 KEPT = ("norm", "embed", "wte", "wpe", "ln_", "lm_head", "embed_out", "mlp.gate.weight", "bias")
 ROUTERS = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module", params=TYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ import torch
 from quantkit.errors import NumericsError, ShapeError
 from quantkit.formats.open import open_source
 from quantkit.model.causal import CausalModel, ScaleGroup
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Producer -> its readers' inputs, in block 0; names are module paths.
 NORMS = {
@@ -90,14 +91,6 @@ EXPECTED: dict[str, dict[str, list[str]]] = {
     "qwen3_moe": MOE,
     "qwen3_moe_dense_first": LLAMA,
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_type_has_its_expectation() -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from quantkit.errors import NumericsError
 from quantkit.methods.stats import Needs, Stats, add_product_
 from quantkit.model.causal import CausalModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # (model, method, scheme)
 RUNS: list[tuple[str, str, str | None]] = [
     ("llama", "gptq", "w4a16_g32"),
@@ -41,12 +43,6 @@ RUNS: list[tuple[str, str, str | None]] = [
     ("gpt2", "smoothquant", None),
     ("mixtral", "gptq", "w4a16_g32"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

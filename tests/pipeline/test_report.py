@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ import tiny_jobs as jobs
 from quantkit.pipeline.records import Record, WeightRecord
 from quantkit.pipeline.report import fate_counts, render_html, render_markdown, render_model_card
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

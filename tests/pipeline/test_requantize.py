@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,7 @@ from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import FOLDS_FILE
 from quantkit.pipeline.export import export
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_dense(quantized: Path, dense: Path) -> Path:

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +19,9 @@ from quantkit.errors import OutputError, ResumeError
 from quantkit.pipeline import blocks
 from quantkit.pipeline.session import Job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 METHOD, SCHEME = "best", "w4a16_g32_asym"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +20,9 @@ from quantkit.pipeline.blocks import block_needs
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import Job
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEME = "w3a16_g32_asym"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

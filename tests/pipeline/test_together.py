@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,9 @@ from quantkit.pipeline.job import prepare_all
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.together import Candidate, candidates, run_together
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 METHODS = ["rtn", "awq", "gptq", "best", "smoothquant"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,12 @@ from quantkit.formats.onnx.builder import build_graph, require_builder
 from quantkit.pipeline import onnx_export
 from quantkit.pipeline.onnx_export import export_onnx
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 needs_onnx = pytest.mark.skipif(
     importlib.util.find_spec("onnx") is None,
     reason="the extra quantkit[onnx] is not installed",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,9 @@ from quantkit.pipeline import onnx_export
 from quantkit.pipeline.export import export
 from quantkit.pipeline.onnx_export import export_onnx
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KINDS = {"sym": "w4a16_g32", "asym": "w4a16_g32_asym", "int8": "w8a8_row", "w3": "w3a16_row"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

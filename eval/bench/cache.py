@@ -1,4 +1,4 @@
-"""What a cache of keys and values in float8 costs, by what its scales are.
+"""What a cache of keys and values in float8 costs, by what its scales are, and a packed one.
 
     cache.py MODEL --calib FILE --text FILE [--calibrations 16x128 128x256] [--windows 160]
 The weights are of `int8`, which lose next to nothing.  Each checkpoint's scales hold twice the
@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 import quantkit
 
 _LEAVES = (".k_scale", ".v_scale")
+# What needs no scales from the checkpoint: no cache, and quantkit's own.
+_WITHOUT = ("none", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,8 @@ def _rows(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
                 seq_len=seq_len,
                 progress=False,
             )
-            if first:
-                yield _measured(out, "none", "", "", options, scratch)
+            for plain in _WITHOUT if first else ():
+                yield _measured(out, plain, "", "", options, scratch)
             variants = {"twice absmax": out, "absmax": _scaled(out, 0.5)}
             if cache == "fp8" and first:
                 variants["ones"] = _scaled(out, None)
@@ -113,7 +115,7 @@ def _measured(
         windows=options.windows,
         prompts=0,
         noise_floor=False,
-        kv="none" if cache == "none" else "stored",
+        kv=cache if cache in _WITHOUT else "stored",
     )
     with tempfile.TemporaryDirectory(dir=scratch) as work:
         done = run_evaluation(request, Path(work) / "report", progress=False)

@@ -60,7 +60,8 @@ def main() -> None:
         ("rounding", kernel_figures.rounding("../eval/results")),
     ):
         changed.append(_rewrite("docs/kernels.md", name, text.strip()))
-    changed.append(_rewrite("docs/cache.md", "cache", _cache()))
+    caches = "\n".join(_cache(name) for name in ("cache", "cache_smollm2")).strip()
+    changed.append(_rewrite("docs/cache.md", "cache", caches))
     if "--check" in sys.argv[1:]:
         sys.exit(int(any(changed)))
 
@@ -113,20 +114,21 @@ def _accuracy() -> str:
     return "\n".join(lines)
 
 
-def _cache() -> str:
-    found = _figures("cache")
+def _cache(name: str) -> str:
+    found = _figures(name)
     if found is None:
         return ""
     lines = [
-        f"KL divergence to the float32 model ({found['model']}, int8 weights) on "
+        f"\nKL divergence to the float32 model ({found['model']}, int8 weights) on "
         f"{found['windows']} x {found['seq_len']} unseen tokens "
-        "([cache.json](../eval/results/cache.json)):\n",
+        f"([{name}.json](../eval/results/{name}.json)):\n",
         "| cache | scales hold | calibrated on | KL, 95 % interval | top token kept |",
         "|---|---|---|---|---|",
     ]
     held = {"twice absmax": "twice the largest (ours)", "absmax": "the largest", "ones": "448"}
     for row in found["rows"]:
-        cache = "as computed" if row["cache"] == "none" else f"`{row['cache']}`"
+        packed = ", packed" if row["cache"] in ("int8", "int4") else ""
+        cache = "as computed" if row["cache"] == "none" else f"`{row['cache']}`{packed}"
         lines.append(
             f"| {cache} | {held.get(row['scales'], '')} | {row['calibration']} "
             f"| {_kl(row['kl'])} [{_kl(row['low'])}, {_kl(row['high'])}] "

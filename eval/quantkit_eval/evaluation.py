@@ -112,7 +112,9 @@ def _measure(
 ) -> Measured:
     with contextlib.ExitStack() as stack:
 
-        def stream(subject: Subject, place: str, dtype: torch.dtype) -> ModelStream:
+        def stream(
+            subject: Subject, place: str, dtype: torch.dtype, kv: str = "none"
+        ) -> ModelStream:
             return stack.enter_context(
                 ModelStream(
                     subject.name,
@@ -122,13 +124,13 @@ def _measure(
                     dtype=dtype,
                     device=request.device,
                     trust_remote_code=request.trust_remote_code,
-                    kv=request.kv,
+                    kv=kv,
                 )
             )
 
         base = stream(setting.original, "original", torch.float32)
         others = [
-            stream(subject, f"quantized-{number}", torch.float32)
+            stream(subject, f"quantized-{number}", torch.float32, request.kv)
             for number, subject in enumerate(setting.quantized)
         ]
         subjects: list[Subject | None] = [*setting.quantized]
@@ -162,7 +164,7 @@ def _sensitivity(
                         scratch / f"sensitivity-{number}-{place}",
                         device=request.device,
                         trust_remote_code=request.trust_remote_code,
-                        kv=request.kv,
+                        kv=request.kv if place == "quantized" else "none",
                     )
                 )
                 for place, one in (("original", setting.original), ("quantized", subject))
@@ -283,8 +285,8 @@ def _notes(setting: Setting, subject: Subject, kv: str) -> tuple[str, ...]:
     notes = []
     if (cached := cached_as(subject.source, kv)) is not None:
         notes.append(
-            f"Keys and values were rounded to {cached.name} as a server's cache holds them, but "
-            "not in completions and lm-eval's tasks."
+            f"Keys and values were rounded to {cached} as a cache holds them, but not in "
+            "completions and lm-eval's tasks."
         )
     calibration = None if subject.recorded is None else subject.recorded.get("calibration")
     if calibration is not None:

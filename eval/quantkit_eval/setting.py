@@ -26,7 +26,7 @@ from quantkit_eval.windows import ProtocolKind, Windows, text_windows
 
 # Of a text that is longer, the beginning is used; the protocol says so.
 MAX_TOKENS = 524_288
-_CACHES = ("stored", "none", "fp8")
+_CACHES = ("stored", "none", "fp8", "int8", "int4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class EvaluationRequest:
     prompts          how many beginnings of the text both models continue; 0 for none
     original_name    what to call the original (default: its directory's name)
     any_base         accept a quantized model that was made from another original
-    kv               the cache of quantized models: as `stored` says, `none`, or `fp8`
+    kv               the cache of quantized models: `stored`, `none`, `fp8`, `int8` or `int4`
     """
 
     model: str

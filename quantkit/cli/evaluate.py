@@ -89,7 +89,7 @@ def evaluate(
         typer.Option(
             "--kv",
             help="Round keys and values as a cache does: stored (as the checkpoint asks), none, "
-            "or fp8 (with scales of 1 where the checkpoint has none).",
+            "fp8 (with scales of 1 where the checkpoint has none), int8 or int4.",
         ),
     ] = "stored",
     max_ram: RamOption = None,

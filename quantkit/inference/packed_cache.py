@@ -1,7 +1,7 @@
 """A cache of keys and values in 8 or 4 bits, behind transformers' cache interface.
 
 Keys have outliers in fixed channels and values have none (KIVI, arXiv 2402.02750), so keys are
-rounded per channel, over `_CHUNK` tokens, and values per token.  The most recent tokens stay as
+rounded per channel, over `CHUNK` tokens, and values per token.  The most recent tokens stay as
 they are; older ones are rounded once, a chunk at a time, and never again.
 
 Letters: B sequences, H heads of keys and values, T tokens, C tokens of a chunk, D head size.
@@ -22,9 +22,9 @@ from quantkit.errors import ModelError
 
 # Widths of a packed cache by the name that asks for it.
 PACKED = {"int8": 8, "int4": 4}
-_CHUNK = 64
+CHUNK = 64
 # Recent tokens that are never rounded; up to a chunk more wait for the others of theirs.
-_WINDOW = 64
+WINDOW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +90,17 @@ class PackedLayer(DynamicLayer):
         """All keys and values so far, the new ones as they are; packs the oldest recent ones."""
         super().update(key_states, value_states, *args, **kwargs)
         whole = self._whole()
-        while self.keys.shape[-2] >= _WINDOW + _CHUNK:
-            key, value = self.keys[..., :_CHUNK, :], self.values[..., :_CHUNK, :]
+        while self.keys.shape[-2] >= WINDOW + CHUNK:
+            key, value = self.keys[..., :CHUNK, :], self.values[..., :CHUNK, :]
             self.chunks.append((Chunk.of(key, self.bits, -2), Chunk.of(value, self.bits, -1)))
             # Copies: a view would keep what was packed.
-            self.keys = self.keys[..., _CHUNK:, :].clone()
-            self.values = self.values[..., _CHUNK:, :].clone()
+            self.keys = self.keys[..., CHUNK:, :].clone()
+            self.values = self.values[..., CHUNK:, :].clone()
         return whole
 
     def get_seq_length(self) -> int:
         """Tokens, packed ones included."""
-        return _CHUNK * len(self.chunks) + int(super().get_seq_length())
+        return CHUNK * len(self.chunks) + int(super().get_seq_length())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last tokens (a negative number of them); packed ones come back as they are."""

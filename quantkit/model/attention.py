@@ -17,6 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Takes the attention module, keys and values [B, H, T, D]; what it returns stands in for them.
 KeysValues = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Of query [B, Q, T, D], keys, values and mask; the output [B, T, Q, D] comes first of two.
+Function = Callable[[Tensor, Tensor, Tensor, Tensor | None], Any]
+# Takes the module, its function, query, keys, values and mask, and gives what the function would.
+Attend = Callable[[nn.Module, Function, Tensor, Tensor, Tensor, Tensor | None], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +33,26 @@ class Attention:
 
 
 @contextlib.contextmanager
-def keys_and_values(seen: KeysValues) -> Iterator[None]:
-    """While active, every attention of any model reads what `seen` returns."""
+def attending(attend: Attend) -> Iterator[None]:
+    """While active, every attention of any model is what `attend` makes of its function."""
     registry: Any = ALL_ATTENTION_FUNCTIONS
     plain = registry.get_interface
 
     def get_interface(*names: Any, **more: Any) -> Any:
         function = plain(*names, **more)
 
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        def interface(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
         ) -> Any:
-            key, value = seen(module, key, value)
-            return function(module, query, key, value, *args, **kwargs)
+            # The mask comes by place, by name, or not at all.
+            mask, *others = rest or (named.pop("attention_mask", None),)
 
-        return attend
+            def function_of(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Any:
+                return function(module, query, key, value, mask, *others, **named)
+
+            return attend(module, function_of, query, key, value, mask)
+
+        return interface
 
     outer = vars(registry).get("get_interface")
     registry.get_interface = get_interface
@@ -54,6 +63,22 @@ def keys_and_values(seen: KeysValues) -> Iterator[None]:
             del registry.get_interface
         else:
             registry.get_interface = outer
+
+
+def keys_and_values(seen: KeysValues) -> contextlib.AbstractContextManager[None]:
+    """While active, every attention of any model reads what `seen` returns."""
+
+    def attend(
+        module: nn.Module,
+        function: Function,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+    ) -> Any:
+        return function(query, *seen(module, key, value), mask)
+
+    return attending(attend)
 
 
 @contextlib.contextmanager

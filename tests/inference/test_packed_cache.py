@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,11 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from quantkit.errors import ModelError
 from quantkit.inference import packed_cache as packed
 from quantkit.inference.generate import generate_text
+from quantkit.inference.packed_attention import PackedAttention
 from quantkit.inference.packed_cache import Chunk, PackedLayer
+from quantkit.model.attention import attending
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return jobs.build("llama", tmp_path_factory.mktemp("packed"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,8 +47,8 @@ def test_a_chunk_holds_the_nearest_numbers(bits: int, axis: int) -> None:
 
 
 def test_old_tokens_are_packed_once_and_recent_ones_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_CHUNK", 4)
-    monkeypatch.setattr(packed, "_WINDOW", 3)
+    monkeypatch.setattr(packed, "CHUNK", 4)
+    monkeypatch.setattr(packed, "WINDOW", 3)
     keys, values = drawn(1, 2, 19, 8), drawn(1, 2, 19, 8, seed=1)
     layer = PackedLayer(4)
     # A prompt of 6 tokens, then one after the other.
@@ -74,8 +66,8 @@ def test_old_tokens_are_packed_once_and_recent_ones_kept(monkeypatch: pytest.Mon
 
 
 def test_sequences_can_be_chosen_and_tokens_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_CHUNK", 4)
-    monkeypatch.setattr(packed, "_WINDOW", 3)
+    monkeypatch.setattr(packed, "CHUNK", 4)
+    monkeypatch.setattr(packed, "WINDOW", 3)
     keys = drawn(3, 2, 16, 8)
     layer = PackedLayer(8)
     layer.update(keys, keys)
@@ -123,6 +115,25 @@ def test_a_model_goes_on_nearly_as_with_its_own_cache(llama: Path) -> None:
         assert torch.allclose(found[:, :150], exact[:, :150], atol=1e-5)
         errors[name] = float((found - exact).norm() / exact.norm())
     assert 0 < errors["int8"] < errors["int4"] / 8 < 0.02
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_whole_sequences_are_attended_to_as_token_by_token(kind: str, tmp_path: Path) -> None:
+    folder = jobs.build(kind, tmp_path / kind, max_position_embeddings=512)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (2, 300), generator=draw)
+    cache = packed.packed_cache(model.config, "int4")
+    with torch.no_grad():
+        steps = [
+            model(ids[:, k : k + 1], past_key_values=cache, use_cache=True).logits
+            for k in range(ids.shape[1])
+        ]
+        plain = model(ids, use_cache=False).logits
+        with attending(PackedAttention(model.config, "int4")):
+            found = model(ids, use_cache=False).logits
+    assert torch.allclose(found, torch.cat(steps, dim=1), atol=1e-4)
+    assert float((found - plain).abs().max()) > 1e-3
 
 
 def test_layers_with_a_window_keep_their_own(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,10 @@ from quantkit.pipeline.export import export
 from quantkit.pipeline.session import Job
 from tools.sweep.one import _build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Grouped heads; keys that are normalised; a head size of its own; experts.
 KINDS = ["llama", "qwen3", "gemma3_text", "mixtral"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with jobs.one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +119,7 @@ def test_evaluation_rounds_keys_and_values_as_the_cache_does(
     ids = jobs.ids()[:1]
     workload = make_workload([Scored(ids=tuple(ids[0].tolist()), first=1, label="one")])
     found = {}
-    for kv in ("stored", "none"):
+    for kv in ("stored", "none", "int8"):
         source = open_decoded(FileSource(out))
         with ModelStream("x", source, workload, tmp_path / kv, kv=kv) as stream:
             stream.embed()
@@ -147,6 +142,8 @@ def test_evaluation_rounds_keys_and_values_as_the_cache_does(
         with keys_and_values(rounded):
             wanted = model(ids).logits
     assert torch.allclose(found["none"], plain, atol=1e-4)
+    # No token is old enough to be packed.
+    assert torch.allclose(found["int8"], plain, atol=1e-4)
     assert torch.allclose(found["stored"], wanted, atol=1e-4)
     assert not torch.allclose(plain, wanted, atol=1e-3)
 

@@ -19,7 +19,9 @@ from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.checkpoint.disk import disk_errors, open_own
 from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
-from quantkit.model.attention import keys_and_values
+from quantkit.inference.packed_attention import PackedAttention
+from quantkit.inference.packed_cache import PACKED
+from quantkit.model.attention import attending, keys_and_values
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
 from quantkit.model.decoded import Decoded
 from quantkit.numbers.cache import CacheScheme
@@ -90,7 +92,7 @@ class ModelStream:
             source, trust_remote_code=trust_remote_code, dtype=dtype, device=device
         )
         self._rounded = source.input_roundings() if isinstance(source, Decoded) else {}
-        self._cache = rounded_cache(source, self.model, kv)
+        self._cache = _cache(source, self.model, kv)
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
         first, _ = self._call(workload.batches[0])
         self.hidden_size: int = first.shape[-1]
@@ -127,8 +129,10 @@ class ModelStream:
             modes.enter_context(torch.no_grad())
             if rounded:
                 modes.enter_context(QuantizedActivations(block, rounded))
-            if self._cache is not None:
+            if isinstance(self._cache, RoundedCache):
                 modes.enter_context(keys_and_values(self._cache.of(index, block)))
+            elif self._cache is not None:
+                modes.enter_context(attending(self._cache))
             return self.model.run(block, hidden.to(self.device), call)
 
     @contextlib.contextmanager
@@ -178,22 +182,32 @@ class ModelStream:
         return self._calls[shape]
 
 
-def cached_as(source: Source, kv: str) -> CacheScheme | None:
-    """How a model's keys and values are cached: `kv` is stored, none, or a scheme's name."""
+def cached_as(source: Source, kv: str) -> str | None:
+    """What a model's keys and values are rounded to; `kv` is stored, none, or a name.  None: not.
+
+    stored: what the checkpoint asks for; int8 and int4 are quantkit's own cache.
+    """
+    if kv in PACKED:
+        return kv
     if not isinstance(source, Decoded) or kv == "none":
         return None
     found = source.cache_scheme()
-    return found if kv == "stored" or found is not None else CacheScheme.parse(kv)
+    if found is None:
+        return None if kv == "stored" else kv
+    return found.name
 
 
-def rounded_cache(source: Source, model: CausalModel, kv: str) -> RoundedCache | None:
+def _cache(source: Source, model: CausalModel, kv: str) -> RoundedCache | PackedAttention | None:
     """The cache that a model's keys and values go through; None if it rounds nothing."""
-    scheme = cached_as(source, kv)
-    if scheme is None or not isinstance(source, Decoded):
+    name = cached_as(source, kv)
+    if name is None:
         return None
+    if name in PACKED:
+        return PackedAttention(model.text_config, name)
+    assert isinstance(source, Decoded)
     if getattr(model.text_config, "kv_lora_rank", None):
         raise EvaluationError(
             f"--kv {kv}: this model's cache holds what keys and values are computed from "
             "(multi-head latent attention), which is not simulated; give --kv none"
         )
-    return RoundedCache(source, scheme, model)
+    return RoundedCache(source, CacheScheme.parse(name), model)

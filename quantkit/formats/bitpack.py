@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Codes handled at a time: the int64 temporaries stay at some tens of MB.
-_CHUNK_CODES = 1 << 20
+# Codes handled at a time: the int64 temporaries stay at some tens of MB, on a GPU at hundreds.
+_CHUNK_CODES = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 def num_words(count: int, bits: int) -> int:
@@ -24,11 +24,15 @@ def num_words(count: int, bits: int) -> int:
 
 
 def pack_rows(codes_RC: Tensor, bits: int) -> Tensor:
-    """int32 [R, W] from uint8 codes < 2**bits; the last word of a row is filled with zero bits."""
+    """int32 [R, W] from uint8 codes < 2**bits, where they are.
+
+    The last word of a row is filled with zero bits.
+    """
     rows, columns = codes_RC.shape
-    words = torch.empty(rows, num_words(columns, bits), dtype=torch.int32)
+    device = codes_RC.device
+    words = torch.empty(rows, num_words(columns, bits), dtype=torch.int32, device=device)
     raw = words.view(torch.uint8)
-    step = max(1, _CHUNK_CODES // max(columns, 1))
+    step = max(1, _CHUNK_CODES[device.type] // max(columns, 1))
     for start in range(0, rows, step):
         packed = _pack(codes_RC[start : start + step], bits)
         raw[start : start + step] = packed[:, : raw.shape[1]]
@@ -43,7 +47,7 @@ def unpack_rows(words_RW: Tensor, bits: int, columns: int) -> Tensor:
     # of its bytes exists then.
     raw = words_RW.reshape(-1).view(torch.uint8).view(rows, -1)
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    step = max(1, _CHUNK_CODES // max(columns, 1))
+    step = max(1, _CHUNK_CODES["cpu"] // max(columns, 1))
     for start in range(0, rows, step):
         codes[start : start + step] = _unpack(raw[start : start + step], bits)[:, :columns]
     return codes
@@ -65,13 +69,16 @@ def _pack(codes_RC: Tensor, bits: int) -> Tensor:
     """Bytes, at least as many as the row's words have: eight codes of b bits are b bytes."""
     rows, columns = codes_RC.shape
     num_bytes = 4 * num_words(columns, bits)
-    padded = torch.zeros(rows, -(-num_bytes // bits) * 8, dtype=torch.uint8)
+    device = codes_RC.device
+    padded = torch.zeros(rows, -(-num_bytes // bits) * 8, dtype=torch.uint8, device=device)
     padded[:, :columns] = codes_RC
     if bits == 8:
         return padded
     if bits == 4:
         return pack_nibbles(padded)
-    eights = padded.view(rows, -1, 8).to(torch.int64) << torch.arange(0, 8 * bits, bits)
+    eights = padded.view(rows, -1, 8).to(torch.int64) << torch.arange(
+        0, 8 * bits, bits, device=device
+    )
     packed = eights.sum(-1, keepdim=True).view(torch.uint8)
     return packed[..., :bits].reshape(rows, -1)
 

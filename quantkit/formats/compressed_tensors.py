@@ -170,26 +170,27 @@ class CompressedTensors:
         """Checkpoint name -> contiguous CPU tensor.  NumericsError if a scale is not exact."""
         scheme = tensor.scheme
         assert scheme == weight.scheme and tensor.columns is None
-        codes = tensor.codes.cpu()
+        codes = tensor.codes
         scales = _stored_scales(weight, tensor)
         if (layout := layout_of(scheme)) in _PLAIN:
             # A Conv1D reader (vLLM's gpt2) transposes every tensor called "weight".
             if scheme.kind == "int":
                 # Wraps around below the middle, as int8 does.
                 codes = codes - 2 ** (scheme.bits - 1)
-            numbers = codes.view(dtype_of(_PLAIN[layout]))
+            numbers = codes.cpu().view(dtype_of(_PLAIN[layout]))
             stored = numbers.T.contiguous() if weight.transposed else numbers.contiguous()
             return {weight.name: stored, **scales}
         if scheme.kind != "int":
-            return {weight.name + _PACKED: pack_nibbles(codes), **scales}
+            return {weight.name + _PACKED: pack_nibbles(codes).cpu(), **scales}
         tensors = {
-            weight.name + _PACKED: pack_rows(codes, scheme.bits),
+            # Packed where they are: a GPU's host gets a part of the bytes.
+            weight.name + _PACKED: pack_rows(codes, scheme.bits).cpu(),
             **scales,
             weight.name + _SHAPE: torch.tensor(tensor.shape, dtype=torch.int64),
         }
         if tensor.zero is not None:
-            zero_GO = tensor.zero.cpu().to(torch.uint8).T
-            tensors[weight.name + _ZERO] = pack_rows(zero_GO, scheme.bits).T.contiguous()
+            zero_GO = tensor.zero.to(torch.uint8).T
+            tensors[weight.name + _ZERO] = pack_rows(zero_GO, scheme.bits).cpu().T.contiguous()
         return tensors
 
     def config(

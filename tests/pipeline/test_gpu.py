@@ -26,6 +26,7 @@ from quantkit.calibration import hidden, stream
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import NumericsError
+from quantkit.formats.bitpack import pack_nibbles, pack_rows
 from quantkit.methods.stats import Needs, Stats, add_product_
 from quantkit.model.causal import CausalModel
 
@@ -176,6 +177,21 @@ def test_values_that_come_to_the_host_are_few(
     busy = {line: seen for line, seen in visits.items() if seen > 8 * count}
     # The loop over channels stands for a kernel.
     assert not {line for line in busy if "columns.py" not in line}, busy
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_are_packed_on_a_gpu_to_the_same_words(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (37, 101), generator=draw, dtype=torch.uint8)
+    with fake_gpu(monkeypatch) as visits:
+        there = pack_rows(codes.to("cuda"), bits)
+        nibbles = pack_nibbles(codes[:, :100].to("cuda")) if bits == 4 else None
+        assert there.is_cuda and not visits
+        assert torch.equal(there.cpu(), pack_rows(codes, bits))
+        if nibbles is not None:
+            assert torch.equal(nibbles.cpu(), pack_nibbles(codes[:, :100]))
 
 
 def test_hidden_states_that_stay_on_the_gpu_are_those_of_the_disk(

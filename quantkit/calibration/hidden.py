@@ -73,7 +73,8 @@ class HiddenStore:
     def read(self, generation: int, start: int, stop: int, device: str = "cpu") -> Tensor:
         """Sequences start..stop [stop - start, T, H] in fresh memory of the device."""
         kept = self._kept.get((generation % 2, start))
-        if kept is not None and len(kept) == stop - start:
+        if kept is not None:
+            assert len(kept) == stop - start, "what a GPU holds is read as it was written"
             # A copy: blocks may work in place.
             return kept.to(device, copy=True)
         if self._pending is not None and self._pending[0] == generation:

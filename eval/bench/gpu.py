@@ -182,9 +182,9 @@ def _timed(
     # Opening, checking and hashing what was written.
     row["finish_seconds"] = row["seconds"] - row["prepare_seconds"] - sum(phases.values())
     if row["whole"]:
-        run = json.loads((out / "quantkit" / "run.json").read_text(encoding="utf-8"))
+        taken = json.loads((out / "quantkit" / "run.json").read_text(encoding="utf-8"))
         kept = ("predicted_seconds", "peak_rss_bytes", "predicted_peak_bytes", "peak_vram_bytes")
-        row |= {key: run[key] for key in kept if key in run}
+        row |= {key: taken[key] for key in kept if key in taken}
         told = json.loads((out / "quantkit" / "report.json").read_text(encoding="utf-8"))
         notes = [one["degraded"] for one in told["weights"] if one.get("degraded")]
         row |= {"weights_degraded": len(notes), "degraded": sorted(set(notes))[:3]}

@@ -141,9 +141,9 @@ class HiddenStore:
                 self._wait()
                 self._begin_writing(generation, start, content)
         self._wait()
-        self.saved = generation
         with disk_errors(self._paths[generation % 2]):
             os.fsync(self._files[generation % 2])
+        self.saved = generation
 
     def close(self) -> None:
         """Closes the files; they are removed with the scratch directory."""

@@ -5,7 +5,7 @@ Letters: B sequences, H heads of keys and values, T tokens, D head size.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.model.attention import KeysValues
 from quantkit.model.causal import CausalModel
@@ -26,13 +26,12 @@ class RoundedCache:
             for index in range(model.num_blocks)
         ]
 
-    def of(self, index: int, block: nn.Module) -> KeysValues:
-        """For `keys_and_values`: what the cache of a loaded block gives back."""
-        paths = {id(module): path for path, module in block.named_modules()}
+    def of(self, index: int) -> KeysValues:
+        """For `keys_and_values`: what the cache of a block gives back."""
         scales = self._scales[index]
 
-        def rounded(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            if (path := paths.get(id(module))) not in scales:
+        def rounded(path: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            if path not in scales:
                 return key, value
             key_scale, value_scale = scales[path]
             return self.scheme.rounded(key, key_scale), self.scheme.rounded(value, value_scale)

@@ -25,7 +25,7 @@ from quantkit.model.causal import CausalModel, TapCallback
 from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.activations import InputRounding
 
-CacheSeen = Callable[[nn.Module, Tensor, Tensor], None]
+CacheSeen = Callable[[str, Tensor, Tensor], None]
 # Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
 # that the order of accumulation, and with it every bit of the result, stays the same.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -42,8 +42,6 @@ class Batch:
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
 _ROUNDED = 0.05
-
-
 # Times the seconds that saving takes which pass before hidden states are saved again.
 _TIMES_SAVING = 20
 
@@ -188,13 +186,13 @@ class CalibrationStream:
     ) -> None:
         """Runs the block over all batches; with `write`, stores what enters the next one.
 
-        Inputs of the parameters named in `rounded` are rounded so.  `cached` is told of the keys
-        and values [B, H, T, D] of tokens that count.
+        Inputs of the parameters named in `rounded` are rounded so.  `cached` is told of an
+        attention module's path, and its keys and values [B, H, T, D] of tokens that count.
         """
         for batch in self.batches:
             with contextlib.ExitStack() as modes:
                 if cached is not None:
-                    modes.enter_context(keys_and_values(_counting(cached, batch.mask)))
+                    modes.enter_context(keys_and_values(block, _counting(cached, batch.mask)))
                 out = self._run(index, block, batch, self.hidden, callback, rounded)
             if write:
                 with phase("writing"):
@@ -379,13 +377,13 @@ class CalibrationStream:
 def _counting(cached: CacheSeen, mask_BT: Tensor | None) -> KeysValues:
     """Tells of keys and values of tokens that count, and changes none."""
 
-    def see(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def see(path: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         counts = [key, value]
         if mask_BT is not None:
             mask = mask_BT.to(key.device).bool()
             # [tokens, H, D] as one sequence.
             counts = [x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in counts]
-        cached(module, *counts)
+        cached(path, *counts)
         return key, value
 
     return see

@@ -76,9 +76,8 @@ def _pack(codes_RC: Tensor, bits: int) -> Tensor:
         return padded
     if bits == 4:
         return pack_nibbles(padded)
-    eights = padded.view(rows, -1, 8).to(torch.int64) << torch.arange(
-        0, 8 * bits, bits, device=device
-    )
+    shifts = torch.arange(0, 8 * bits, bits, device=device)
+    eights = padded.view(rows, -1, 8).to(torch.int64) << shifts
     packed = eights.sum(-1, keepdim=True).view(torch.uint8)
     return packed[..., :bits].reshape(rows, -1)
 

@@ -13,7 +13,7 @@ from quantkit.errors import ModelError
 from quantkit.formats.open import open_source
 from quantkit.inference.device import choose_device
 from quantkit.inference.load import load
-from quantkit.inference.packed_cache import PACKED, packed_cache
+from quantkit.inference.packed_cache import check_packed, packed_cache
 
 _MOST_TOKENS = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,10 +37,10 @@ def generate_text(
     `decoding_options`; `kv` packs keys and values, see `packed_cache`.  Raises ModelError for
     another dtype than float32, bfloat16 and float16, and for what cannot be packed.
     """
-    if kv is not None and compiled:
-        raise ModelError("--compile wants a cache of fixed size, and --kv one that grows; give one")
-    if kv is not None and kv not in PACKED:
-        raise ModelError(f"--kv {kv!r}: choose {' or '.join(PACKED)}")
+    if kv is not None:
+        check_packed(kv)
+        if compiled:
+            raise ModelError("--compile wants a cache of fixed size, --kv one that grows; give one")
     if dtype not in (None, *_DTYPES):
         raise ModelError(f"dtype {dtype!r} is unknown; allowed: {', '.join(_DTYPES)}")
     if not 1 <= max_new_tokens <= _MOST_TOKENS:

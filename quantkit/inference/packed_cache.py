@@ -145,14 +145,19 @@ class PackedLayer(DynamicLayer):
         self.chunks = [(key.mapped(change), value.mapped(change)) for key, value in self.chunks]
 
 
+def check_packed(name: str) -> None:
+    """Raises ModelError for a name that no packed cache has."""
+    if name not in PACKED:
+        raise ModelError(f"--kv {name!r}: choose {' or '.join(PACKED)}")
+
+
 def packed_cache(config: Any, name: str) -> DynamicCache:
     """An empty cache for a model with this configuration; `name` is int8 or int4.
 
     Layers with a window or a state of their own keep theirs.  Raises ModelError for another name,
     or if there is no layer of full attention.
     """
-    if name not in PACKED:
-        raise ModelError(f"--kv {name!r}: choose {' or '.join(PACKED)}")
+    check_packed(name)
     cache = DynamicCache(config=config)
     full = [number for number, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     if not full:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Takes the attention module, keys and values [B, H, T, D]; what it returns stands in for them.
-KeysValues = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Takes an attention module's path, keys and values [B, H, T, D], and gives what stands in for them.
+KeysValues = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Of query [B, Q, T, D], keys, values and mask; the output [B, T, Q, D] comes first of two.
 Function = Callable[[Tensor, Tensor, Tensor, Tensor | None], Any]
 # Takes the module, its function, query, keys, values and mask, and gives what the function would.
@@ -65,8 +65,9 @@ def attending(attend: Attend) -> Iterator[None]:
             registry.get_interface = outer
 
 
-def keys_and_values(seen: KeysValues) -> contextlib.AbstractContextManager[None]:
-    """While active, every attention of any model reads what `seen` returns."""
+def keys_and_values(block: nn.Module, seen: KeysValues) -> contextlib.AbstractContextManager[None]:
+    """While active, every attention inside the block reads what `seen` returns."""
+    paths = {id(module): path for path, module in block.named_modules()}
 
     def attend(
         module: nn.Module,
@@ -76,7 +77,9 @@ def keys_and_values(seen: KeysValues) -> contextlib.AbstractContextManager[None]
         value: Tensor,
         mask: Tensor | None,
     ) -> Any:
-        return function(query, *seen(module, key, value), mask)
+        if (path := paths.get(id(module))) is not None:
+            key, value = seen(path, key, value)
+        return function(query, key, value, mask)
 
     return attending(attend)
 
@@ -84,15 +87,21 @@ def keys_and_values(seen: KeysValues) -> contextlib.AbstractContextManager[None]
 @contextlib.contextmanager
 def attentions(block: nn.Module) -> Iterator[dict[str, Attention]]:
     """The block's attention modules by path, as they are called while this is active."""
-    paths = {id(module): path for path, module in block.named_modules()}
     found: dict[str, Attention] = {}
 
-    def seen(module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if (path := paths.get(id(module))) is not None:
-            found[path] = Attention(
-                heads=key.shape[1], key_size=key.shape[-1], value_size=value.shape[-1]
-            )
+    def seen(path: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        found[path] = Attention(
+            heads=key.shape[1], key_size=key.shape[-1], value_size=value.shape[-1]
+        )
         return key, value
 
-    with keys_and_values(seen):
+    with keys_and_values(block, seen):
         yield found
+
+
+def caches_latent(config: Any) -> bool:
+    """Whether a cache holds what keys and values are computed from (multi-head latent attention).
+
+    Its scales are not those of the keys and values that attention reads.
+    """
+    return bool(getattr(config, "kv_lora_rank", None))

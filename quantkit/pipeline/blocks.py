@@ -206,7 +206,7 @@ class BlockWork:
         self._generation = None if last or self.shared is not None else index + 1
         write = self._generation is not None and propagate
         if self.stream is not None and (write or self.plan.cache is not None):
-            ranges = None if self.plan.cache is None else CacheRanges(block, self.plan.cache, index)
+            ranges = None if self.plan.cache is None else CacheRanges(self.plan.cache, index)
             see = None if ranges is None else ranges.see
             self.stream.forward(index, block, None, write=write, rounded=rounded, cached=see)
             for name, scale in {} if ranges is None else ranges.scales().items():

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import FormatError, NumericsError, RecipeError
 from quantkit.formats.format import CacheFormat, Format
-from quantkit.model.attention import Attention
+from quantkit.model.attention import Attention, caches_latent
 from quantkit.model.causal import CausalModel
 from quantkit.numbers.cache import CacheScheme
 
@@ -58,7 +58,7 @@ def plan_cache(model: CausalModel, scheme: CacheScheme, fmt: Format) -> CachePla
             f"--kv {scheme.name}: {fmt.name} has no place for scales of the cache; "
             "--format compressed-tensors has"
         )
-    if getattr(model.text_config, "kv_lora_rank", None):
+    if caches_latent(model.text_config):
         raise RecipeError(
             f"--kv {scheme.name}: this model's cache holds what keys and values are computed from "
             "(multi-head latent attention), whose scales no reader takes from a file; leave --kv "
@@ -83,15 +83,13 @@ def plan_cache(model: CausalModel, scheme: CacheScheme, fmt: Format) -> CachePla
 class CacheRanges:
     """The largest keys and values of a block's attention modules, for each head."""
 
-    def __init__(self, block: nn.Module, plan: CachePlan, index: int) -> None:
+    def __init__(self, plan: CachePlan, index: int) -> None:
         self._scheme, self._infos = plan.scheme, plan.infos[index]
-        self._paths = {id(module): path for path, module in block.named_modules()}
         self._largest: dict[str, list[Tensor]] = {}
 
-    def see(self, module: nn.Module, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
-        """Keys and values of tokens that count, as attention reads them."""
-        path = self._paths.get(id(module))
-        if path is None or path not in self._infos:
+    def see(self, path: str, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
+        """Keys and values of tokens that count, as the attention at that path reads them."""
+        if path not in self._infos:
             return
         found = [x.abs().amax(dim=(0, 2, 3)).float() for x in (key_BHTD, value_BHTD)]
         before = self._largest.get(path, found)

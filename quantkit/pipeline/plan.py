@@ -74,7 +74,7 @@ class TensorFate:
     @property
     def source_bytes(self) -> int:
         """Bytes in the source."""
-        return 0 if self.fate == "added" else self.parameters * self.dtype.itemsize
+        return self.parameters * self.dtype.itemsize
 
     @property
     def parameters(self) -> int:

@@ -21,7 +21,7 @@ from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import read_into, write_from
 from quantkit.inference.packed_attention import PackedAttention
 from quantkit.inference.packed_cache import PACKED
-from quantkit.model.attention import attending, keys_and_values
+from quantkit.model.attention import attending, caches_latent, keys_and_values
 from quantkit.model.causal import BlockCall, CausalModel, TapCallback
 from quantkit.model.decoded import Decoded
 from quantkit.numbers.cache import CacheScheme
@@ -130,7 +130,7 @@ class ModelStream:
             if rounded:
                 modes.enter_context(QuantizedActivations(block, rounded))
             if isinstance(self._cache, RoundedCache):
-                modes.enter_context(keys_and_values(self._cache.of(index, block)))
+                modes.enter_context(keys_and_values(block, self._cache.of(index)))
             elif self._cache is not None:
                 modes.enter_context(attending(self._cache))
             return self.model.run(block, hidden.to(self.device), call)
@@ -205,7 +205,7 @@ def _cache(source: Source, model: CausalModel, kv: str) -> RoundedCache | Packed
     if name in PACKED:
         return PackedAttention(model.text_config, name)
     assert isinstance(source, Decoded)
-    if getattr(model.text_config, "kv_lora_rank", None):
+    if caches_latent(model.text_config):
         raise EvaluationError(
             f"--kv {kv}: this model's cache holds what keys and values are computed from "
             "(multi-head latent attention), which is not simulated; give --kv none"

@@ -24,7 +24,7 @@ from reference import activations, output_error, stats_of, weights
 
 import quantkit
 from quantkit.cli.app import app
-from quantkit.formats.format import available_formats
+from quantkit.formats.registry import available_formats
 from quantkit.methods.parts import PartKind, available, make_part, part_class
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.methods.recipe import Recipe, builtin_recipes, load_recipe

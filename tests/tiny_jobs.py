@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import RUN
 from quantkit.cli.app import main
-from quantkit.formats.format import format_of
+from quantkit.formats.registry import format_of
 from quantkit.methods.recipe import Recipe, load_recipe
 from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions

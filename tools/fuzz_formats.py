@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from format_samples import MemorySource, planned, quantized, stored
 
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
-from quantkit.formats.format import available_formats, format_of, make_format
+from quantkit.formats.registry import available_formats, format_of, make_format
 from quantkit.numbers.scheme import Scheme
 
 SCHEMES = ("w2a16_g32", "w3a16_g32_asym", "w4a16_g32", "w4a16_row_asym", "w8a16_g32", "w8a8_row")

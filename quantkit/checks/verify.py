@@ -33,8 +33,9 @@ from quantkit.checks.result import (
 from quantkit.checks.runtimes import compare_runtime
 from quantkit.checks.verify_container import check_files, container_checks
 from quantkit.errors import CheckpointError, QuantkitError, UnsoundError
-from quantkit.formats.format import FormatReader, StoredWeight, format_of
+from quantkit.formats.format import FormatReader, StoredWeight
 from quantkit.formats.open import container_here, container_of, open_source
+from quantkit.formats.registry import format_of
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since

@@ -27,9 +27,9 @@ from quantkit.checks.against import (
 )
 from quantkit.checks.result import Check, finite_problems, value_problems
 from quantkit.errors import CheckpointError, ModelError, QuantkitError
-from quantkit.formats.format import format_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import folds_since

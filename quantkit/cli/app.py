@@ -220,7 +220,7 @@ def methods() -> None:
 @app.command()
 def formats() -> None:
     """List the on-disk formats."""
-    from quantkit.formats.format import available_formats, installed_formats, make_format
+    from quantkit.formats.registry import available_formats, installed_formats, make_format
 
     for name in available_formats():
         first_line = (type(make_format(name)).__doc__ or "").strip().splitlines()[0]

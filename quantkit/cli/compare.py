@@ -96,7 +96,7 @@ def run_compare(
     from quantkit.checkpoint.door import given_path
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.errors import OutputError
-    from quantkit.formats.format import default_scheme
+    from quantkit.formats.registry import default_scheme
     from quantkit.methods.recipe import load_recipe
     from quantkit.pipeline.asked import open_asked
 

@@ -10,8 +10,8 @@ import typer
 
 from quantkit.checkpoint.door import given_path
 from quantkit.errors import OutputError
-from quantkit.formats.format import make_format
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import make_format
 
 if TYPE_CHECKING:
     from quantkit.pipeline.export import Exported

@@ -10,8 +10,9 @@ from quantkit_kernels.gpu import measure, tuning
 from quantkit_kernels.gpu.tuning import Entry, Problem
 
 from quantkit.errors import BackendError, CheckpointError
-from quantkit.formats.format import StoredWeight, format_of
+from quantkit.formats.format import StoredWeight
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 
 
 def tune(path: Path, dtype: str, echo: Callable[[str], object]) -> None:

@@ -31,12 +31,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError, NumericsError
 from quantkit.formats._skipped import kept_modules, skipped_too
-from quantkit.formats.format import (
-    PlannedWeight,
-    StoredWeight,
-    check_stored,
-    named_as_weight,
-)
+from quantkit.formats.format import PlannedWeight, StoredWeight, check_stored, named_as_weight
 from quantkit.formats.readers import bitsandbytes_readers
 from quantkit.formats.stored import model_dtype
 from quantkit.numbers.grid import FP4_VALUES, grid_of

@@ -22,11 +22,7 @@ from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats._skipped import kept_modules, skipped_too
-from quantkit.formats.format import (
-    PlannedWeight,
-    StoredWeight,
-    named_as_weight,
-)
+from quantkit.formats.format import PlannedWeight, StoredWeight, named_as_weight
 from quantkit.formats.readers import fp8_readers
 from quantkit.formats.stored import by_block, by_row, model_dtype, round_scale, stored_scale
 from quantkit.numbers.scheme import Scheme

@@ -25,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.errors import ModelError
-from quantkit.formats.format import format_of
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.inference.backend import check_backend, moved
 from quantkit.inference.fused import fuse_
 from quantkit.inference.load import (

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
-from quantkit.formats.format import Format, StoredWeight, format_of
+from quantkit.formats.format import Format, StoredWeight
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.inference.backend import Backend, check_backend, moved
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import fuse_

@@ -19,7 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.source import Source
 from quantkit.errors import ModelError
-from quantkit.formats.format import FormatReader, PlannedWeight, check_supported, demand_writer
+from quantkit.formats.format import FormatReader, PlannedWeight
+from quantkit.formats.registry import check_supported, demand_writer
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import FusedLinear, SharedProduct
 from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts

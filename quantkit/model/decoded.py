@@ -15,7 +15,8 @@ from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.errors import CheckpointError
-from quantkit.formats.format import CacheFormat, FormatReader, StoredWeight, format_of, reader_of
+from quantkit.formats.format import CacheFormat, FormatReader, StoredWeight
+from quantkit.formats.registry import format_of, reader_of
 from quantkit.model import skeleton
 from quantkit.model.split_experts import split_experts
 from quantkit.numbers.activations import InputRounding

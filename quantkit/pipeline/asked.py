@@ -13,8 +13,9 @@ from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import ModelError
-from quantkit.formats.format import WholeFormat, asked_format, make_format
+from quantkit.formats.format import WholeFormat
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import asked_format, make_format
 from quantkit.inference.device import choose_device
 from quantkit.pipeline.options import QuantizeOptions
 

@@ -7,13 +7,8 @@ import math
 from collections.abc import Mapping, Sequence, Set
 
 from quantkit.errors import ModelError, RecipeError, SchemeError
-from quantkit.formats.format import (
-    Container,
-    Format,
-    PlannedWeight,
-    default_format,
-    make_format,
-)
+from quantkit.formats.format import Container, Format, PlannedWeight
+from quantkit.formats.registry import default_format, make_format
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import Decisions, fit_groups, shared_inputs

@@ -25,8 +25,9 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, NumericsError
-from quantkit.formats.format import Format, WholeFormat, code_of, make_format
+from quantkit.formats.format import Format, WholeFormat
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import code_of, make_format
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked

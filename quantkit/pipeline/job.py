@@ -24,7 +24,8 @@ from quantkit.checkpoint.source import Reader, Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError
-from quantkit.formats.format import Format, code_of
+from quantkit.formats.format import Format
+from quantkit.formats.registry import code_of
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked

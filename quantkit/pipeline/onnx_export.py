@@ -30,7 +30,6 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, OutputError
-from quantkit.formats.format import make_format
 from quantkit.formats.onnx import nbits as onnx_nbits
 from quantkit.formats.onnx.builder import build_graph, require_builder
 from quantkit.formats.onnx.check import Checked, check_graph
@@ -40,6 +39,7 @@ from quantkit.formats.onnx.rewrite import rewrite
 from quantkit.formats.onnx.rows import RowIndex
 from quantkit.formats.onnx.triton import model_config
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import make_format
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import copy_folds
 from quantkit.numbers.scheme import Scheme

@@ -294,7 +294,8 @@ class QuantizeOptions:
     @cached_property
     def loaded(self) -> Recipe:
         """The recipe with all of this applied.  Raises RecipeError or SchemeError."""
-        from quantkit.formats.format import WholeFormat, asked_format, default_scheme
+        from quantkit.formats.format import WholeFormat
+        from quantkit.formats.registry import asked_format, default_scheme
         from quantkit.methods.recipe import Recipe, load_recipe
 
         if isinstance(self.recipe, Recipe):

@@ -14,17 +14,8 @@ from quantkit.checkpoint.record import Fate
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
 from quantkit.errors import FormatError, RecipeError
-from quantkit.formats.format import (
-    CacheFormat,
-    Container,
-    Format,
-    PlannedWeight,
-    WholeFormat,
-    asked_format,
-    check_supported,
-    default_format,
-    make_format,
-)
+from quantkit.formats.format import CacheFormat, Container, Format, PlannedWeight, WholeFormat
+from quantkit.formats.registry import asked_format, check_supported, default_format, make_format
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import fitted_line

@@ -14,7 +14,7 @@ import tiny_jobs as jobs
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.manifest import write_manifest
-from quantkit.formats.format import available_formats
+from quantkit.formats.registry import available_formats
 from quantkit.methods.recipe import builtin_recipes, load_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,8 @@ from format_samples import planned, quantized, same, sample_scale, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import (
-    Format,
-    PlannedWeight,
+from quantkit.formats.format import Format, PlannedWeight
+from quantkit.formats.registry import (
     available_formats,
     check_supported,
     default_format,

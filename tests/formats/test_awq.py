@@ -7,7 +7,7 @@ import torch
 from format_samples import hexes, integers, planned, quantized, same, stored
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import check_supported, format_of, make_format
+from quantkit.formats.registry import check_supported, format_of, make_format
 from quantkit.numbers.scheme import Scheme
 
 

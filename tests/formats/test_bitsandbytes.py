@@ -10,7 +10,7 @@ import torch
 from format_samples import MemorySource, planned
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import make_format
+from quantkit.formats.registry import make_format
 from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import NestedScale, PlainScale, QuantizedTensor

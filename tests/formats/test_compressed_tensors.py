@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import CheckpointError, NumericsError
-from quantkit.formats.format import PlannedWeight, format_of, make_format
+from quantkit.formats.format import PlannedWeight
+from quantkit.formats.registry import format_of, make_format
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 

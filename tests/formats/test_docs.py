@@ -22,8 +22,8 @@ import quantkit
 from quantkit.checks.inspection import inspect as inspect_checkpoint
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import code_of, format_of, installed_formats, make_format
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import code_of, format_of, installed_formats, make_format
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.export import export
 

@@ -10,7 +10,7 @@ import torch
 from format_samples import MemorySource, planned
 
 from quantkit.errors import FormatError
-from quantkit.formats.format import default_format, format_of, make_format
+from quantkit.formats.registry import default_format, format_of, make_format
 from quantkit.formats.stored import round_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor

@@ -9,7 +9,8 @@ import torch
 from format_samples import planned, quantized, same, stored
 
 from quantkit.errors import SchemeError
-from quantkit.formats.format import Format, available_formats, make_format
+from quantkit.formats.format import Format
+from quantkit.formats.registry import available_formats, make_format
 from quantkit.numbers.scheme import Scheme
 
 CASES_PER_FORMAT = 2000

@@ -15,8 +15,8 @@ import quantkit
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import make_format
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import make_format
 from quantkit.model.decoded import Unpacked
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.export import export

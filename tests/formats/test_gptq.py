@@ -12,7 +12,8 @@ from torch import Tensor
 
 from quantkit.errors import CheckpointError, NumericsError
 from quantkit.formats.bitpack import pack_rows, unpack_rows
-from quantkit.formats.format import StoredWeight, make_format
+from quantkit.formats.format import StoredWeight
+from quantkit.formats.registry import make_format
 from quantkit.inference.layers import QuantLinear
 from quantkit.methods.ranges.minmax import Minmax
 from quantkit.numbers.grid import grid_of

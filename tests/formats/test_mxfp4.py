@@ -17,8 +17,9 @@ import quantkit
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError, FormatError, NumericsError, SchemeError
-from quantkit.formats.format import expert_name, format_of
+from quantkit.formats.format import expert_name
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.model.decoded import Unpacked, open_decoded
 from quantkit.numbers.scheme import Scheme
 

@@ -27,7 +27,8 @@ from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import ShardWriter, plan_shards
 from quantkit.errors import CheckpointError, FormatError, ModelError
-from quantkit.formats.format import PlannedWeight, make_format
+from quantkit.formats.format import PlannedWeight
+from quantkit.formats.registry import make_format
 from quantkit.inference.layers import QuantExperts, QuantLinear
 from quantkit.inference.load import install_, load
 from quantkit.methods.recipe import load_recipe

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantkit.formats._compressed_groups import FLOATS
-from quantkit.formats.format import make_format
+from quantkit.formats.registry import make_format
 from quantkit.numbers.activations import InputRounding
 from quantkit.numbers.scheme import Scheme
 

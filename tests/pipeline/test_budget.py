@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.files import FileSource
 from quantkit.errors import BudgetError, FormatError, QuantkitError, RecipeError, StoppedError
-from quantkit.formats.format import make_format
+from quantkit.formats.registry import make_format
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.numbers.scheme import Scheme

@@ -17,7 +17,7 @@ from quantkit.checkpoint.files import FileSource
 from quantkit.checks.verify import verify
 from quantkit.cli.app import main
 from quantkit.errors import QuantkitError, RecipeError
-from quantkit.formats.format import format_of
+from quantkit.formats.registry import format_of
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.extra_layers import announced
 from quantkit.pipeline.session import Job, run

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint.door import CONFIG_BYTES, read_json
 from quantkit.checkpoint.dtypes import name_of
 from quantkit.errors import CheckpointError
+from quantkit.formats.contents import Contents, Item
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import Matrix, matrices
 from quantkit.formats.onnx.names import Names, read_names
@@ -20,33 +20,7 @@ _GENAI = "genai_config.json"
 _TABLES = ("cos_cache", "sin_cache")
 
 
-@dataclass(frozen=True, kw_only=True)
-class OnnxItem:
-    """A tensor: the checkpoint's if the names are known, else a node's or an initializer.
-
-    scheme      name of a quantized weight's scheme, else None
-    parameters  numbers of the original model in it; 0 for tables and constants
-    """
-
-    name: str
-    scheme: str | None
-    dtype: str
-    parameters: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnnxContent:
-    """All tensors of a graph; `home` is the directory with what quantkit wrote about it."""
-
-    model_type: str
-    format: str
-    items: tuple[OnnxItem, ...]
-    home: Path
-    notes: tuple[str, ...]
-
-
-def describe_onnx(path: Path) -> OnnxContent:
+def describe_onnx(path: Path) -> Contents:
     """What the graph at `path` holds; reads zero points, and no other weights.
 
     Raises CheckpointError if it is no graph, or a damaged one.
@@ -70,7 +44,7 @@ def describe_onnx(path: Path) -> OnnxContent:
         notes.append(f"not in the graph as they were: {', '.join(names.lost[:3])}")
     versions = [entry for entry in file.model.opset_import if entry.domain == ""]
     opset = f", opset {versions[0].version}" if versions else ""
-    return OnnxContent(
+    return Contents(
         model_type=model_type,
         format=f"onnx (ir {file.model.ir_version}{opset})",
         items=tuple(items),
@@ -79,7 +53,7 @@ def describe_onnx(path: Path) -> OnnxContent:
     )
 
 
-def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[OnnxItem]:
+def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[Item]:
     """The checkpoint's tensors; of a fused node each has the bytes of its rows."""
     for name, place in names.quantized.items():
         size = 0
@@ -88,7 +62,7 @@ def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[O
                 raise CheckpointError(f"{file.path}: {name!a}: there is no node {part.node!a}")
             matrix = found[part.node]
             size += _bytes(file, matrix) * (part.stop - part.start) // matrix.shape[0]
-        yield OnnxItem(
+        yield Item(
             name=name,
             scheme=place.scheme.name,
             dtype=str(place.dtype).removeprefix("torch."),
@@ -100,7 +74,7 @@ def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[O
         numel = 1
         for count in kept.shape:
             numel *= count
-        yield OnnxItem(
+        yield Item(
             name=name,
             scheme=None,
             dtype=name_of(stored.label or "None"),
@@ -109,14 +83,14 @@ def _named(file: OnnxFile, names: Names, found: dict[str, Matrix]) -> Iterator[O
         )
 
 
-def _unnamed(file: OnnxFile, found: dict[str, Matrix]) -> Iterator[OnnxItem]:
+def _unnamed(file: OnnxFile, found: dict[str, Matrix]) -> Iterator[Item]:
     seen: set[str] = set()
     for name, matrix in found.items():
         # A tied head's weight is gathered from too.
         if matrix.tensors[0] in seen:
             continue
         seen.add(matrix.tensors[0])
-        yield OnnxItem(
+        yield Item(
             name=name,
             scheme=matrix.scheme.name,
             dtype=matrix.operator,
@@ -125,14 +99,14 @@ def _unnamed(file: OnnxFile, found: dict[str, Matrix]) -> Iterator[OnnxItem]:
         )
 
 
-def _others(file: OnnxFile, used: set[str], *, foreign: bool) -> Iterator[OnnxItem]:
+def _others(file: OnnxFile, used: set[str], *, foreign: bool) -> Iterator[Item]:
     """What is in no quantized node; without the checkpoint's names, floats count as parameters."""
     for name, stored in {**file.stored, **file.inline}.items():
         if name in used:
             continue
         floating = stored.label in ("F32", "F16", "BF16")
         counts = foreign and floating and stored.shape and name not in _TABLES
-        yield OnnxItem(
+        yield Item(
             name=ascii(name)[1:-1],
             scheme=None,
             dtype=name_of(stored.label or "not read"),

@@ -16,7 +16,7 @@ from typing import Any
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import BudgetError, RecipeError
-from quantkit.formats.format import make_format
+from quantkit.formats.registry import make_format
 from quantkit.methods.recipe import Recipe, Rule
 from quantkit.model.causal import CausalModel
 from quantkit.numbers.scheme import Scheme

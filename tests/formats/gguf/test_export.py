@@ -18,7 +18,7 @@ from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import PlannedWeight, format_of
+from quantkit.formats.format import PlannedWeight
 from quantkit.formats.gguf.container import MODEL_FILE
 from quantkit.formats.gguf.families import FAMILIES, family_of
 from quantkit.formats.gguf.file import read_gguf
@@ -27,6 +27,7 @@ from quantkit.formats.gguf.names import checkpoint_names, place_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.numbers.grid import store_scale
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor

@@ -16,8 +16,8 @@ import torch
 
 from quantkit.cli.app import main
 from quantkit.errors import FormatError, ResumeError
-from quantkit.formats.format import format_of
 from quantkit.formats.onnx.builder import build_graph, require_builder
+from quantkit.formats.registry import format_of
 from quantkit.pipeline import onnx_export
 from quantkit.pipeline.onnx_export import export_onnx
 

@@ -26,13 +26,13 @@ from quantkit.checkpoint.manifest import write_manifest
 from quantkit.checks.inspection import inspect
 from quantkit.checks.verify import verify
 from quantkit.errors import CheckpointError
-from quantkit.formats.format import format_of
 from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import matrices, tensor_of
 from quantkit.formats.onnx.names import NAMES
 from quantkit.formats.onnx.nbits import blocks_of, pack, unpack
 from quantkit.formats.onnx.source import OnnxSource
 from quantkit.formats.open import open_source
+from quantkit.formats.registry import format_of
 from quantkit.model.decoded import Unpacked
 from quantkit.pipeline import onnx_export
 from quantkit.pipeline.export import export

@@ -39,7 +39,7 @@ def _is_weight(value: Any) -> bool:
 _FIELDS: Fields = {
     **dict.fromkeys(("method", "scheme", "format", "model_type"), (is_text, "a text")),
     **dict.fromkeys(("recipe", "size", "readers", "calibration"), (is_object, "an object")),
-    **dict.fromkeys(("fingerprint", "degraded", "types"), (object_of(is_text), "texts by name")),
+    **dict.fromkeys(("fingerprint", "degraded"), (object_of(is_text), "texts by name")),
     "folded": (list_of(is_text), "a list of texts"),
     "tensors": (list_of(is_object), "a list of objects"),
     "weights": (list_of(_is_weight), "a list of objects with name and error"),

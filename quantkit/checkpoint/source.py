@@ -50,6 +50,16 @@ class Source(Protocol):
         """Dtype and shape of a tensor; CheckpointError if there is none of this name."""
         ...
 
+    def num_bytes(self, name: str) -> int:
+        """What a tensor takes where it is stored, whatever it is read as."""
+        ...
+
+    @property
+    def recast(self) -> bool:
+        """Whether tensors that are not quantized may lie here in other dtypes than the model's, or
+        shifted by a constant, and so are equal up to rounding only."""
+        ...
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor: fresh memory on the CPU, in the stored dtype."""
         ...
@@ -133,6 +143,15 @@ class Reader(ABC):
     def left_files(self) -> dict[str, str]:
         """Nothing."""
         return {}
+
+    def num_bytes(self, name: str) -> int:
+        """Of the tensor as it is read."""
+        return self.info(name).nbytes
+
+    @property
+    def recast(self) -> bool:
+        """False: every bit is kept."""
+        return False
 
     @abstractmethod
     def _config_bytes(self) -> bytes: ...
@@ -245,6 +264,11 @@ class View(Reader):
     def packed_as(self) -> str | None:
         """The source's."""
         return self.source.packed_as
+
+    @property
+    def recast(self) -> bool:
+        """The source's."""
+        return self.source.recast
 
     def fingerprint(self) -> str:
         """The source's."""

@@ -67,24 +67,55 @@ def retargeted(report: Mapping[str, Any]) -> bool:
     return (report.get("recipe") or {}).get("target") is not None
 
 
-def compare_copied(name: str, ours: Source, theirs: Source) -> Iterator[str]:
-    """A problem if the two tensors differ in dtype, shape or any bit."""
-    info, original = ours.info(name), theirs.info(name)
-    if (info.dtype, info.shape) != (original.dtype, original.shape):
-        yield f"{name}: {info.dtype} {info.shape}, in the source {original.dtype} {original.shape}"
+def same_numbers(tensor: QuantizedTensor, expected: QuantizedTensor) -> bool:
+    """Whether two weights decode to the same values, whatever their codes count from."""
+    if tensor.shape != expected.shape:
+        return False
+    step = max(1, _ELEMENTS // max(tensor.shape[1], 1))
+    flat = tensor.scheme.flat or expected.scheme.flat
+    # Blocks that straddle rows cannot be decoded by rows.
+    step = tensor.shape[0] if flat else step
+    return all(
+        torch.equal(tensor.decode(rows), expected.decode(rows))
+        for rows in (slice(start, start + step) for start in range(0, tensor.shape[0], step))
+    )
+
+
+def compare_copied(name: str, original: str, ours: Source, theirs: Source) -> Iterator[str]:
+    """A problem if the two tensors differ in dtype, shape or any bit; `original` is its name in the
+    source."""
+    info, its_info = ours.info(name), theirs.info(original)
+    if (info.dtype, info.shape) != (its_info.dtype, its_info.shape):
+        yield f"{name}: {info.dtype} {info.shape}, in the source {its_info.dtype} {its_info.shape}"
         return
     for start in range(0, info.numel, _ELEMENTS):
         stop = min(start + _ELEMENTS, info.numel)
-        mine, its = ours.read_flat(name, start, stop), theirs.read_flat(name, start, stop)
+        mine = ours.read_flat(name, start, stop)
+        its = theirs.read_flat(original, start, stop)
         if not torch.equal(mine.view(torch.uint8), its.view(torch.uint8)):
             yield f"{name}: not the same bits as in the source, though it was not to be changed"
             return
 
 
-def compare_rescaled(name: str, ours: Source, theirs: Source, vectors: Vectors) -> Iterator[str]:
+def compare_recast(
+    name: str, original: str, ours: Source, theirs: Source, vectors: Vectors
+) -> Iterator[str]:
+    """A problem if the tensor is not the source's in another dtype, its folds applied."""
+    mine, its = ours.read(name), theirs.read(original)
+    if mine.shape != its.shape:
+        yield f"{name}: {list(mine.shape)}, in the source {list(its.shape)}"
+    elif vectors.change(name):
+        yield from compare_rescaled(name, original, ours, theirs, vectors)
+    elif not any(_close(mine, its, offset) for offset in _NORM_OFFSETS):
+        yield f"{name}: not the source's tensor, though it was not to be changed"
+
+
+def compare_rescaled(
+    name: str, original: str, ours: Source, theirs: Source, vectors: Vectors
+) -> Iterator[str]:
     """A problem if the tensor is not the source's with its folds applied, up to rounding."""
-    mine, its = ours.read(name), theirs.read(name)
-    if mine.shape != its.shape or mine.dtype != its.dtype:
+    mine, its = ours.read(name), theirs.read(original)
+    if mine.shape != its.shape or (mine.dtype != its.dtype and not ours.recast):
         yield f"{name}: {mine.dtype} {mine.shape}, in the source {its.dtype} {its.shape}"
         return
     rows, columns = vectors.rows(name), vectors.columns(name)

@@ -75,6 +75,11 @@ class Unpacked(Reader):
         """The quantized checkpoint's."""
         return self.packed.home
 
+    @property
+    def recast(self) -> bool:
+        """The source's."""
+        return self.packed.recast
+
     def names(self) -> tuple[str, ...]:
         """Names as before quantization, sorted."""
         return self._names

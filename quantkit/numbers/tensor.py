@@ -142,6 +142,9 @@ class QuantizedTensor:
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
+        low = self.scale.minima() if isinstance(self.scale, BlockScale) else None
+        if low is not None and not bool(torch.isfinite(low).all()):
+            raise NumericsError(f"{name}: a minimum is NaN or infinite")
         if isinstance(self.scale, DividedScale) and bool((scale <= 0).any()):
             raise NumericsError(
                 f"{name}: a scale is zero or negative, which {self.scheme.name} forbids"

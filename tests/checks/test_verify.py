@@ -272,3 +272,30 @@ def test_a_damaged_report_is_reported_not_raised(finished: Path, tmp_path: Path)
     (out / REPORT).write_text('{"tensors": [{"name": 1}]}')
     write_manifest(out)
     assert_only_fails(verify(out), "headers", "report.json")
+
+
+def foreign(finished: Path, out: Path) -> Path:
+    """The checkpoint as another tool would leave it, with neither manifest nor report."""
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "quantkit")
+    return out
+
+
+def test_a_directory_of_another_tool_is_held_against_its_model(
+    source: Path, tmp_path: Path
+) -> None:
+    out = foreign(quantize(source, tmp_path / "rtn", "rtn", "w4a16_g32"), tmp_path / "theirs")
+    result = verify(out, against=source)
+    assert result.ok, result.text()
+    assert result.checks[0].detail == "no manifest: not an output of quantkit"
+    tensors = load_file(out / WEIGHTS)
+    del tensors[NORM]
+    roll_one_row(tensors)
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    result = verify(out, against=source)
+    assert names_of_failed(result) == ["coverage", "source"], result.text()
+    assert NORM in result.checks[2].problems[0] and UP in result.checks[-1].problems[0]
+
+
+def test_a_plain_model_is_not_called_a_good_checkpoint(source: Path) -> None:
+    assert_only_fails(verify(source), "headers", "not quantized")

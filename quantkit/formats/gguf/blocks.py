@@ -61,26 +61,6 @@ def unpack(kind: BlockType, data: Tensor) -> Blocks:
     )
 
 
-def are_finite(kind: BlockType, data: Tensor) -> bool:
-    """Whether all weights of packed blocks (uint8) are finite: as `d` and `m` are, and only then.
-
-    Integers are all that they are multiplied with, and float32 holds every product.
-    """
-    data = data.reshape(-1, kind.num_bytes)
-    position = 0
-    for field in kind.fields:
-        if isinstance(field, Plane):
-            position += kind.size * field.bits // 8
-        elif field == "scales":
-            position += _scale_bytes(kind)
-        else:
-            raw = data[:, position : position + 2].contiguous()
-            if not bool(torch.isfinite(raw.view(torch.float16)).all()):
-                return False
-            position += 2
-    return True
-
-
 def decode(kind: BlockType, data: Tensor) -> Tensor:
     """Float32 weights [N, B] of packed blocks (uint8)."""
     return unpack(kind, data).values()

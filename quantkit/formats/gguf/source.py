@@ -15,7 +15,7 @@ from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.safetensors import TensorInfo, read_into
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
-from quantkit.formats.gguf.blocks import are_finite, decode, unpack
+from quantkit.formats.gguf.blocks import decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DENSE = ("F32", "F16", "BF16")
-# Weights looked at at a time; a whole number of blocks of any type.
-_PIECE = 1 << 22
 # Tensors that follow from the metadata, or that transformers computes itself.
 _COMPUTED = ("rope_freqs.weight",)
 
@@ -91,6 +89,16 @@ class GgufSource(Reader):
         types = {part.tensor.type for part in self._parts.values()}
         return "gguf" if types.intersection(BLOCK_TYPES) else None
 
+    @property
+    def recast(self) -> bool:
+        """True: norms are float32, and those of Gemma larger by one."""
+        return True
+
+    def num_bytes(self, name: str) -> int:
+        """Of its share of the file's tensor, which may hold all experts."""
+        part = self._part(name)
+        return part.tensor.num_bytes * torch.Size(part.shape).numel() // part.tensor.numel
+
     def tokens(self) -> tuple[str, ...] | None:
         """The vocabulary of the metadata."""
         found = self.header.metadata.get("tokenizer.ggml.tokens")
@@ -104,21 +112,6 @@ class GgufSource(Reader):
     def type_of(self, name: str) -> str:
         """Ggml's type of a tensor, as in "Q4_K"; CheckpointError if there is none of this name."""
         return self._part(name).tensor.type
-
-    def is_finite(self, name: str) -> bool:
-        """Whether a tensor holds no NaN or infinity; of a quantized one by its scales alone."""
-        part = self._part(name)
-        stop = part.first + torch.Size(part.shape).numel()
-        for start in range(part.first, stop, _PIECE):
-            end = min(start + _PIECE, stop)
-            if part.tensor.type in _DENSE:
-                finite = bool(torch.isfinite(self._decode(part.tensor, start, end)).all())
-            else:
-                kind = BLOCK_TYPES[part.tensor.type]
-                finite = are_finite(kind, self._blocks(part.tensor, kind, start, end))
-            if not finite:
-                return False
-        return True
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """Elements start..stop of the flattened tensor, decoded; fresh memory."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from quantkit.formats.gguf.blocks import are_finite, decode, pack, unpack
-from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
+from quantkit.errors import NumericsError
+from quantkit.formats.gguf.blocks import decode, pack, unpack
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockScale, BlockType
+from quantkit.numbers.tensor import QuantizedTensor
 
 gguf = pytest.importorskip("gguf")
 KINDS = list(BLOCK_TYPES.values())
@@ -103,13 +107,22 @@ def test_every_bit_of_a_block_matters() -> None:
             assert not same(unpack(kind, changed), base), (kind.name, position)
 
 
-@pytest.mark.parametrize("kind", BLOCK_TYPES.values(), ids=BLOCK_TYPES)
-def test_weights_are_finite_where_the_float16_numbers_are(kind: BlockType) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_a_check_of_scales_finds_all_weights_that_are_not_finite(kind: BlockType) -> None:
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for _ in range(300):
         data = torch.randint(0, 256, (4, kind.num_bytes), generator=generator).to(torch.uint8)
-        expected = bool(torch.isfinite(decode(kind, data)).all())
-        assert are_finite(kind, data) == expected
-        seen.add(expected)
+        blocks = unpack(kind, data)
+        tensor = QuantizedTensor(
+            codes=blocks.codes,
+            scale=BlockScale.of(blocks, 4),
+            zero=None,
+            scheme=Scheme.parse(kind.name.lower()),
+            dtype=torch.float16,
+        )
+        finite = bool(torch.isfinite(decode(kind, data)).all())
+        with contextlib.nullcontext() if finite else pytest.raises(NumericsError, match="NaN or"):
+            tensor.check("w")
+        seen.add(finite)
     assert seen == {True, False}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint.door import RECORD_BYTES, read_json
@@ -10,6 +11,7 @@ from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.memory import format_size, with_spare
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.sidefiles import SideRecord, left_lines, side_record
+from quantkit.formats.format import BuiltFormat
 from quantkit.pipeline.session import Job, Outcome
 
 
@@ -87,6 +89,9 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     run = read_json(outcome.out / RUN, largest=RECORD_BYTES)
     report = read_report(outcome.out)
     lines = [f"{outcome.out}: complete in {_duration(outcome.seconds)}", *_totals(job)]
+    if isinstance(job.plan.format, BuiltFormat):
+        size = format_size(sum(path.stat().st_size for path in _files(outcome.out)))
+        lines.append(f"files      {size}, as other tensors are float32 in what is built")
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
     lines += [f"note: {note}" for note in report["notes"] if note not in job.plan.notes]
@@ -95,6 +100,11 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
         lines.append(f"degraded   {name}: {note}")
     lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")
     return "\n".join(lines)
+
+
+def _files(out: Path) -> Iterator[Path]:
+    """What was built, without the pages about it."""
+    return (path for path in out.iterdir() if path.is_file())
 
 
 def beside(job: Job) -> SideRecord:

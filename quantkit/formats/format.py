@@ -183,6 +183,19 @@ class Format(FormatReader, Protocol):
 
 
 @runtime_checkable
+class BuiltFormat(Format, Protocol):
+    """A format whose files another program makes of a finished checkpoint (ONNX).
+
+    built_by    that program, for people
+
+    Till then `layout`, `pack` and `config` are those of a checkpoint in safetensors; `weights` and
+    `unpack` are of what was built.
+    """
+
+    built_by: ClassVar[str]
+
+
+@runtime_checkable
 class CacheFormat(Format, Protocol):
     """A format with a place for scales of the cache of keys and values."""
 

@@ -27,7 +27,6 @@ _ENTRY_POINTS = "quantkit.formats"
 # quant_method -> file and class of what reads it and cannot write it.
 _READ_ONLY: Mapping[str, tuple[str, str]] = {
     "mxfp4": ("_mxfp4", "Mxfp4"),
-    "onnx": ("onnx.format", "OnnxWeights"),
 }
 
 
@@ -144,7 +143,7 @@ def format_of(source: Source) -> FormatReader:
         stem, class_name = _READ_ONLY[method]
         module = importlib.import_module(f"{_PACKAGE}.{stem}")
         return cast(FormatReader, getattr(module, class_name)())
-    elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8"):
+    elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8", "onnx"):
         return make_format(method)
     elif isinstance(method, str) and (found := _installed(method)) is not None:
         return found

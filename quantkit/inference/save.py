@@ -18,8 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.source import Source
-from quantkit.errors import ModelError
-from quantkit.formats.format import FormatReader, PlannedWeight
+from quantkit.errors import FormatError, ModelError
+from quantkit.formats.format import BuiltFormat, FormatReader, PlannedWeight
 from quantkit.formats.registry import check_supported, demand_writer
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import FusedLinear, SharedProduct
@@ -118,6 +118,11 @@ def canonical_tensors(
     or reads schemes that it does not write.
     """
     writer = demand_writer(fmt)
+    if isinstance(writer, BuiltFormat):
+        raise FormatError(
+            f"{writer.name}: {writer.built_by} makes its files, which are copied as they are; "
+            "`quantkit export` writes them in another format"
+        )
     tensors: dict[str, Tensor] = {}
     # What kernels read is no tensor of the checkpoint.
     covered: set[int] = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.live import LiveSource
 from quantkit.errors import FormatError, OutputError
-from quantkit.formats.format import StoredWeight
+from quantkit.formats.format import BuiltFormat, StoredWeight
 from quantkit.inference.load import install_
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
@@ -93,7 +93,7 @@ def quantize(
         return _run(job, Path(asked.out), asked, began)
     kept = None if asked.out is None else Path(asked.out)
     job = prepare(model, asked, tokenizer=asked.tokenizer, out=kept)
-    if job.plan.layout.side_files is not None:
+    if job.plan.layout.side_files is not None or isinstance(job.plan.format, BuiltFormat):
         raise FormatError(
             f"a model in memory is changed in place, and {job.plan.format.name} is a file for "
             "other programs: save the model and give its path"

@@ -25,7 +25,7 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, NumericsError
-from quantkit.formats.format import Format, WholeFormat
+from quantkit.formats.format import BuiltFormat, Format, WholeFormat
 from quantkit.formats.open import open_source
 from quantkit.formats.registry import code_of, make_format
 from quantkit.methods.recipe import load_recipe
@@ -109,6 +109,8 @@ def export(
     refuse_unfinished(path)
     source = open_source(path)
     fmt = make_format(format_name)
+    if isinstance(fmt, BuiltFormat):
+        raise FormatError(f"{fmt.name}: {fmt.built_by} makes its files: see export_onnx")
     whole = isinstance(fmt, WholeFormat)
     if whole and "quantization_config" not in source.config:
         view = Unpacked(source, None, {})

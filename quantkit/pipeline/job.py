@@ -30,12 +30,12 @@ from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
-from quantkit.pipeline.asked import device_of, open_asked, whole_format
+from quantkit.pipeline.asked import built_format, device_of, open_asked, whole_format
 from quantkit.pipeline.budget.choose import Choice, choose
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
-from quantkit.pipeline.session import Job
+from quantkit.pipeline.session import Job, checkpoint_beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,9 @@ def prepare_all(
     if any(request.bits is not None for request in requests):
         shared = _calibration(model, source, first, tokenizer)
         model.check_replay(shared.ids[:1, :64])
-        earlier = {} if out is None or first.fresh else earlier_fingerprint(out)
+        earlier: dict[str, str] = {}
+        if out is not None and not first.fresh:
+            earlier = earlier_fingerprint(out) or earlier_fingerprint(checkpoint_beside(out))
         budgets = [
             None
             if request.bits is None
@@ -189,6 +191,12 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
     There bfloat16 products take four times as long as float32 ones, and the result is rounded to
     the stored dtype all the same.
     """
+    built = [found for request in requests if (found := built_format(request)) is not None]
+    if built and len(requests) > 1:
+        raise FormatError(
+            f"{built[0].name} cannot be compared: {built[0].built_by} makes it of a checkpoint, "
+            "whose numbers are the same; compare checkpoints"
+        )
     whole = [fmt for request in requests if (fmt := whole_format(request)) is not None]
     if whole and len(whole) < len(requests):
         raise FormatError(

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from quantkit.checkpoint.disk import disk_errors, write_file
-from quantkit.checkpoint.door import given_path
+from quantkit.checkpoint.door import RECORD_BYTES, given_path, read_plain
+from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.output import OutputDirectory, OutputState, refuse_unfinished
 from quantkit.checkpoint.record import EXPORT_OF, REPORT, read_report
 from quantkit.checkpoint.safetensors import TensorInfo
@@ -30,10 +31,10 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, OutputError
-from quantkit.formats.onnx import nbits as onnx_nbits
 from quantkit.formats.onnx.builder import build_graph, require_builder
 from quantkit.formats.onnx.check import Checked, check_graph
 from quantkit.formats.onnx.file import DATA, MODEL, OnnxFile
+from quantkit.formats.onnx.format import READERS, Onnx
 from quantkit.formats.onnx.names import NAMES, Names, QuantizedPlace, find_kept
 from quantkit.formats.onnx.rewrite import rewrite
 from quantkit.formats.onnx.rows import RowIndex
@@ -42,16 +43,16 @@ from quantkit.formats.open import open_source
 from quantkit.formats.registry import make_format
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import copy_folds
-from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale
 from quantkit.pipeline.export import Exported, export
 
 DETAILS = "quantkit/onnx.json"
 # What of a report stays true of the graph made of the checkpoint.
 _TOLD = ("method", "scheme", "calibration")
+# What is shown of a run that had the graph for its aim.
+_PAGES = (RUN, "quantkit/report.md", "quantkit/report.html", "quantkit/recipe.yaml", "README.md")
 # The builder's own setting for CPUs: activations in int8 by block.  1 is float32.
 ACCURACY_LEVELS = (1, 4)
-READERS: Mapping[str, str | None] = {"onnxruntime": None, "onnxruntime-genai": None}
 
 _TRITON_VERSION = "1"
 _SHARD_BYTES = 2_000_000_000
@@ -74,12 +75,16 @@ def export_onnx(
     triton: bool = False,
     trust_remote_code: bool = False,
     progress: bool = True,
+    job: Mapping[str, str] | None = None,
+    fresh: bool = False,
 ) -> Exported:
     """Writes the checkpoint at `path` to `out` as an ONNX model for ONNX Runtime on a CPU.
 
     `accuracy_level` 4 computes weight-only products with int8 blocks of activations, 1 in float32.
-    `triton`: `out` becomes a model of a Triton Inference Server repository.  Raises FormatError if
-    the operators cannot hold a weight exactly, or if the model builder does not know the model.
+    `triton`: `out` becomes a model of a Triton Inference Server repository.  `job`: the fingerprint
+    of the run that made the checkpoint for this graph alone, instead of the checkpoint's; its pages
+    travel along.  Raises FormatError if the operators cannot hold a weight exactly, or if the model
+    builder does not know the model.
     """
     if accuracy_level not in ACCURACY_LEVELS:
         raise FormatError(f"accuracy level {accuracy_level}: 1 (float32) and 4 (int8) are allowed")
@@ -89,19 +94,16 @@ def export_onnx(
     view = Unpacked.open(source, trust_remote_code=trust_remote_code)
     _check_held(view)
     versions = require_builder()
-    fingerprint = {
-        EXPORT_OF: source.fingerprint(),
-        "format": "onnx",
-        "accuracy level": str(accuracy_level),
-        "triton": str(triton),
-        "trust_remote_code": str(trust_remote_code),
-        "quantkit version": __version__,
-        **{f"{package} version": found for package, found in versions.items()},
-    }
+    fingerprint = graph_fingerprint(
+        {EXPORT_OF: source.fingerprint()} if job is None else job,
+        accuracy_level=accuracy_level,
+        triton=triton,
+        trust_remote_code=trust_remote_code,
+    )
     with OutputDirectory(out) as output:
-        written = output.state is not OutputState.COMPLETE
+        written = fresh or output.state is not OutputState.COMPLETE
         if written:
-            output.begin(fingerprint)
+            output.begin(fingerprint, fresh=fresh)
             work = _Work(
                 path=path,
                 view=view,
@@ -118,7 +120,9 @@ def export_onnx(
             write_file(_made(output.partial / DETAILS), _json({**details, "versions": versions}))
             names = _names(view, OnnxFile(target), checked)
             write_file(output.partial / NAMES, names.to_json())
-            _copy_provenance(source, output.partial, fingerprint)
+            _copy_provenance(source, output.partial, fingerprint, whole=job is not None)
+            if job is not None:
+                _copy_pages(path, output.partial)
             if triton:
                 config = model_config(target, name=output.out.name)
                 write_file(output.partial / "config.pbtxt", config.encode())
@@ -137,6 +141,25 @@ def export_onnx(
             left=view.left_files(),
             written=written,
         )
+
+
+def graph_fingerprint(
+    made_of: Mapping[str, str],
+    *,
+    accuracy_level: int = 4,
+    triton: bool = False,
+    trust_remote_code: bool = False,
+) -> dict[str, str]:
+    """Everything that a graph's bytes depend on; `made_of` tells the weights."""
+    return {
+        **made_of,
+        "format": "onnx",
+        "accuracy level": str(accuracy_level),
+        "triton": str(triton),
+        "trust_remote_code": str(trust_remote_code),
+        "quantkit version": __version__,
+        **{f"{package} version": found for package, found in require_builder().items()},
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,23 +251,13 @@ class _Work:
         return _made(folder / "file").parent
 
 
-def holds(scheme: Scheme) -> str | None:
-    """None if an operator of ONNX Runtime holds the scheme exactly, else why not."""
-    if scheme.centered:
-        return None
-    return onnx_nbits.holds(scheme)
-
-
 def _check_held(view: Unpacked) -> None:
     """FormatError naming the first weight that no operator holds exactly."""
     if not view.stored:
         raise FormatError("no weight of the checkpoint is quantized; there is nothing to export")
     for name, weight in view.stored.items():
-        if (reason := holds(weight.scheme)) is not None:
-            raise FormatError(
-                f"{name}: onnx cannot hold {weight.scheme.name}: {reason}; it holds weight-only "
-                "integers of 2 to 8 bits in groups divisible by 16 or in rows, and w8a8_row"
-            )
+        if (reason := Onnx().supports(weight.scheme)) is not None:
+            raise FormatError(f"{name}: onnx cannot hold {weight.scheme.name}: {reason}")
         if weight.permuted:
             raise FormatError(
                 f"{name}: its columns are permuted (activation order), which onnx does not hold; "
@@ -348,7 +361,17 @@ def _json(data: object) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def _copy_provenance(source: Source, partial: Path, fingerprint: Mapping[str, str]) -> None:
+def _copy_pages(checkpoint: Path, partial: Path) -> None:
+    """What a run told of itself, beside the graph."""
+    for name in _PAGES:
+        data = read_plain(checkpoint / name, largest=RECORD_BYTES)
+        with disk_errors(partial / name):
+            write_file(_made(partial / name), data)
+
+
+def _copy_provenance(
+    source: Source, partial: Path, fingerprint: Mapping[str, str], *, whole: bool
+) -> None:
     """Writes how the checkpoint was made, and what transforms did, beside the graph made of it.
 
     Nothing where no report of quantkit's tells it.
@@ -358,7 +381,10 @@ def _copy_provenance(source: Source, partial: Path, fingerprint: Mapping[str, st
     made = report.get("fingerprint")
     if not isinstance(made, dict) or any(key not in report for key in _TOLD):
         return
-    told = {**{key: report[key] for key in _TOLD}, "fingerprint": {**made, **fingerprint}}
+    # The names and sizes of its tensors are not those of the graph's.
+    keys = set(report) - {"tensors"} if whole else {*_TOLD, "recipe"}
+    told = {key: value for key, value in report.items() if key in keys}
+    told["fingerprint"] = {**made, **fingerprint}
     text = json.dumps(told, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
     path = partial / REPORT
     with disk_errors(path):

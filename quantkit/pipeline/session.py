@@ -7,6 +7,7 @@ packed tensors --> OUT.partial (synced) --> journal line --> ... --> manifest --
 from __future__ import annotations
 
 import contextlib
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -21,12 +22,14 @@ from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.memory import peak_rss, peak_vram, release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checks.verify import refuse_unsound
-from quantkit.errors import StoppedError
+from quantkit.errors import FormatError, StoppedError
+from quantkit.formats.format import BuiltFormat
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import keep_source_folds
 from quantkit.pipeline.blocks import BlockWork, SharedMethod
 from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.finish import write_finished_files
+from quantkit.pipeline.onnx_export import export_onnx, graph_fingerprint
 from quantkit.pipeline.options import format_duration
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.predict import Prediction
@@ -78,6 +81,67 @@ def run(
     Raises ResumeError if `out` or its unfinished state belongs to another job and not `fresh`,
     StoppedError if the deadline came first.
     """
+    if isinstance(job.plan.format, BuiltFormat):
+        return _run_built(
+            job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline
+        )
+    return _run(job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
+
+
+def checkpoint_beside(out: Path) -> Path:
+    """Where a checkpoint lies while the files of a format are built of it."""
+    return out.with_name(f"{out.name}.checkpoint")
+
+
+def _run_built(
+    job: Job,
+    out: Path,
+    *,
+    fresh: bool,
+    progress: bool,
+    profile: Path | None,
+    deadline: float | None,
+) -> Outcome:
+    """The checkpoint first, beside `out`, then what is built of it; each goes on by itself.
+
+    The checkpoint stays if building fails: it is whole, and other formats can be written from it.
+    """
+    began = time.monotonic()
+    beside = checkpoint_beside(out)
+    trusts = job.fingerprint["trust_remote_code"] == "True"
+    fingerprint = graph_fingerprint(job.fingerprint, trust_remote_code=trusts)
+    with OutputDirectory(out) as output:
+        written = fresh or output.state is not OutputState.COMPLETE
+        if not written:
+            output.check_complete(fingerprint)
+    if written:
+        _run(job, beside, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
+        try:
+            export_onnx(
+                beside,
+                out,
+                trust_remote_code=trusts,
+                progress=progress,
+                job=job.fingerprint,
+                fresh=fresh,
+            )
+        except FormatError as error:
+            raise FormatError(f"{error}. The quantized checkpoint is kept in {beside}") from error
+    if beside.exists():
+        with disk_errors(beside):
+            shutil.rmtree(beside)
+    return Outcome(out=output.out, written=written, seconds=time.monotonic() - began)
+
+
+def _run(
+    job: Job,
+    out: Path,
+    *,
+    fresh: bool,
+    progress: bool,
+    profile: Path | None,
+    deadline: float | None,
+) -> Outcome:
     timeline = Timeline(events=profile is not None)
     with contextlib.ExitStack() as stack:
         session = Session(job, out, fresh=fresh, stack=stack, timeline=timeline)

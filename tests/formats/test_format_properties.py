@@ -9,17 +9,19 @@ import torch
 from format_samples import planned, quantized, same, stored
 
 from quantkit.errors import SchemeError
-from quantkit.formats.format import Format
+from quantkit.formats.format import BuiltFormat, Format
 from quantkit.formats.registry import available_formats, make_format
 from quantkit.numbers.scheme import Scheme
 
 CASES_PER_FORMAT = 2000
-# What one scheme alone goes into (fp8's blocks, gguf's mixes) has tests of its own.
+# What one scheme alone goes into (fp8's blocks, gguf's mixes), or is built of a checkpoint (onnx),
+# has tests of its own.
 COMMON = [Scheme.parse(name) for name in ("w4a16_g32", "w4a16_g32_asym", "w8a8_row", "nf4_b64")]
 FORMATS = [
     name
     for name in available_formats()
-    if any(make_format(name).supports(scheme) is None for scheme in COMMON)
+    if not isinstance(made := make_format(name), BuiltFormat)
+    and any(made.supports(scheme) is None for scheme in COMMON)
 ]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -36,6 +36,7 @@ from quantkit.formats.onnx.file import OnnxFile
 from quantkit.formats.onnx.matrices import matrices
 from quantkit.formats.onnx.triton import model_config
 from quantkit.formats.open import open_source
+from quantkit.pipeline.api import quantize
 from quantkit.pipeline.onnx_export import export_onnx
 
 # Checkpoint -> how the builder was given it.
@@ -454,3 +455,12 @@ def test_the_triton_configuration_parses_with_the_servers_schema(
     assert ids.data_type == model_config_pb2.TYPE_INT64 and list(ids.dims) == [-1, -1]
     assert logits.data_type == model_config_pb2.TYPE_FP32
     assert list(logits.dims)[:2] == [-1, -1] and logits.dims[2] > 0
+
+
+def test_one_command_quantizes_and_builds_what_the_runtime_agrees_with(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sizes = {"samples": 8, "seq_len": 128, "progress": False}
+    quantize(demo_path(), "gptq", scheme="w4a16_g32", format="onnx", out=out, **sizes)
+    result = verify(out, against=demo_path(), runtime="onnxruntime")
+    assert result.ok, result.text()
+    assert not (tmp_path / "out.checkpoint").exists()

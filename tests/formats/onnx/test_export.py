@@ -14,12 +14,15 @@ import pytest
 import tiny_jobs as jobs
 import torch
 
+import quantkit
 from quantkit.cli.app import main
 from quantkit.errors import FormatError, ResumeError
 from quantkit.formats.onnx.builder import build_graph, require_builder
 from quantkit.formats.registry import format_of
 from quantkit.pipeline import onnx_export
+from quantkit.pipeline.job import prepare_all
 from quantkit.pipeline.onnx_export import export_onnx
+from quantkit.pipeline.options import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -146,6 +149,88 @@ def test_a_killed_export_leaves_nothing_that_looks_finished(
     whole = export_onnx(quantized["sym"], tmp_path / "whole", progress=False)
     assert jobs.hashes(again.out) == jobs.hashes(whole.out)
     assert not list(tmp_path.glob("*.partial*"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return jobs.build("llama", tmp_path_factory.mktemp("plain"))
+
+
+@needs_onnx
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_any_method_quantizes_to_onnx_in_one_command(
+    plain: Path, builder: Builder, tmp_path: Path, method: str
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The same words again, and other words after them.\n" * 500)
+    line = ("quantize", plain, "--method", method, "--scheme", "w4a16_g32", "--calib", text)
+    sizes = ("--samples", "4", "--seq-len", "32")
+    out = tmp_path / "out"
+    assert jobs.command(*line, *sizes, "--format", "onnx", "--out", out) == 0
+    assert jobs.command("verify", out, "--against", plain) == 0
+    # The numbers are those of a checkpoint that is exported.
+    assert jobs.command(*line, *sizes, "--out", tmp_path / "q") == 0
+    assert jobs.command("verify", out, "--against", tmp_path / "q") == 0
+    assert not (tmp_path / "out.checkpoint").exists()
+    pages = ("report.html", "report.md", "run.json", "recipe.yaml")
+    assert all((out / "quantkit" / name).is_file() for name in pages)
+    # The same command again finds it done, another one does not.
+    before = jobs.hashes(out)
+    assert jobs.command(*line, *sizes, "--format", "onnx", "--out", out) == 0
+    assert jobs.hashes(out) == before and builder.precisions == ["int4"]
+    assert jobs.command(*line, "--samples", "3", "--format", "onnx", "--out", out) == 2
+
+
+@needs_onnx
+def test_quantizing_to_onnx_goes_on_wherever_it_was_killed(
+    plain: Path, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    job = jobs.make_job(plain, "rtn", "w4a16_g32", format="onnx")
+    whole = jobs.finish(job, tmp_path / "whole").out
+    out = tmp_path / "out"
+    for place in (
+        "quantkit.pipeline.session.Session.finish",
+        "quantkit.pipeline.onnx_export._place",
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, dies)
+            with pytest.raises(KeyboardInterrupt):
+                jobs.finish(job, out)
+        assert not out.exists()
+    assert jobs.hashes(jobs.finish(job, out).out) == jobs.hashes(whole)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+@needs_onnx
+def test_a_checkpoint_that_cannot_be_built_of_is_kept(
+    plain: Path, builder: Builder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise FormatError("format onnx: this type of model is not supported")
+
+    monkeypatch.setattr(onnx_export, "build_graph", refuses)
+    job = jobs.make_job(plain, "rtn", "w4a16_g32", format="onnx")
+    with pytest.raises(FormatError, match=r"kept in .*out\.checkpoint"):
+        jobs.finish(job, tmp_path / "out")
+    assert jobs.command("verify", tmp_path / "out.checkpoint", "--against", plain) == 0
+
+
+@needs_onnx
+def test_models_in_memory_and_comparisons_are_refused(plain: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    with pytest.raises(FormatError, match="is a file for other programs"):
+        quantkit.quantize(model, "rtn", scheme="w4a16_g32", format="onnx")
+    requests = [
+        QuantizeOptions(method="rtn", scheme=scheme, format="onnx")
+        for scheme in ("w4a16_g32", "w8a16_g32")
+    ]
+    with pytest.raises(FormatError, match="onnx cannot be compared"):
+        prepare_all(str(plain), requests)
 
 
 @needs_onnx

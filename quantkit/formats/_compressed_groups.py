@@ -51,7 +51,8 @@ def layout_of(scheme: Scheme) -> Layout:
     """How weights of the scheme are stored."""
     if scheme.kind != "int":
         return _LAYOUTS[scheme.kind]
-    return "int-quantized" if scheme.activation_bits == 8 else "pack-quantized"
+    integers = scheme.activation_bits == 8 and not scheme.float_input
+    return "int-quantized" if integers else "pack-quantized"
 
 
 def module_names(chosen: Sequence[PlannedWeight], everyone: Sequence[PlannedWeight]) -> list[str]:
@@ -140,7 +141,7 @@ def _activations(scheme: Scheme, weights: Mapping[str, Any]) -> dict[str, Any] |
         return None
     found = {
         "num_bits": scheme.activation_bits,
-        "type": weights["type"],
+        "type": "float" if scheme.float_input else weights["type"],
         "symmetric": True,
         "strategy": "group" if scheme.share == "block" else weights["strategy"],
         "group_size": scheme.group_size,
@@ -180,21 +181,25 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         strategy = "group" if grouped else "channel"
     if weights.get("type", "int") != "int":
         return _read_floats(where, weights, activations, layout)
+    # Integers that meet e4m3 numbers are packed like those that meet 16 bits.
+    tokens = group_of(Scheme.parse("w4afp8_g128"), [])["input_activations"]
+    floats = _words(activations) == _words(tokens)
     known = (
         type(bits) is int
         and 2 <= bits <= 8
         and (strategy == "channel" or (strategy == "group" and grouped))
         and weights.get("actorder") in (None, "weight", "static")
         and layout in ("pack-quantized", "int-quantized")
-        and (activations is None) == (layout == "pack-quantized")
-        and (activations is None or bits == 4 or (bits, strategy) == (8, "channel"))
+        and (activations is None or floats) == (layout == "pack-quantized")
+        and (activations is None or bits == 4 or (bits, strategy, floats) == (8, "channel", False))
         and (activations is None or bool(weights.get("symmetric", True)))
     )
     if not known:
         raise CheckpointError(
             f"{where}: {layout} with {bits} bit {weights.get('type')} weights per {strategy} "
             f"(group_size {group_size}) is not read; pack-quantized with 2 to 8 bit weights per "
-            "group or channel, int-quantized w8a8 per channel, symmetric w4a8 and floats are"
+            "group or channel, int-quantized w8a8 per channel, symmetric w4a8, w4afp8 and floats "
+            "are"
         )
     return Scheme(
         kind="int",
@@ -202,6 +207,7 @@ def _read_scheme(where: str, weights: Mapping[str, Any], activations: Any, layou
         group_size=group_size if strategy == "group" else None,
         symmetric=bool(weights.get("symmetric", True)),
         activation_bits=16 if activations is None else 8,
+        float_input=floats,
     )
 
 

@@ -2,7 +2,7 @@
 
 Shapes: O out features, I in features, G groups per row, b bits.  For weight NAME (less ".weight"):
 
-pack-quantized (integers of 2 to 8 bits, 16-bit activations)
+pack-quantized (integers of 2 to 8 bits, 16-bit activations; w4afp8)
     NAME.weight_packed      int32 [O, ceil(I*b/32)]   codes, the first in the lowest bits
     NAME.weight_scale       the model's dtype [O, G]
     NAME.weight_shape       int64 [2] = (O, I)

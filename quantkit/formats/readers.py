@@ -182,6 +182,11 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
         # 8-bit integers with 8-bit activations, and all floats.
         if scheme.kind != "int" or scheme.centered:
             continue
+        if scheme.float_input:
+            if scheme.group_size != 128:
+                group = "rows" if scheme.group_size is None else f"groups of {scheme.group_size}"
+                return f"vLLM 0.32 takes e4m3 activations with groups of 128, not {group}"
+            continue
         if scheme.activation_bits == 8:
             if scheme.group_size is not None and scheme.group_size % 32:
                 return f"vLLM 0.32 takes groups of 32 times a number, not {scheme.group_size}"

@@ -62,7 +62,7 @@ def fake_quantize_activation(
     is that of `QuantizedTensor`, for schemes with `static_input`.
     """
     if scheme.kind == "int":
-        codes, scale = quantize_activation(x_TI)
+        codes, scale = (float8_activation if scheme.float_input else quantize_activation)(x_TI)
         return codes.to(torch.float32).mul_(scale).to(x_TI.dtype)
     groups = x_TI.to(torch.float32).unflatten(-1, (-1, scheme.group_size or x_TI.shape[-1]))
     scale = _group_scales(groups.abs().amax(-1, keepdim=True), scheme, input_scale)

@@ -1,8 +1,9 @@
 """What one weight is quantized to: number kind, bits, group size, symmetry, activation width.
 
 A scheme says nothing about layer names, file formats or algorithms.
-Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, `fp8a{16|8}_row`,
-those of `_FIXED`, kinds that come in few forms, and the block types of ggml, `q4_0` .. `q6_k`.
+Names: `w{2-8}a{16|8}_{g<size>|row}[_asym]`, `w4afp8_{g<size>|row}`, `nf4_b64[_dq]`,
+`fp4_b64[_dq]`, `fp8a{16|8}_row`, those of `_FIXED`, kinds that come in few forms, and the block
+types of ggml, `q4_0` .. `q6_k`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ _FIXED: Mapping[str, tuple[Kind, int, int | None, Bits, Share]] = {
     "nvfp4a4": ("nvfp4", 4, 16, 4, "group"),
 }
 NAMES = (
-    "w{2-8}a{16|8}_{g<size>|row}[_asym], nf4_b64[_dq], fp4_b64[_dq], fp8a{16|8}_row, "
+    "w{2-8}a{16|8}_{g<size>|row}[_asym], w4afp8_{g<size>|row}, nf4_b64[_dq], fp4_b64[_dq], "
+    "fp8a{16|8}_row, "
     + ", ".join(_FIXED)
     + ", and for gguf q4_0, q4_1, q5_0, q5_1, q8_0, q2_k, q3_k_m, q4_k_m, q5_k_m, q6_k"
 )
 
-_INTEGER = re.compile(r"w([2-8])a(16|8)_(?:g(\d+)|(row))(_asym)?")
+_INTEGER = re.compile(r"w([2-8])a(16|8|fp8)_(?:g(\d+)|(row))(_asym)?")
 _FLOAT8 = re.compile(r"fp8a(16|8)_(?:g(\d+)|row)")
 _FLOAT4 = re.compile(r"(nf4|fp4)_b(\d+)(_dq)?")
 # Block type of ggml -> (bits, weights that share a scale, symmetric); numbers/superblock.py has all
@@ -63,6 +65,7 @@ class Scheme:
     `double_quant` stores those block scales in 8 bits themselves (Dettmers et al. 2023).
     ggml has the block types of llama.cpp's files: `block` names one, or a mix of them, which only
     stands for a whole model.
+    `float_input`: the 8-bit activations of an integer scheme are e4m3 numbers (w4afp8), not int8.
     `half_scales`: the scales will be stored in float16, which holds none below 2^-24.  It says
     where numbers are going to, so ranges and roundings see it; names and stored weights do not.
     """
@@ -76,12 +79,15 @@ class Scheme:
     block: str | None = None
     half_scales: bool = False
     share: Share = "group"
+    float_input: bool = False
 
     def __post_init__(self) -> None:
         if self._fixed_name is not None:
             return
         if self.coarse_scales:
             raise SchemeError(f"{self.kind} in this form is unknown; known: {', '.join(_FIXED)}")
+        if self.float_input and (self.kind, self.activation_bits) != ("int", 8):
+            raise SchemeError("e4m3 activations are named for integer weights only: w4afp8_g128")
         if self.group_size is not None and self.group_size < 2:
             raise SchemeError(f"group size {self.group_size}: a group holds at least 2 weights")
         if self.kind == "int":
@@ -93,10 +99,11 @@ class Scheme:
                 self.activation_bits == 8
                 and self.symmetric
                 and (self.bits == 4 or (self.bits == 8 and self.group_size is None))
+                and not (self.float_input and self.bits != 4)
             ):
                 raise SchemeError(
                     f"{self.name}: 8-bit activations go with symmetric weights, of 8 bits per row "
-                    "or of 4; use w8a8_row, w4a8_g128, or 16-bit activations (a16)"
+                    "or of 4; use w8a8_row, w4a8_g128, w4afp8_g128, or 16-bit activations (a16)"
                 )
         elif self.kind == "fp8":
             if self.bits != 8 or not self.symmetric or self.double_quant:
@@ -127,7 +134,8 @@ class Scheme:
         if self.kind != "int":
             return f"{self.kind}_b{self.group_size}" + ("_dq" if self.double_quant else "")
         group = "row" if self.group_size is None else f"g{self.group_size}"
-        return f"w{self.bits}a{self.activation_bits}_{group}" + ("" if self.symmetric else "_asym")
+        inputs = "fp8" if self.float_input else self.activation_bits
+        return f"w{self.bits}a{inputs}_{group}" + ("" if self.symmetric else "_asym")
 
     @property
     def integer(self) -> Scheme:
@@ -175,7 +183,8 @@ class Scheme:
                 bits=int(bits),
                 group_size=int(group) if group else None,
                 symmetric=asym is None,
-                activation_bits=8 if activation == "8" else 16,
+                activation_bits=16 if activation == "16" else 8,
+                float_input=activation == "fp8",
             )
         if match := _FLOAT4.fullmatch(name):
             kind, block, double = match.groups()

@@ -72,8 +72,8 @@ class QuantizeOptions:
         metadata=_told(
             "--scheme",
             (
-                r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `nf4_b64[_dq]`, `fp4_b64[_dq]`, "
-                "`fp8a8_row` and other floats, for gguf `q4_k_m`...; see "
+                r"`w{2-8}a{16\|8}_{g<size>\|row}[_asym]`, `w4afp8_g128`, `nf4_b64[_dq]`, "
+                "`fp4_b64[_dq]`, `fp8a8_row` and other floats, for gguf `q4_k_m`...; see "
                 "[recipes](recipes.md#schemes). What you name is taken as it is; the recipe's own "
                 "is fitted to the shapes"
             ),

@@ -42,6 +42,7 @@ SCHEMES = [
     "w8a16_row_asym",
     "w8a8_row",
     "w4a8_g32",
+    "w4afp8_g32",
     "fp8a8_row",
     "fp8a16_row",
     "fp8a8_b128",

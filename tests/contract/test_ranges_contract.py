@@ -24,6 +24,7 @@ SCHEMES = [
     "w8a16_row_asym",
     "w8a8_row",
     "w4a8_g32",
+    "w4afp8_g32",
     "fp8a8_row",
     "nf4_b64",
     "nf4_b64_dq",

@@ -20,6 +20,7 @@ SCHEMES = [
     "w2a16_row",
     "w8a8_row",
     "w4a8_g32",
+    "w4afp8_g32",
     "fp8a8_row",
     "nf4_b64",
     "fp4_b64",

@@ -103,6 +103,28 @@ def test_w4a8_is_stored_as_signed_bytes_too() -> None:
         chosen.unpack(found, source)
 
 
+def test_w4afp8_is_packed_beside_the_description_of_its_input() -> None:
+    chosen = make_format("compressed-tensors")
+    codes = torch.arange(2 * 64).reshape(2, 64) % 16
+    tensor, weight = integers("w4afp8_g32", codes), planned("a.weight", (2, 64), "w4afp8_g32")
+    packed = chosen.pack(weight, tensor)
+    plain = chosen.pack(planned("a.weight", (2, 64), "w4a16_g32"), integers("w4a16_g32", codes))
+    assert packed.keys() == plain.keys()
+    assert all(torch.equal(packed[name], plain[name]) for name in plain)
+    config = chosen.config([weight], model_type="llama", dtype=torch.float32)
+    (group,) = config["config_groups"].values()
+    assert group["format"] == config["format"] == "pack-quantized"
+    activations = group["input_activations"]
+    keys = ("num_bits", "type", "strategy", "group_size", "dynamic", "symmetric")
+    assert [activations[key] for key in keys] == [8, "float", "token", None, True, True]
+    source = MemorySource(config={"quantization_config": config}, tensors=packed)
+    (found,) = chosen.weights(source).values()
+    assert found.scheme == tensor.scheme
+    activations["dynamic"] = False
+    with pytest.raises(CheckpointError, match="w4afp8"):
+        chosen.weights(source)
+
+
 def test_transposed_w8a8_comes_back_even_if_square() -> None:
     chosen = make_format("compressed-tensors")
     weights = [

@@ -39,6 +39,7 @@ def available() -> None:
         "w8a16_g32_asym",
         "w8a8_row",
         "w4a8_g32",
+        "w4afp8_g32",
         "fp8a16_row",
         "fp8a8_row",
         "nf4_b64_dq",

@@ -27,6 +27,7 @@ SCHEMES = [
     "w5a16_g16_asym",
     "w8a8_row",
     "w4a8_g32",
+    "w4afp8_g32",
     "w4a8_row",
     "fp8a8_row",
     "fp8a16_row",
@@ -128,7 +129,7 @@ def test_codes_take_the_memory_of_their_bits(name: str, bytes_per_weight: float)
     assert layer.kernel.codes.nbytes == 16 * 256 * bytes_per_weight
 
 
-@pytest.mark.parametrize("name", [n for n in SCHEMES if "a8_" not in n])
+@pytest.mark.parametrize("name", [n for n in SCHEMES if Scheme.parse(n).activation_bits == 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_forward_equals_a_linear_on_the_decoded_weight(name: str, dtype: torch.dtype) -> None:
     tensor = make_tensor(name, (24, 160))
@@ -193,6 +194,18 @@ def test_int8_layer_agrees_with_the_fake_quantization_of_the_pipeline() -> None:
     )
     # The same codes; float32 sums of 64 products in another order.
     torch.testing.assert_close(QuantLinear(tensor)(x), simulated, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["w4a8_g32", "w4afp8_g32"])
+def test_4_bit_layers_round_their_input_as_the_pipeline_does(name: str) -> None:
+    tensor = make_tensor(name, (24, 160))
+    x = torch.randn(5, 160)
+    # By hand: each token's largest number becomes the largest code.
+    scale = x.abs().amax(dim=1, keepdim=True) / (448 if "fp8" in name else 127)
+    codes = x / scale
+    rounded = codes.to(torch.float8_e4m3fn).float() if "fp8" in name else codes.round()
+    expected = nn.functional.linear(rounded * scale, tensor.dequantize())
+    torch.testing.assert_close(QuantLinear(tensor)(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_activation_codes_round_half_to_even_and_stay_within_127() -> None:

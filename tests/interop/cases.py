@@ -71,6 +71,7 @@ CASES = (
     Case(name="w8a16", source="demo", options=("--method", "int8")),
     Case(name="w8a8", source="demo", options=("--method", "int8", "--scheme", "w8a8_row")),
     Case(name="w4a8", source="demo", options=("--method", "rtn", "--scheme", "w4a8_g32")),
+    Case(name="w4afp8", source="demo", options=("--method", "rtn", "--scheme", "w4afp8_g128")),
     Case(name="w4a8_row", source="demo", options=("--method", "rtn", "--scheme", "w4a8_row")),
     Case(name="smoothquant", source="demo", options=("--method", "smoothquant", *_CALIBRATION)),
     Case(name="nf4_dq", source="demo", options=("--method", "nf4")),

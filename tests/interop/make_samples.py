@@ -31,7 +31,7 @@ SCHEMES: tuple[str, ...] = (
         for group in ("g32", "row")
         for symmetry in ("", "_asym")
     ),
-    *("w4a8_g32", "w4a8_row"),
+    *("w4a8_g32", "w4a8_row", "w4afp8_g32"),
     *FLOATS,
 )
 SHAPES = ((40, 96), (7, 32), (130, 160), (200, 256))

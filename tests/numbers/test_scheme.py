@@ -57,7 +57,13 @@ def test_an_unknown_name_lists_the_allowed(name: str) -> None:
         Scheme.parse(name)
 
 
-@pytest.mark.parametrize("name", ["w5a8_row", "w8a8_g128", "w8a8_row_asym", "w4a8_g32_asym"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("w5a8_row", "w8a8_g128", "w8a8_row_asym", "w4a8_g32_asym"),
+        *("w3afp8_g128", "w8afp8_row", "w4afp8_g128_asym"),
+    ],
+)
 def test_activations_of_8_bits_go_with_8_bits_per_row_and_4(name: str) -> None:
     with pytest.raises(SchemeError, match="use w8a8_row, w4a8_g128"):
         Scheme.parse(name)
@@ -66,6 +72,15 @@ def test_activations_of_8_bits_go_with_8_bits_per_row_and_4(name: str) -> None:
 def test_int8_weights_are_centered_where_activations_are_int8() -> None:
     assert Scheme.parse("w8a8_row").centered
     assert not any(Scheme.parse(name).centered for name in ("w8a16_row", "w4a8_row", "fp8a8_row"))
+
+
+def test_integers_that_meet_float8_are_another_scheme_than_those_that_meet_int8() -> None:
+    scheme = Scheme.parse("w4afp8_g128")
+    assert (scheme.kind, scheme.bits, scheme.activation_bits) == ("int", 4, 8)
+    assert scheme.float_input and not scheme.static_input and scheme.name == "w4afp8_g128"
+    assert scheme != Scheme.parse("w4a8_g128")
+    with pytest.raises(SchemeError, match="integer weights only"):
+        Scheme(kind="fp8", bits=8, group_size=None, activation_bits=8, float_input=True)
 
 
 @pytest.mark.parametrize(("name", "activation_bits"), [("fp8a8_row", 8), ("fp8a16_row", 16)])

@@ -87,6 +87,7 @@ def test_a_recipe_ends_in_a_checkpoint_that_holds_its_numbers(
 NEAR = {
     "w8a8_row": 0.03,
     "w4a8_g32": 0.03,
+    "w4afp8_g32": 0.06,
     "fp8a8_row": 0.06,
     "fp8a8_tensor": 0.1,
     "mxfp8a8": 0.1,
@@ -102,6 +103,7 @@ SCHEMES = [
     ("nf4", "nf4_b64", "bitsandbytes", 0.45),
     ("int8", "w8a8_row", "compressed-tensors", 0.03),
     ("gptq", "w4a8_g32", "compressed-tensors", 0.15),
+    ("awq", "w4afp8_g32", "compressed-tensors", 0.3),
     ("rtn", "nvfp4a4", "compressed-tensors", 0.5),
     ("best", "nvfp4a16", "compressed-tensors", 0.3),
     ("gptq", "mxfp4a4", "compressed-tensors", 0.5),

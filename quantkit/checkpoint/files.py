@@ -66,7 +66,7 @@ class FileSource(Reader):
         check_config(parse_json(self._config_content, str(config), wide=True), str(config))
         self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
-        for file, wanted in _weight_files(self.path).items():
+        for file, wanted in self._weight_files().items():
             self._add(file, wanted)
 
     @property
@@ -79,6 +79,11 @@ class FileSource(Reader):
     def home(self) -> Path:
         """The directory itself."""
         return self.path
+
+    @property
+    def address(self) -> str:
+        """The directory."""
+        return str(self.path)
 
     def names(self) -> tuple[str, ...]:
         """Names of all tensors in the checkpoint, sorted."""
@@ -126,6 +131,14 @@ class FileSource(Reader):
         if done < len(view):
             raise CheckpointError(f"{path}: {name}: the file was truncated while in use")
 
+    def _weight_files(self) -> Mapping[str, list[str]]:
+        """File name -> tensors the index wants from it; [] without an index."""
+        return weight_files(self.path, single=(self.path / WEIGHTS).exists())
+
+    def _header(self, file: str) -> tuple[StoredTensor, ...]:
+        """The tensors of a file of weights."""
+        return read_header(_contained(self.path, file))
+
     def _beside(self) -> SideFiles:
         own = {path.relative_to(self.path).as_posix() for path in self._files.values()}
         return find_side_files(self.path, {*own, INDEX})
@@ -140,8 +153,8 @@ class FileSource(Reader):
             raise CheckpointError(f"{self.path}: there is no tensor {name}") from None
 
     def _add(self, file: str, wanted: list[str]) -> None:
-        path = _contained(self.path, file)
-        for stored in read_header(path):
+        path = self.path / file
+        for stored in self._header(file):
             name = stored.info.name
             if name in self._tensors:
                 raise CheckpointError(
@@ -183,9 +196,12 @@ def refuse_quantized(source: Source) -> None:
             )
 
 
-def _weight_files(root: Path) -> Mapping[str, list[str]]:
-    """File name -> tensors the index wants from it ([] without an index), as transformers picks."""
-    if (root / WEIGHTS).exists():
+def weight_files(root: Path, *, single: bool) -> Mapping[str, list[str]]:
+    """File name -> tensors the index wants from it, as transformers picks.
+
+    `single`: all are in one file, whatever an index says.
+    """
+    if single:
         return {WEIGHTS: []}
     if not (root / INDEX).exists():
         raise CheckpointError(_no_weights(root))

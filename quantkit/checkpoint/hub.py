@@ -25,10 +25,11 @@ _UNWANTED = (
 _OWN = ("quantkit/report.json", "quantkit/*folds.safetensors")
 
 
-def download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None, *, weights: bool = True) -> Path:
     """The folder in the Hub's cache with the safetensors of a repository and what loaders read.
 
     Weights in folders are fetched of the modules that modules.json names.  No code is run.
+    `weights`: without them only what lies around them is fetched.
     """
     from huggingface_hub import snapshot_download
 
@@ -38,7 +39,7 @@ def download(name: str, revision: str | None) -> Path:
                 name,
                 revision=revision,
                 allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
+                ignore_patterns=[*_UNWANTED, *(() if weights else ("*.safetensors",))],
             )
         )
         # The patterns know no exceptions from what is ignored.

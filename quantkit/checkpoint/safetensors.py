@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,19 +78,26 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
     try:
         with os.fdopen(open_plain(path), "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
-            refuse_git_lfs(path, file.read(len(_GIT_LFS)))
-            prefix = os.pread(file.fileno(), 8, 0)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or (length <= MAX_HEADER_BYTES and 8 + length > size):
-                raise CheckpointError(
-                    f"{path}: the file is truncated ({size} bytes, too short for its header); "
-                    "download or copy it again"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise _damaged(path, f"its header claims {length} of {MAX_HEADER_BYTES} bytes")
-            header = os.pread(file.fileno(), length, 8)
+            number = file.fileno()
+            return header_of(lambda start, stop: os.pread(number, stop - start, start), size, path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def header_of(read: Callable[[int, int], bytes], size: int, path: Path) -> tuple[StoredTensor, ...]:
+    """The same of a file of `size` bytes wherever it lies: `read(start, stop)` gives some of them,
+    fewer only at its end; `path` is for messages."""
+    prefix = read(0, len(_GIT_LFS))
+    refuse_git_lfs(path, prefix)
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or (length <= MAX_HEADER_BYTES and 8 + length > size):
+        raise CheckpointError(
+            f"{path}: the file is truncated ({size} bytes, too short for its header); "
+            "download or copy it again"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise _damaged(path, f"its header claims {length} of {MAX_HEADER_BYTES} bytes")
+    header = read(8, 8 + length)
     tensors = parse_header(header, path)
     end = tensors[-1].offset + tensors[-1].info.nbytes if tensors else 8 + length
     if size < end:

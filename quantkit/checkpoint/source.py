@@ -42,6 +42,11 @@ class Source(Protocol):
         """The directory in which quantkit may have left files of its own; None in memory."""
         ...
 
+    @property
+    def address(self) -> str | None:
+        """What opens this checkpoint again: a path, or a name on the Hub; None in memory."""
+        ...
+
     def names(self) -> tuple[str, ...]:
         """Names of all tensors in the checkpoint, sorted."""
         ...
@@ -116,6 +121,11 @@ class Reader(ABC):
 
     @property
     def home(self) -> Path | None:
+        """None: a checkpoint in memory."""
+        return None
+
+    @property
+    def address(self) -> str | None:
         """None: a checkpoint in memory."""
         return None
 
@@ -259,6 +269,11 @@ class View(Reader):
     def home(self) -> Path | None:
         """The source's."""
         return self.source.home
+
+    @property
+    def address(self) -> str | None:
+        """The source's."""
+        return self.source.address
 
     @property
     def packed_as(self) -> str | None:

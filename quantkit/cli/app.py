@@ -35,7 +35,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="Directory or Hub name of a Hugging Face causal LM.")]
+Model = Annotated[
+    str, typer.Argument(help="Directory or Hub name of a causal LM; hub://NAME stores no weights.")
+]
 Checkpoint = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, or a GGUF or ONNX file.")
 ]

@@ -163,12 +163,10 @@ def evaluate_output(job: Job, out: Path, *, text: str, limits: Sequence[str]) ->
 def _request_after(job: Job, *quantized: str, text: str, limits: Sequence[str]) -> Any:
     from quantkit_eval.setting import EvaluationRequest
 
-    from quantkit.checkpoint.files import FileSource
-
-    source = job.model.source
-    assert isinstance(source, FileSource), "the command line reads models from files"
+    address = job.model.source.address
+    assert address is not None, "the command line reads models from files"
     return EvaluationRequest(
-        model=str(source.path),
+        model=address,
         quantized=quantized,
         text=text,
         limits=tuple(limits),

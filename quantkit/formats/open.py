@@ -11,6 +11,7 @@ from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.hub import download
 from quantkit.checkpoint.live import LiveSource
+from quantkit.checkpoint.remote import REMOTE, HubSource
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
 from quantkit.formats.gguf.file import is_gguf
@@ -24,10 +25,14 @@ _GRAPHS = ("model.onnx", "1/model.onnx")
 def open_source(model_or_path: Any, *, revision: str | None = None) -> Reader:
     """The source of a directory, a Hub repository (downloaded to its cache) or a model in memory.
 
+    "hub://NAME" reads a repository's weights over the network, and stores none of them.
+
     Raises CheckpointError if it is none of these or cannot be fetched.
     """
     if not isinstance(model_or_path, (str, os.PathLike)):
         return LiveSource(model_or_path)
+    if (address := os.fspath(model_or_path)).startswith(REMOTE):
+        return HubSource(address, revision)
     path = given_path(model_or_path)
     if (file := container_of(path)) is not None:
         return OnnxSource(file) if is_onnx(file) else GgufSource(file)
@@ -42,7 +47,7 @@ def open_source(model_or_path: Any, *, revision: str | None = None) -> Reader:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
         raise CheckpointError(
             f"{name}: there is no such directory, and it cannot be a repository on the Hub; "
-            "give a model's directory or a name such as organisation/model"
+            "give a model's directory or a name such as organisation/model or hub://organisation/model"
         )
     return FileSource(download(name, revision))
 

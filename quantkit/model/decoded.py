@@ -76,6 +76,11 @@ class Unpacked(Reader):
         return self.packed.home
 
     @property
+    def address(self) -> str | None:
+        """The quantized checkpoint's."""
+        return self.packed.address
+
+    @property
     def recast(self) -> bool:
         """The source's."""
         return self.packed.recast

@@ -72,6 +72,11 @@ class GgufSource(Reader):
         """The file's directory."""
         return self.path.parent
 
+    @property
+    def address(self) -> str:
+        """The file."""
+        return str(self.path)
+
     def names(self) -> tuple[str, ...]:
         """Names as transformers' checkpoints have them, sorted."""
         return tuple(sorted(self._parts))

@@ -72,6 +72,11 @@ class OnnxSource(Reader):
         """Where a quantized weight is, with its scheme, shape and dtype."""
         return self._names.quantized[name]
 
+    @property
+    def address(self) -> str:
+        """The file."""
+        return str(self.path)
+
     def names(self) -> tuple[str, ...]:
         """Names as the checkpoint had them, sorted."""
         return tuple(sorted((*self._names.quantized, *self._names.kept)))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test sweep check lint types format bench clean
+.PHONY: demo test sweep check lint types format wheel bench clean
 
 # torch first and alone: its version is pinned, and nothing after it may replace it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ check: lint types
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The wheel with compiled objects for x86; `pip install .` makes one of pure Python.
+wheel: $(VENV)/.installed
+	$(BIN)/python -m tools.wheel --out dist
 
 clean:
 	rm -rf $(VENV) .interop demo-out build dist *.egg-info

@@ -16,7 +16,7 @@ from typing import Any
 import kernel_cases as cases
 import pytest
 import torch
-from quantkit_kernels.cpu import native
+from quantkit_kernels.cpu import native, objects
 from quantkit_kernels.ops import int8_dot
 from quantkit_kernels.ops.codebook import NF4
 from torch import Tensor
@@ -24,15 +24,9 @@ from torch import Tensor
 from quantkit.numbers.grid import E2M1_VALUES, FP4_VALUES
 
 # Flags after -march=native, and the features of /proc/cpuinfo that the loops need.
-HASWELL = "-march=haswell"
 LEVELS = {
-    "avx2": ((HASWELL,), "avx2 fma f16c"),
-    "avx_vnni": ((HASWELL, "-mavxvnni"), "avx2 fma f16c avx_vnni"),
-    "avx512_vnni": (
-        ("-march=icelake-server",),
-        "avx512f avx512vl avx512bw avx512_vnni avx512_vbmi2 avx512_bitalg vaes sha_ni",
-    ),
-    "vnni_in_scalar": ((HASWELL, "-DQUANTKIT_PLAIN_DOT"), "avx2 fma f16c"),
+    **{name: (level.flags, level.features) for name, level in objects.LEVELS.items()},
+    "vnni_in_scalar": (("-march=haswell", "-DQUANTKIT_PLAIN_DOT"), "avx2 fma f16c"),
 }
 KINDS = ["int4", "int8", "digit", "codebook", "floats"]
 SHAPE = (37, 333)

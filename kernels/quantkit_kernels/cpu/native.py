@@ -1,7 +1,8 @@
-"""C++ sources of this package, compiled on first use by the compiler that torch.compile needs.
+"""C++ sources of this package: as the wheel brought them compiled, else compiled on first use.
 
-A library is kept under $QUANTKIT_CACHE, else ~/.cache/quantkit, by its source, the compiler, torch
-and the processor; building takes seconds, loading nothing.
+The compiler is that which torch.compile needs.  A library is kept under $QUANTKIT_CACHE, else
+~/.cache/quantkit, by its source, the compiler, torch and the processor; building takes seconds,
+loading nothing.
 """
 
 from __future__ import annotations
@@ -22,31 +23,53 @@ from pathlib import Path
 
 import torch
 
+from quantkit_kernels.cpu import objects
+
 _LOG = logging.getLogger(__name__)
-# torch's stable ABI has had parallel_for since then.
-_FIRST_TORCH = (2, 10)
 _COMPILERS = ("c++", "g++", "clang++")
 # A build takes some ten seconds of one core.
 _SECONDS = 600.0
 
 
 @functools.cache
-def load(name: str, flags: tuple[str, ...] = ()) -> str | None:
-    """Compiles NAME.cpp if that was not done before, and registers its ops; why it cannot, or None.
+def load(name: str) -> str | None:
+    """Registers the ops of NAME.cpp, compiled now if that was never done; why it cannot, or None.
 
-    A process loads a source once, whatever the flags.
+    A process loads a source once.
     """
     source = Path(__file__).with_name(f"{name}.cpp")
     if sys.platform != "linux":
         return f"{source.name} is built on Linux only"
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if found < _FIRST_TORCH:
-        return f"torch {torch.__version__}: building {source.name} needs 2.10 or newer"
+    if found < objects.FIRST_TORCH:
+        return f"torch {torch.__version__}: {source.name} needs 2.10 or newer"
+    refused = _load_object(source)
+    if refused is None:
+        return None
+    if refused:
+        _LOG.warning("%s; building %s instead", refused, source.name)
+    reason = _build_and_load(source)
+    return f"{reason} ({refused})" if reason and refused else reason
+
+
+def _load_object(source: Path) -> str | None:
+    """None if an object of the package was loaded, else why not; empty where it has none."""
+    path, reason = objects.find(source, _processor_flags())
+    if path is None:
+        return reason or ""
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{path.name} does not load: {error.__cause__ or error}"
+    return None
+
+
+def _build_and_load(source: Path) -> str | None:
     compiler = _compiler()
     if isinstance(compiler, str):
         return f"no C++ compiler to build {source.name}: {compiler}"
     try:
-        return _load(source, compiler, flags)
+        return _load(source, compiler, ())
     except OSError as error:
         return (
             f"building {source.name}: {error}; name another folder in $QUANTKIT_CACHE, or a "
@@ -122,11 +145,7 @@ def _library_path(source: Path, compiler: list[str], flags: tuple[str, ...]) -> 
     command = [*compiler, "--version"]
     _, version, _ = _run(command)
     parts = (
-        # What it includes has its name in front.
-        *(
-            path.read_text(encoding="utf-8")
-            for path in sorted(source.parent.glob(f"{source.stem}*"))
-        ),
+        objects.digest_of(source),
         *compiler,
         version,
         torch.__version__,
@@ -149,25 +168,35 @@ def _processor_flags() -> str:
 
 def _build(source: Path, library: Path, compiler: list[str], flags: tuple[str, ...]) -> str | None:
     _LOG.info("building %s with %s, once for this machine", source.name, compiler[0])
-    torch_folder = Path(torch.__file__).parent
     # Two processes may build at once: each writes a file of its own, and the last one stays.
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         partial = Path(folder) / library.name
-        command = [
-            *compiler, "-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", *flags,
-            f"-I{torch_folder / 'include'}", str(source), "-o", str(partial),
-            f"-L{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
-        ]  # fmt: skip
-        code, _, said = _run(command)
-        if code:
-            errors = [line for line in said.splitlines() if "error" in line]
-            return f"{compiler[0]} cannot build {source.name}: {(errors or [said])[0][:300]}"
+        if reason := compile_library(source, partial, compiler, ("-march=native", *flags)):
+            return reason
         partial.chmod(0o700)
         # On the disk before it has its name: after a power cut it is whole or not there.
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
         os.replace(partial, library)
     return None
+
+
+def compile_library(
+    source: Path, library: Path, compiler: list[str], flags: tuple[str, ...]
+) -> str | None:
+    """Makes a shared library of a source; why that fails, or None."""
+    torch_folder = Path(torch.__file__).parent
+    command = [
+        *compiler, "-std=c++20", "-O3", "-shared", "-fPIC", *flags,
+        f"-I{torch_folder / 'include'}", str(source), "-o", str(library),
+        # The standard library in front: torch's exports parts of it, without their versions.
+        f"-L{torch_folder / 'lib'}", "-Wl,--as-needed", "-lstdc++", "-lm", "-lc", "-ltorch_cpu",
+    ]  # fmt: skip
+    code, _, said = _run(command)
+    if not code:
+        return None
+    errors = [line for line in said.splitlines() if "error" in line]
+    return f"{compiler[0]} cannot build {source.name}: {(errors or [said])[0][:300]}"
 
 
 def _run(command: list[str]) -> tuple[int, str, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from quantkit_kernels.gpu import tuning
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import e2m1, fp8a8, fp8a16, nf4, w4a16, w4a16_experts, w8a8, w8a16
 from quantkit_kernels.ops.codebook import E2M1, NF4
 from torch import Tensor
@@ -120,7 +121,7 @@ def _multiply(
     def interpreted(x: Tensor) -> Tensor:
         from quantkit_kernels.gpu import fused as fused_triton
 
-        weight = fused_triton.Weight(**parts)
+        weight = Weight(**parts)
         if x.shape[0] > tuning.decode_rows("w4a16"):
             decoded = fused_triton.dequantize(weight, shape, x.dtype, use_asm=False)
             return torch.nn.functional.linear(x, decoded)

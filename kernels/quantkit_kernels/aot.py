@@ -244,6 +244,7 @@ def _fused(
             "bias": f"*{dtype}",
             "out": "*fp32",
             "M": "i32",
+            "SPLIT": "i32",
             "N": "i32",
             "N_PAD": "i32",
             "K": "i32",
@@ -256,7 +257,6 @@ def _fused(
             "HAS_OUTER": outer,
             "HAS_BIAS": False,
             "EVEN_K": True,
-            "SPLIT": 4,
             "BN": 128,
             "BM": tokens,
             "STAGES": 3,
@@ -268,7 +268,7 @@ def _fused(
 
 
 def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool = False) -> Build:
-    names = ("S", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
+    names = ("S", "SPLIT", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
     return Build(
         name=f"experts int4 g{group}{' asym' if zero else ''} {dtype}, 128x{tokens}, {warps} warps",
         kernel=experts_triton.experts_kernel,
@@ -286,7 +286,6 @@ def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool
             "GROUP": group,
             "HAS_ZERO": zero,
             "EVEN_K": True,
-            "SPLIT": 4,
             "E_PAD": 128,
             "BN": 128,
             "BM": tokens,
@@ -337,13 +336,13 @@ def _eight(op: str, numbers: str, tokens: int, warps: int) -> Build:
             "bias": "*bf16",
             "out": "*bf16",
             "M": "i32",
+            "SPLIT": "i32",
             "N": "i32",
             "K_PAD": "i32",
         },
         constants={
             "HAS_BIAS": True,
             "EVEN_K": True,
-            "SPLIT": 1,
             "BN": 128,
             "BM": tokens,
             "BK": 128,

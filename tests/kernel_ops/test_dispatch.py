@@ -33,7 +33,7 @@ def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> li
     monkeypatch.setattr(tuning, "choose", choose)
     monkeypatch.setattr(tuning, "choose_eight", choose)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    for name in ("matmul", "dequantize"):
+    for name in ("multiply", "dequantize"):
         plain = functools.partial(getattr(fused_triton, name), use_asm=False)
         monkeypatch.setattr(fused_triton, name, plain)
     return problems

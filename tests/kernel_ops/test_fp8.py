@@ -18,7 +18,7 @@ GROUPS = [None, 128, 64, 32]
 
 
 def fused(weight: fp8a16.Packed) -> Any:
-    from quantkit_kernels.gpu.fused import Weight
+    from quantkit_kernels.gpu.weight import Weight
 
     return Weight(
         kind="fp8", packed=weight.packed, scale=weight.scale, zero=None, group=weight.group_size

@@ -24,7 +24,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fused(weight: w4a16.Packed) -> Any:
-    from quantkit_kernels.gpu.fused import Weight
+    from quantkit_kernels.gpu.weight import Weight
 
     return Weight(
         kind="int4",

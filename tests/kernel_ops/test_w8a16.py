@@ -15,7 +15,7 @@ GROUPS = [None, 128, 64, 32]
 
 
 def fused(weight: w8a16.Packed) -> Any:
-    from quantkit_kernels.gpu.fused import Weight
+    from quantkit_kernels.gpu.weight import Weight
 
     return Weight(
         kind="int8",

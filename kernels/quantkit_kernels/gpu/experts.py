@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels.gpu.fused import accumulate
+from quantkit_kernels.gpu.launch import Launcher
 from quantkit_kernels.gpu.reduce import reduce
 from quantkit_kernels.gpu.tuning import Tile
 
@@ -33,7 +34,7 @@ def _place(offsets, block, E, E_PAD: tl.constexpr, BM: tl.constexpr):
     return expert, start, tl.sum(tl.where(mine, high, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "SPLIT"])
 def experts_kernel(
     x,
     source,
@@ -43,6 +44,7 @@ def experts_kernel(
     zero,
     out,
     S,
+    SPLIT,
     N,
     N_PAD,
     K,
@@ -53,7 +55,6 @@ def experts_kernel(
     GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT: tl.constexpr,
     E_PAD: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -99,6 +100,9 @@ def experts_kernel(
         tl.store(out + target, acc.to(out.dtype.element_ty), mask=inside)
 
 
+_EXPERTS = Launcher(experts_kernel)
+
+
 def matmul(
     x_TK: Tensor,
     source: Tensor,
@@ -124,34 +128,31 @@ def matmul(
         shape = (tile.split, count, out_features)
         target = torch.zeros(shape, dtype=torch.float32, device=x_TK.device)
     grid = (padded // tile.rows, tile.split, most_blocks(count, experts, tile.tokens))
-    experts_kernel[grid](
-        x_TK,
-        source,
-        offsets,
-        packed,
-        scale,
-        scale if zero is None else zero,
-        target,
-        count,
-        out_features,
-        padded,
-        columns,
-        experts,
-        x_TK.stride(0),
-        packed.stride(0),
-        scale.stride(0),
-        GROUP=group,
-        HAS_ZERO=zero is not None,
-        EVEN_K=columns % 128 == 0,
-        SPLIT=tile.split,
-        E_PAD=triton.next_power_of_2(experts),
-        BN=tile.rows,
-        BM=tile.tokens,
-        STAGES=tile.stages,
-        ASM=use_asm,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+    _EXPERTS(
+        grid,
+        (x_TK, source, offsets, packed, scale, scale if zero is None else zero, target),
+        (count, tile.split),
+        (
+            out_features,
+            padded,
+            columns,
+            experts,
+            x_TK.stride(0),
+            packed.stride(0),
+            scale.stride(0),
+        ),
+        (
+            group,
+            zero is not None,
+            columns % 128 == 0,
+            triton.next_power_of_2(experts),
+            tile.rows,
+            tile.tokens,
+            tile.stages,
+            use_asm,
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
     )
     if tile.split > 1:
         reduce(target, None, out)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels.gpu import w8a8 as w8a8_triton
+from quantkit_kernels.gpu.launch import Launcher
 from quantkit_kernels.gpu.tuning import Tile
 
 # Rows of x from which on cuBLAS is the faster one (kernels/bench/results/gpu_h200.json).
@@ -45,15 +46,17 @@ def round_e4m3(value):
     return tl.where(tl.abs(value) < 0.015625, (value + _ROUND) - _ROUND, normal)
 
 
+_QUANTIZE = Launcher(quantize_kernel)
+
+
 def quantize(x_MK: Tensor, padded: int) -> tuple[Tensor, Tensor]:
     """Numbers float8_e4m3fn [M, padded], zeros behind K, and scales float32 [M]."""
     rows, columns = x_MK.shape
     numbers = torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=x_MK.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
     block = min(4096, triton.next_power_of_2(padded))
-    quantize_kernel[(rows,)](
-        x_MK, numbers, scale, columns, padded, x_MK.stride(0), BLOCK=block, num_warps=8
-    )
+    sizes = (columns, padded, x_MK.stride(0))
+    _QUANTIZE((rows, 1, 1), (x_MK, numbers, scale), (), sizes, (block,), warps=8)
     return numbers, scale
 
 

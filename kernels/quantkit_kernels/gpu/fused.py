@@ -7,36 +7,16 @@ decoded values are, and works at 16 rows of x.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quantkit_kernels.gpu.decode import decode
-from quantkit_kernels.gpu.reduce import reduce, workspace
+from quantkit_kernels.gpu.launch import Launcher
+from quantkit_kernels.gpu.reduce import reduce
 from quantkit_kernels.gpu.tuning import Tile
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weight:
-    """What the kernels read of a weight.
-
-    kind    "int4", "int8", "fp8", "e2m1" or "nf4"
-    packed  int32 [K'/128, N', 16 or 32]
-    scale   [G', N']
-    zero    [G', N'] or None (8 for int4)
-    group   columns that share a scale; 0 means the row
-    outer   float32 [N'], a factor of each row beside the scales, or None
-    """
-
-    kind: str
-    packed: Tensor
-    scale: Tensor
-    zero: Tensor | None
-    group: int
-    outer: Tensor | None = None
+from quantkit_kernels.gpu.weight import Weight
 
 
 @triton.jit
@@ -132,7 +112,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def fused_kernel(
     x,
     packed,
@@ -142,6 +122,7 @@ def fused_kernel(
     bias,
     out,
     M,
+    SPLIT,
     N,
     N_PAD,
     K,
@@ -152,7 +133,6 @@ def fused_kernel(
     HAS_OUTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     STAGES: tl.constexpr,
@@ -236,6 +216,9 @@ def decode_kernel(
     tl.store(out + place, weight.to(out.dtype.element_ty), mask=inside)
 
 
+_FUSED = Launcher(fused_kernel)
+
+
 def matmul(
     x_MK: Tensor,
     weight: Weight,
@@ -250,43 +233,64 @@ def matmul(
     `use_asm=False` decodes in plain Triton and multiplies in float32, for the interpreter.
     """
     rows, columns = x_MK.shape
-    out = torch.empty(rows, out_features, dtype=x_MK.dtype, device=x_MK.device)
-    whole = tile.split == 1
-    target = out if whole else workspace(tile.split, rows, out_features, x_MK.device)
-    padded = weight.packed.shape[1]
-    unused = weight.scale
-    grid = (padded // tile.rows, tile.split, triton.cdiv(rows, tile.tokens))
-    fused_kernel[grid](
-        x_MK,
-        weight.packed,
-        weight.scale,
-        unused if weight.zero is None else weight.zero,
-        unused if weight.outer is None else weight.outer,
-        bias if whole and bias is not None else unused,
-        target,
-        rows,
-        out_features,
-        padded,
-        columns,
-        x_MK.stride(0),
-        KIND=weight.kind,
-        GROUP=weight.group,
-        HAS_ZERO=weight.zero is not None,
-        HAS_OUTER=weight.outer is not None,
-        HAS_BIAS=whole and bias is not None,
-        EVEN_K=columns % 128 == 0,
-        SPLIT=tile.split,
-        BN=tile.rows,
-        BM=tile.tokens,
-        STAGES=tile.stages,
-        ASM=use_asm,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=True,
+    out = x_MK.new_empty(rows, out_features)
+    stride = x_MK.stride(0)
+    multiply(x_MK, rows, columns, stride, weight, bias, out, out_features, tile, use_asm)
+    return out
+
+
+def multiply(
+    x: Tensor,
+    rows: int,
+    columns: int,
+    stride: int,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    out_features: int,
+    tile: Tile,
+    use_asm: bool = True,
+) -> None:
+    """Writes the product to `out`, M · N numbers in order; rows of x are `stride` apart, M > 0."""
+    split, tile_rows, tokens, stages = tile.split, tile.rows, tile.tokens, tile.stages
+    whole = split == 1
+    # Of x, which makes one more cheaply than torch does.
+    target = out if whole else x.new_empty((split, rows, out_features), dtype=torch.float32)
+    kind, packed, scale, zero, group, outer = weight
+    padded = packed.shape[1]
+    added = bias if whole else None
+    plain = zero is None and outer is None and added is None
+    _FUSED(
+        (padded // tile_rows, split, -(-rows // tokens)),
+        (
+            x,
+            packed,
+            scale,
+            scale if zero is None else zero,
+            scale if outer is None else outer,
+            scale if added is None else added,
+            target,
+        ),
+        (rows, split),
+        (out_features, padded, columns, stride),
+        (
+            kind,
+            group,
+            zero is not None,
+            outer is not None,
+            added is not None,
+            columns % 128 == 0,
+            tile_rows,
+            tokens,
+            stages,
+            use_asm,
+        ),
+        tile.warps,
+        stages,
+        (x, packed, scale, target) if plain else None,
     )
     if not whole:
         reduce(target, bias, out)
-    return out
 
 
 def dequantize(

@@ -100,7 +100,7 @@ def candidate(problem: Problem, device: torch.device) -> Candidate:
     from quantkit_kernels.gpu import fp8 as fp8_triton
     from quantkit_kernels.gpu import fused as fused_triton
     from quantkit_kernels.gpu import w8a8 as w8a8_triton
-    from quantkit_kernels.gpu.fused import Weight
+    from quantkit_kernels.gpu.weight import Weight
 
     dtype = getattr(torch, problem.dtype)
     rows, columns = -(-problem.rows // 128) * 128, -(-problem.columns // 128) * 128

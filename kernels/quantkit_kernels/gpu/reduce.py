@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.gpu.launch import Launcher
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
     partial,
     bias,
@@ -31,20 +33,22 @@ def reduce_kernel(
     tl.store(out + row * N + columns, total.to(out.dtype.element_ty), mask=inside)
 
 
+_REDUCE = Launcher(reduce_kernel)
+
+
 def reduce(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Writes the sum of float32 partials [SPLIT, M, N] and the bias to out [M, N]."""
+    """Writes the sum of float32 partials [SPLIT, M, N] and the bias to out, M · N numbers."""
     split, rows, columns = partial.shape
     block = 512
-    grid = (rows, triton.cdiv(columns, block))
-    reduce_kernel[grid](
-        partial,
-        out if bias is None else bias,
-        out,
-        rows,
-        columns,
-        SPLIT=split,
-        HAS_BIAS=bias is not None,
-        BLOCK=block,
+    _REDUCE(
+        (rows, -(-columns // block), 1),
+        (partial, out if bias is None else bias, out),
+        (rows,),
+        (columns,),
+        (split, bias is not None, block),
+        4,
+        3,
+        (partial, out) if bias is None else None,
     )
 
 

@@ -59,6 +59,15 @@ class Problem:
     tokens: int
 
 
+@functools.lru_cache(maxsize=4096)
+def problem_of(
+    op: str, dtype: torch.dtype, group: int, rows: int, columns: int, tokens: int
+) -> Problem:
+    """The same Problem for the same numbers: calls look it up more cheaply than they make one."""
+    name = str(dtype).removeprefix("torch.")
+    return Problem(op=op, dtype=name, group=group, rows=rows, columns=columns, tokens=tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A measured choice; `microseconds` is its median time."""

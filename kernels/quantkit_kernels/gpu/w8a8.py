@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit_kernels.gpu.launch import Launcher
 from quantkit_kernels.gpu.reduce import reduce, workspace
 from quantkit_kernels.gpu.tuning import Tile
 
@@ -50,7 +51,7 @@ def quantize_kernel(x, codes, scale, K, K_PAD, stride_x, BLOCK: tl.constexpr):
         tl.store(place, whole.to(tl.int8), mask=start + columns < K_PAD)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLIT"])
 def product_kernel(
     codes,
     weight,
@@ -59,11 +60,11 @@ def product_kernel(
     bias,
     out,
     M,
+    SPLIT,
     N,
     K_PAD,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -108,15 +109,18 @@ def product_kernel(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside[:, None] & present[None, :])
 
 
+_QUANTIZE = Launcher(quantize_kernel)
+_PRODUCT = Launcher(product_kernel)
+
+
 def quantize(x_MK: Tensor, padded: int) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, padded], zeros behind K, and scales float32 [M]."""
     rows, columns = x_MK.shape
     codes = torch.empty(rows, padded, dtype=torch.int8, device=x_MK.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
     block = min(4096, triton.next_power_of_2(padded))
-    quantize_kernel[(rows,)](
-        x_MK, codes, scale, columns, padded, x_MK.stride(0), BLOCK=block, num_warps=8
-    )
+    sizes = (columns, padded, x_MK.stride(0))
+    _QUANTIZE((rows, 1, 1), (x_MK, codes, scale), (), sizes, (block,), warps=8)
     return codes, scale
 
 
@@ -145,26 +149,22 @@ def multiply(
     whole = tile.split == 1
     target = out if whole else workspace(tile.split, rows, out_features, out.device)
     block_columns = 128
-    grid = (triton.cdiv(out_features, tile.rows), tile.split, triton.cdiv(rows, tile.tokens))
-    product_kernel[grid](
-        codes,
-        weight,
-        x_scale,
-        scale,
-        bias if whole and bias is not None else scale,
-        target,
-        rows,
-        out_features,
-        padded,
-        HAS_BIAS=whole and bias is not None,
-        EVEN_K=padded % block_columns == 0,
-        SPLIT=tile.split,
-        BN=tile.rows,
-        BM=tile.tokens,
-        BK=block_columns,
-        STAGES=tile.stages,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+    has_bias = whole and bias is not None
+    _PRODUCT(
+        (-(-out_features // tile.rows), tile.split, -(-rows // tile.tokens)),
+        (codes, weight, x_scale, scale, bias if has_bias and bias is not None else scale, target),
+        (rows, tile.split),
+        (out_features, padded),
+        (
+            has_bias,
+            padded % block_columns == 0,
+            tile.rows,
+            tile.tokens,
+            block_columns,
+            tile.stages,
+        ),
+        warps=tile.warps,
+        stages=tile.stages,
     )
     if not whole:
         reduce(target, bias, out)

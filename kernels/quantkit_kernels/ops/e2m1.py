@@ -8,19 +8,16 @@ weight = number · scale (· outer, a factor for the whole weight).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import codebook, layout, pairs, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 GROUPS = (16, 32)
 
@@ -156,9 +153,7 @@ def _cuda(
 
 
 def _weight(packed: Tensor, scale: Tensor, outer: Tensor | None, group_size: int) -> Weight:
-    from quantkit_kernels.gpu.fused import Weight
-
-    return Weight(kind="e2m1", packed=packed, scale=scale, zero=None, group=group_size, outer=outer)
+    return Weight("e2m1", packed, scale, None, group_size, outer)
 
 
 def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:

@@ -7,19 +7,16 @@ Codes are the bytes of torch.float8_e4m3fn, none of them NaN.  `packed` depends 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 # Where float32 has sign, exponent and mantissa of e4m3, its byte shifted left by 20 with its sign
 # extended; what they make is 2^-120 of the number.
@@ -137,9 +134,7 @@ def _cuda(
 
 
 def _weight(packed: Tensor, scale: Tensor, group_size: int) -> Weight:
-    from quantkit_kernels.gpu.fused import Weight
-
-    return Weight(kind="fp8", packed=packed, scale=scale, zero=None, group=group_size)
+    return Weight("fp8", packed, scale, None, group_size)
 
 
 def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:

@@ -113,14 +113,7 @@ def _cuda(
         with torch.cuda.device(x.device):
             out = fp8_triton.library_matmul(x_MK, weight, scale, bias, out_features)
         return out.view(out_shape)
-    problem = tuning.Problem(
-        op="fp8a8",
-        dtype=str(x.dtype).removeprefix("torch."),
-        group=0,
-        rows=out_features,
-        columns=x_MK.shape[1],
-        tokens=x_MK.shape[0],
-    )
+    problem = tuning.problem_of("fp8a8", x.dtype, 0, out_features, x_MK.shape[1], x_MK.shape[0])
     tile = tuning.choose_eight(problem, x.device.index)
     # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device(x.device):

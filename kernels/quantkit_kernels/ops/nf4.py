@@ -7,19 +7,16 @@ G = K/64 blocks per row.  weight = codebook[code] · absmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu.tiled import tiled_linear
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import codebook, layout, pairs, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 BLOCK = 64
 # Blocks that share an outer scale.
@@ -187,11 +184,9 @@ def _weight(
     absmax: Tensor | None,
     offset: Tensor | None,
 ) -> Weight:
-    from quantkit_kernels.gpu.fused import Weight
-
     if table is not None:
         raise ValueError("quantkit::nf4: GPUs read scales, not their codes; see `pack`")
-    return Weight(kind="nf4", packed=packed, scale=scale, zero=None, group=BLOCK)
+    return Weight("nf4", packed, scale, None, BLOCK)
 
 
 def _columns(packed: Tensor, *rest: object) -> tuple[int, int]:

@@ -87,8 +87,10 @@ class Product:
         check_input(self._name, x, arguments[0].device, *self._columns(*arguments))
 
     def _checked(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name, columns = self._name, self._columns
+
         def checked(x: Tensor, *arguments: Any) -> Tensor:
-            self._check(x, *arguments)
+            check_input(name, x, arguments[0].device, *columns(*arguments))
             return run(x, *arguments)
 
         return checked

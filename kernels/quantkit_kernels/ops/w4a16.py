@@ -7,19 +7,17 @@ columns, G groups per row.  weight = (code - zero) · scale, zero 8 where none i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu import int4pack
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,9 +161,7 @@ def _cuda(
 
 
 def _weight(packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Weight:
-    from quantkit_kernels.gpu.fused import Weight
-
-    return Weight(kind="int4", packed=packed, scale=scale, zero=zero, group=group_size)
+    return Weight("int4", packed, scale, zero, group_size)
 
 
 def columns(packed: Tensor, *rest: Any) -> tuple[int, int]:

@@ -114,13 +114,8 @@ def _cuda(
     if source.shape[0] == 0:
         return x.new_empty(0, out_features)
     x_TK = x if x.stride(-1) == 1 else x.contiguous()
-    problem = tuning.Problem(
-        op="w4a16_experts",
-        dtype=str(x.dtype).removeprefix("torch."),
-        group=group_size,
-        rows=out_features,
-        columns=x.shape[1],
-        tokens=source.shape[0],
+    problem = tuning.problem_of(
+        "w4a16_experts", x.dtype, group_size, out_features, x.shape[1], source.shape[0]
     )
     tile = tuning.choose_experts(problem, packed.shape[0], x.device.index)
     # Triton launches on the current device, which need not be that of x.

@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.cpu import isa
 from quantkit_kernels.cpu.tiled import tiled_linear
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops import layout, weight_only
 from quantkit_kernels.ops.device import Device
 from quantkit_kernels.ops.product import Product
 from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 # Rows of x up to which aten's kernel, which converts weights every four rows, beats converting
 # once; see int4pack.FEW_ROWS.
@@ -151,9 +149,7 @@ def _cuda(
 
 
 def _weight(packed: Tensor, scale: Tensor, group_size: int) -> Weight:
-    from quantkit_kernels.gpu.fused import Weight
-
-    return Weight(kind="int8", packed=packed, scale=scale, zero=None, group=group_size)
+    return Weight("int8", packed, scale, None, group_size)
 
 
 def _columns(packed: Tensor, *rest: Any) -> tuple[int, int]:

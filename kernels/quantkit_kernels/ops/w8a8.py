@@ -122,14 +122,7 @@ def _cuda(
     if x_MK.shape[0] == 0:
         return x.new_empty(out_shape)
     tile = tuning.choose_eight(
-        tuning.Problem(
-            op="w8a8",
-            dtype=str(x.dtype).removeprefix("torch."),
-            group=0,
-            rows=out_features,
-            columns=x_MK.shape[1],
-            tokens=x_MK.shape[0],
-        ),
+        tuning.problem_of("w8a8", x.dtype, 0, out_features, x_MK.shape[1], x_MK.shape[0]),
         x.device.index,
     )
     # Triton launches on the current device, which need not be that of x.

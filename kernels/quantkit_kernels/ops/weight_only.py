@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quantkit_kernels.gpu import tuning
+from quantkit_kernels.gpu.weight import Weight
 from quantkit_kernels.ops.device import Device, needs_triton
 from quantkit_kernels.ops.layout import COLUMNS
-from quantkit_kernels.ops.rows import flat_rows
-
-if TYPE_CHECKING:
-    from quantkit_kernels.gpu.fused import Weight
 
 
 def unsupported(dtype: torch.dtype, device: Device) -> str | None:
@@ -53,44 +53,46 @@ def run_triton(
     op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """x [..., K] times a weight on a GPU: fused for few rows, decoded first for many."""
-    # Triton launches on the current device, which need not be that of x.
-    with torch.cuda.device(x.device):
-        return _run(op, x, weight, bias, out_features)
+    # Triton launches on the current device, which need not be that of x, but nearly always is.
+    index = x.device.index
+    if index is not None and index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            return run_triton(op, x, weight, bias, out_features)
+    shape, dtype = x.shape, x.dtype
+    columns = stride = shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, columns)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        stride = x.stride(0)
+    out = x.new_empty((*shape[:-1], out_features))
+    rows = x.numel() // columns
+    if rows == 0:
+        return out
+    tile = None
+    if dtype in (torch.bfloat16, torch.float16):
+        problem = tuning.problem_of(op, dtype, weight.group, out_features, columns, rows)
+        tile = tuning.choose(problem, index)
+    if tile is not None:
+        fused().multiply(x, rows, columns, stride, weight, bias, out, out_features, tile)
+        return out
+    decoded = fused().dequantize(weight, (out_features, columns), dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x, decoded, bias).view(out.shape)
 
 
 def decoder(weight: Callable[..., Weight]) -> Callable[..., Tensor]:
     """What decodes on a GPU: the weight [N, K] of what `weight` is made of, (N, K) and a dtype."""
 
     def dequantize(*arguments: Any) -> Tensor:
-        from quantkit_kernels.gpu import fused as fused_triton
-
         *parts, shape, dtype = arguments
         with torch.cuda.device(parts[0].device):
-            return fused_triton.dequantize(weight(*parts), shape, dtype)
+            decoded: Tensor = fused().dequantize(weight(*parts), shape, dtype)
+            return decoded
 
     return dequantize
 
 
-def _run(op: str, x: Tensor, weight: Weight, bias: Tensor | None, out_features: int) -> Tensor:
-    from quantkit_kernels.gpu import fused as fused_triton
-
-    x_MK, out_shape = flat_rows(x, out_features)
-    rows, columns = x_MK.shape
-    if rows == 0:
-        return x.new_empty(out_shape)
-    tile = None
-    if x.dtype in (torch.bfloat16, torch.float16):
-        problem = tuning.Problem(
-            op=op,
-            dtype=str(x.dtype).removeprefix("torch."),
-            group=weight.group,
-            rows=out_features,
-            columns=columns,
-            tokens=rows,
-        )
-        tile = tuning.choose(problem, x.device.index)
-    if tile is not None:
-        return fused_triton.matmul(x_MK, weight, bias, out_features, tile).view(out_shape)
-    decoded = fused_triton.dequantize(weight, (out_features, columns), x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x_MK, decoded, bias).view(out_shape)
+@functools.cache
+def fused() -> ModuleType:
+    """quantkit_kernels.gpu.fused, which needs triton; cheaper in a call than an import."""
+    return importlib.import_module("quantkit_kernels.gpu.fused")

@@ -35,6 +35,9 @@ from quantkit_kernels.gpu import (
     fused as fused_triton,
 )
 from quantkit_kernels.gpu import (
+    moments as moments_triton,
+)
+from quantkit_kernels.gpu import (
     reduce as reduce_triton,
 )
 from quantkit_kernels.gpu import (
@@ -56,6 +59,7 @@ _WAITS = 2
 # scales of groups of 16 too, and on sm_120 zeros of groups of 32 by the byte; Triton 3.6 multiplies
 # scaled weights step by step.
 _KNOWN = {
+    ("e2m1 g16 bf16, 128x16, 8 warps", 100),
     ("e2m1 g16 bf16, 128x64, 8 warps", 100),
     ("e2m1 g16 fp16, 128x16, 8 warps", 100),
     ("fp8a8, 128x16, 8 warps", 100),
@@ -64,7 +68,7 @@ _KNOWN = {
     ("experts int4 g32 asym bf16, 128x16, 8 warps", 120),
 }
 # Integers that are multiples of 16 when kernels run.
-_ALIGNED = ("N_PAD", "K", "K_PAD", "stride_x", "stride_packed", "stride_scale")
+_ALIGNED = ("N_PAD", "K", "C", "K_PAD", "stride_x", "stride_packed", "stride_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,7 @@ def builds(arch: int) -> list[Build]:
         kernel = fp8_triton.quantize_kernel
         found.append(_quantizer("tokens to e4m3", kernel, "numbers", "*fp8e4nv"))
     found.append(_reducer())
+    found += [_moments("bf16"), _moments("fp32"), _total()]
     found += [_channels(kind) for kind in ("int", "int asym", "block", "table", "e2m1", "e4m3")]
     return found
 
@@ -244,7 +249,7 @@ def _fused(
             "bias": f"*{dtype}",
             "out": "*fp32",
             "M": "i32",
-            "SPLIT": "i32",
+            "SHARE": "i32",
             "N": "i32",
             "N_PAD": "i32",
             "K": "i32",
@@ -268,7 +273,7 @@ def _fused(
 
 
 def _experts(group: int, dtype: str, *, warps: int, tokens: int = 16, zero: bool = False) -> Build:
-    names = ("S", "SPLIT", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
+    names = ("S", "SHARE", "N", "N_PAD", "K", "E", "stride_x", "stride_packed", "stride_scale")
     return Build(
         name=f"experts int4 g{group}{' asym' if zero else ''} {dtype}, 128x{tokens}, {warps} warps",
         kernel=experts_triton.experts_kernel,
@@ -336,7 +341,7 @@ def _eight(op: str, numbers: str, tokens: int, warps: int) -> Build:
             "bias": "*bf16",
             "out": "*bf16",
             "M": "i32",
-            "SPLIT": "i32",
+            "SHARE": "i32",
             "N": "i32",
             "K_PAD": "i32",
         },
@@ -396,6 +401,32 @@ def _channels(kind: str) -> Build:
             "BR": 16,
         },
         warps=2,
+        stages=3,
+    )
+
+
+def _moments(dtype: str) -> Build:
+    return Build(
+        name=f"moments of {dtype}, 4 warps",
+        kernel=moments_triton.moments_kernel,
+        types={
+            "x": f"*{dtype}",
+            **{"sums": "*fp64", "squares": "*fp64", "largest": "*fp32"},
+            **dict.fromkeys(("T", "C", "stride_x"), "i32"),
+        },
+        constants={"PART": moments_triton.PART, "BT": 16, "BC": 128},
+        warps=4,
+        stages=3,
+    )
+
+
+def _total() -> Build:
+    return Build(
+        name="sum of moments, 4 warps",
+        kernel=moments_triton.total_kernel,
+        types={"parts": "*fp64", "out": "*fp64", "P": "i32", "C": "i32"},
+        constants={"BC": 128},
+        warps=4,
         stages=3,
     )
 

@@ -34,7 +34,7 @@ def _place(offsets, block, E, E_PAD: tl.constexpr, BM: tl.constexpr):
     return expert, start, tl.sum(tl.where(mine, high, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["S", "SPLIT"])
+@triton.jit(do_not_specialize=["S", "SHARE"])
 def experts_kernel(
     x,
     source,
@@ -44,7 +44,7 @@ def experts_kernel(
     zero,
     out,
     S,
-    SPLIT,
+    SHARE,
     N,
     N_PAD,
     K,
@@ -70,8 +70,7 @@ def experts_kernel(
         present = place < end
         token = tl.load(source + place, mask=present, other=0)
         blocks = tl.cdiv(K, 128)
-        share = tl.cdiv(blocks, SPLIT)
-        first = split * share
+        first = split * SHARE
         acc = accumulate(
             x + token[None, :].to(tl.int64) * stride_x,
             present,
@@ -81,7 +80,7 @@ def experts_kernel(
             scale,
             rows,
             first,
-            tl.minimum(first + share, blocks),
+            tl.minimum(first + SHARE, blocks),
             N_PAD,
             K,
             "int4",
@@ -121,7 +120,7 @@ def matmul(
     `use_asm=False` decodes in plain Triton and multiplies in float32, for the interpreter.
     """
     count, columns = source.shape[0], x_TK.shape[1]
-    experts, _, padded, _ = packed.shape
+    experts, blocks, padded, _ = packed.shape
     out = torch.zeros(count, out_features, dtype=x_TK.dtype, device=x_TK.device)
     target = out
     if tile.split > 1:
@@ -131,7 +130,7 @@ def matmul(
     _EXPERTS(
         grid,
         (x_TK, source, offsets, packed, scale, scale if zero is None else zero, target),
-        (count, tile.split),
+        (count, -(-blocks // tile.split)),
         (
             out_features,
             padded,

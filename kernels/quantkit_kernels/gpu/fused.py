@@ -112,7 +112,7 @@ def accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "SPLIT"])
+@triton.jit(do_not_specialize=["M", "SHARE"])
 def fused_kernel(
     x,
     packed,
@@ -122,7 +122,7 @@ def fused_kernel(
     bias,
     out,
     M,
-    SPLIT,
+    SHARE,
     N,
     N_PAD,
     K,
@@ -138,15 +138,14 @@ def fused_kernel(
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """out[split, m, n]: this program's share of the columns; with SPLIT 1 the whole, plus bias."""
+    """out[split, m, n]: SHARE blocks of the columns, of all with one split, then plus bias."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     split = tl.program_id(1)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(2) * BM + tl.arange(0, BM)
     x_row = x + tokens[None, :].to(tl.int64) * stride_x
     blocks = tl.cdiv(K, 128)
-    share = tl.cdiv(blocks, SPLIT)
-    first = split * share
+    first = split * SHARE
     acc = accumulate(
         x_row,
         tokens < M,
@@ -156,7 +155,7 @@ def fused_kernel(
         outer,
         rows,
         first,
-        tl.minimum(first + share, blocks),
+        tl.minimum(first + SHARE, blocks),
         N_PAD,
         K,
         KIND,
@@ -257,7 +256,7 @@ def multiply(
     # Of x, which makes one more cheaply than torch does.
     target = out if whole else x.new_empty((split, rows, out_features), dtype=torch.float32)
     kind, packed, scale, zero, group, outer = weight
-    padded = packed.shape[1]
+    blocks, padded, _ = packed.shape
     added = bias if whole else None
     plain = zero is None and outer is None and added is None
     _FUSED(
@@ -271,7 +270,7 @@ def multiply(
             scale if added is None else added,
             target,
         ),
-        (rows, split),
+        (rows, -(-blocks // split)),
         (out_features, padded, columns, stride),
         (
             kind,

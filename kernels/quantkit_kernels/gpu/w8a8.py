@@ -51,7 +51,7 @@ def quantize_kernel(x, codes, scale, K, K_PAD, stride_x, BLOCK: tl.constexpr):
         tl.store(place, whole.to(tl.int8), mask=start + columns < K_PAD)
 
 
-@triton.jit(do_not_specialize=["M", "SPLIT"])
+@triton.jit(do_not_specialize=["M", "SHARE"])
 def product_kernel(
     codes,
     weight,
@@ -60,7 +60,7 @@ def product_kernel(
     bias,
     out,
     M,
-    SPLIT,
+    SHARE,
     N,
     K_PAD,
     HAS_BIAS: tl.constexpr,
@@ -83,10 +83,9 @@ def product_kernel(
     x_tile = codes + tokens[None, :].to(tl.int64) * K_PAD + columns[:, None]
     w_tile = weight + rows[:, None].to(tl.int64) * K_PAD + columns[None, :]
     blocks = tl.cdiv(K_PAD, BK)
-    share = tl.cdiv(blocks, SPLIT)
-    first = split * share
+    first = split * SHARE
     acc = tl.zeros((BN, BM), tl.int32 if INTEGER else tl.float32)
-    for block in tl.range(first, tl.minimum(first + share, blocks), num_stages=STAGES):
+    for block in tl.range(first, tl.minimum(first + SHARE, blocks), num_stages=STAGES):
         x_mask, w_mask = present[None, :], inside[:, None]
         if not EVEN_K:
             within = block * BK + columns < K_PAD
@@ -149,11 +148,12 @@ def multiply(
     whole = tile.split == 1
     target = out if whole else workspace(tile.split, rows, out_features, out.device)
     block_columns = 128
+    blocks = -(-padded // block_columns)
     has_bias = whole and bias is not None
     _PRODUCT(
         (-(-out_features // tile.rows), tile.split, -(-rows // tile.tokens)),
         (codes, weight, x_scale, scale, bias if has_bias and bias is not None else scale, target),
-        (rows, tile.split),
+        (rows, -(-blocks // tile.split)),
         (out_features, padded),
         (
             has_bias,

@@ -36,7 +36,7 @@ class SharedProduct(nn.Module):
         self._pending: tuple[Tensor, tuple[Tensor | None, ...]] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        """The product's rows of one part, contiguous."""
+        """The product's rows of one part: a view, whose rows lie as far apart as those of all."""
         pending = self._pending
         if pending is None or pending[0] is not x or pending[1][index] is None:
             pending = (x, self.stacked(x).split(self.rows, dim=-1))
@@ -44,7 +44,7 @@ class SharedProduct(nn.Module):
         assert found is not None
         left = tuple(None if n == index else part for n, part in enumerate(pending[1]))
         self._pending = (x, left) if any(part is not None for part in left) else None
-        return found.contiguous()
+        return found
 
     def span(self, index: int) -> slice:
         """The rows of one part."""

@@ -80,6 +80,21 @@ def test_the_product_is_computed_once_for_each_input() -> None:
     assert copy.deepcopy(layer).q_proj.shared._pending is None
 
 
+def test_parts_are_views_that_attention_can_cut_into_heads() -> None:
+    separate = Attention(("w4a16_g32",) * 3, bias=False)
+    fused = copy.deepcopy(separate)
+    fuse_(fused)
+    x = torch.randn(2, 5, 128).bfloat16()
+    names = ("q_proj", "k_proj", "v_proj")
+    parts = [getattr(fused, name)(x) for name in names]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    for part, name in zip(parts, names, strict=True):
+        assert part.stride() == (5 * 176, 176, 1) and torch.equal(part, getattr(separate, name)(x))
+        # Without a copy, and without an error.
+        heads = part.view(2, 5, -1, 8).transpose(1, 2)
+        assert heads.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+
+
 def test_what_differs_stays_apart() -> None:
     assert fuse_(Attention(("w4a16_g32", "w4a16_g32", "w8a16_row"), bias=False)) == 0
     # The scales of each part have an offset of their own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,23 @@ def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
 def test_shared_memory_stays_within_what_a_program_may_use(compiled: list[dict[str, Any]]) -> None:
     limits = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
     assert not [row["name"] for row in compiled if row["shared_bytes"] > limits[row["arch"]] << 10]
+
+
+def test_the_rule_knows_what_programs_take(compiled: list[dict[str, Any]]) -> None:
+    from quantkit_kernels.gpu.occupancy import usage
+
+    ops = {"int8": "w8a16", "fp8": "fp8a16", "w8a8,": "w8a8", "fp8a8,": "fp8a8"}
+    checked = 0
+    for row in compiled:
+        shape = re.search(r"128x(\d+), (\d+) warps", row["name"])
+        if shape is None:
+            continue
+        tokens, warps = int(shape[1]), int(shape[2])
+        most = usage(ops.get(row["name"].split()[0], "w4a16"), tokens, warps, row["arch"])
+        assert row["registers"] <= most.registers, (row["name"], row["arch"])
+        assert row["shared_bytes"] <= most.shared, (row["name"], row["arch"])
+        checked += 1
+    assert checked > 25
 
 
 def of_hopper(compiled: list[dict[str, Any]], *starts: str) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from quantkit_kernels.cpu.native import cache_folder
+from quantkit_kernels.gpu.occupancy import parts_of, programs_at_once, usage
 
 _LOG = logging.getLogger(__name__)
 # Above so many rows the tensor cores are busy whatever the weight's width: decode once instead;
@@ -149,7 +150,7 @@ def choose_experts(problem: Problem, experts: int, device: int) -> Tile:
 
 
 def heuristic(problem: Problem, multiprocessors: int, capability: int, *, experts: int = 1) -> Tile:
-    """A tile that keeps every multiprocessor loading: two programs each, split over the columns.
+    """A tile, its columns split so that every multiprocessor is busy and as many programs as fit.
 
     `capability` is that of the GPU, as in 90; `experts` share the rows evenly, it is hoped.  The
     limits are those up to which no kernel spills registers when compiled
@@ -161,13 +162,13 @@ def heuristic(problem: Problem, multiprocessors: int, capability: int, *, expert
     row_tiles = -(-problem.rows // 128)
     programs = row_tiles * min(experts * -(-each // tokens), problem.tokens)
     blocks = -(-problem.columns // 128)
-    wanted = max(1, 2 * multiprocessors // max(programs, 1))
-    # At least four blocks a program, or the pipeline never fills.
-    split = 1 << (min(wanted, max(1, blocks // 4), 16).bit_length() - 1)
     few_warps = tokens == 16 and (capability < 100 or problem.op in ("w8a16", "fp8a16"))
     # Sums of 8-bit floats leave the tensor core after every block: four warps wait for each step.
     few_warps = few_warps and problem.op != "fp8a8"
-    return Tile(rows=128, tokens=tokens, split=split, warps=4 if few_warps else 8, stages=3)
+    warps = 4 if few_warps else 8
+    at_once = programs_at_once(usage(problem.op, tokens, warps, capability), capability)
+    split = parts_of(programs, blocks, tokens, multiprocessors * at_once)
+    return Tile(rows=128, tokens=tokens, split=split, warps=warps, stages=3)
 
 
 @functools.cache

@@ -1,12 +1,10 @@
 """Quantized weights in the layouts of `quantkit_kernels`, and back again bit for bit.
 
-Scales and zero points are kept as stored beside what the kernels read: they are a few per cent of
-the weight.  Shapes: O out features, I in features, G groups per row.
+Shapes: O out features, I in features, G groups per row.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -14,63 +12,16 @@ from quantkit_kernels.ops import e2m1, fp8a8, fp8a16, int8_dot, nf4, w4a16, w8a8
 from quantkit_kernels.ops.device import Device
 from torch import Tensor
 
-from quantkit.errors import BackendError, ShapeError
-from quantkit.inference.reference import StoredModule, StoredScale
+from quantkit.errors import BackendError
+from quantkit.inference.packed_kernel import PackedKernel, per_row
 from quantkit.numbers.activations import fake_quantize_activation
 from quantkit.numbers.grid import CodebookGrid, grid_of
-from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor
-
-
-class PackedKernel(StoredModule, ABC):
-    """What all repacked weights share: the stored numbers without the codes, and the inverse."""
-
-    decodes_always = False
-
-    def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
-        super().__init__()
-        self.shape = tensor.shape
-        self.scheme = tensor.scheme
-        self.weight_dtype = tensor.dtype
-        self.device_kind: Device = device
-        self.name = f"{device} {type(self).__name__}"
-        self.scale = StoredScale(tensor.scale)
-        self.register_buffer("zero", tensor.zero)
-        self.register_buffer("columns", tensor.columns)
-
-    @property
-    def quantized_tensor(self) -> QuantizedTensor:
-        """The tensor this was made of, bit for bit; unpacks the codes into fresh memory."""
-        return QuantizedTensor(
-            codes=self.codes(),
-            scale=self.scale.get(),
-            zero=self._buffers["zero"],
-            scheme=self.scheme,
-            dtype=self.weight_dtype,
-            columns=self._buffers["columns"],
-        )
-
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., I] -> [..., O] in the dtype of x; ShapeError for another number of columns."""
-        if x.shape[-1] != self.shape[1]:
-            raise ShapeError(f"x has {x.shape[-1]} columns, the weight {self.shape[1]}")
-        columns = self._buffers["columns"]
-        if columns is not None:
-            # The weight stays in the order of its groups: the input follows it.
-            x = x.index_select(-1, columns)
-        return self.multiply(x, bias)
-
-    @abstractmethod
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The product with x, whose columns are in the order of the codes."""
-
-    @staticmethod
-    @abstractmethod
-    def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
-        """Why the op cannot multiply x of `dtype` by this weight, or None."""
-
-    @abstractmethod
-    def codes(self) -> Tensor:
-        """Codes uint8 [O, I] in fresh memory."""
+from quantkit.numbers.tensor import (
+    DividedScale,
+    NestedScale,
+    PlainScale,
+    QuantizedTensor,
+)
 
 
 class Int4Kernel(PackedKernel):
@@ -89,6 +40,18 @@ class Int4Kernel(PackedKernel):
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
         self.register_buffer("kernel_zero", weight.zero)
+        self.forget_copies_()
+
+    def kernel_scales(self) -> Tensor | None:
+        """The scales [O, G]; those of CPUs are rounded, and their zero points are in them."""
+        if self.device_kind == "cpu":
+            return None
+        return per_row(self.kernel_scale, self.shape, self.group_size)
+
+    def kernel_zeros(self) -> Tensor | None:
+        """The zero points [O, G] beside them."""
+        zero = self._buffers["kernel_zero"]
+        return None if zero is None else per_row(zero, self.shape, self.group_size)
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -142,6 +105,13 @@ class Int8Kernel(PackedKernel):
         self.decodes_always = weight.group_size > 0
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
+        self.forget_copies_()
+
+    def kernel_scales(self) -> Tensor | None:
+        """The scales [O, G]; those of CPUs are rounded per row."""
+        if self.device_kind == "cpu":
+            return self.kernel_scale if self.group_size else None
+        return per_row(self.kernel_scale, self.shape, self.group_size)
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -195,6 +165,18 @@ class RoundedInputKernel(PackedKernel):
         self.register_buffer("kernel_scale", weight.scale)
         self.register_buffer("kernel_zero", weight.zero)
         self.register_buffer("table", weight.table)
+        self.forget_copies_()
+
+    def kernel_scales(self) -> Tensor | None:
+        """The scales [O, G] of integers; those of other numbers are in other units."""
+        if self.scheme.kind != "int":
+            return None
+        return int8_dot.by_row(self.kernel_scale, self.shape[0])
+
+    def kernel_zeros(self) -> Tensor | None:
+        """The zero points [O, G]."""
+        zero = self._buffers["kernel_zero"]
+        return None if zero is None else int8_dot.by_row(zero, self.shape[0])
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -264,6 +246,13 @@ class Float8Kernel(PackedKernel):
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
         self.register_buffer("kernel_scale", weight.scale)
+        self.forget_copies_()
+
+    def kernel_scales(self) -> Tensor | None:
+        """The scales [O, G]; those of CPUs lie as stored."""
+        if self.device_kind == "cpu":
+            return self.kernel_scale
+        return per_row(self.kernel_scale, self.shape, self.group_size)
 
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
@@ -343,7 +332,7 @@ class Nf4Kernel(PackedKernel):
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product with x, whose columns are in the order of the codes."""
-        scale = self.scale.get()
+        scale = self._stored_scale()
         nest: tuple[Tensor | None, ...] = (None, None, None)
         if isinstance(scale, NestedScale) and self.kernel_scale.dtype == torch.uint8:
             nest = (scale.table, scale.absmax, scale.offset)

@@ -6,6 +6,7 @@ Shapes: T tokens, I in features, S sampled tokens.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -127,19 +128,18 @@ class Stats:
         """
         if x_TI.shape[0] == 0:
             return
-        x = x_TI.to(torch.float32)
-        magnitude = x.abs()
-        largest = magnitude.amax(0)
+        sum_abs, sum_sq, largest = _moments(x_TI)
         if not bool(torch.isfinite(largest).all()):
             raise NumericsError(
                 f"{name}: an activation is NaN or infinite; the model overflows on this text "
                 f"in {x_TI.dtype}, or a weight before it is damaged"
             )
-        self.sum_abs += _column_sums(magnitude)
-        self.sum_sq += _column_sums(magnitude.square_())
+        self.sum_abs += sum_abs
+        self.sum_sq += sum_sq
         self.max_abs = torch.maximum(self.max_abs, largest)
         if self.gram is not None:
             if self.gram.ndim == 3:
+                x = x_TI.to(torch.float32)
                 grouped = x.view(x.shape[0], self.gram.shape[0], -1).permute(1, 2, 0)
                 self.gram.baddbmm_(grouped, grouped.transpose(1, 2))
             else:
@@ -148,10 +148,11 @@ class Stats:
             if original is None:
                 self.drift = None
             else:
-                add_product_(self.drift, x_TI, original.to(torch.float32) - x)
+                add_product_(self.drift, x_TI, original.to(torch.float32) - x_TI)
         if lack_TO is not None:
             if self.lack is None:
-                self.lack = x.new_zeros(self.features, lack_TO.shape[1])
+                shape = (self.features, lack_TO.shape[1])
+                self.lack = torch.zeros(shape, device=x_TI.device)
             add_product_(self.lack, x_TI, lack_TO.to(torch.float32))
         if self.sample_keys is not None:
             self._update_sample_(x_TI)
@@ -232,6 +233,17 @@ class Stats:
             drift=drift,
             lack=None if self.lack is None else self.lack * factor[:, None],
         )
+
+
+def _moments(x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ|x|, Σx² (float64 [I]) and max |x| (float32 [I]) over tokens; on a GPU one kernel."""
+    if x_TI.is_cuda and importlib.util.find_spec("triton") is not None:
+        from quantkit_kernels.gpu.moments import column_moments
+
+        return column_moments(x_TI)
+    magnitude = x_TI.to(torch.float32, copy=True).abs_()
+    largest = magnitude.amax(0)
+    return _column_sums(magnitude), _column_sums(magnitude.square_()), largest
 
 
 def _column_sums(x_TI: Tensor) -> Tensor:

@@ -200,8 +200,8 @@ def dequantize(
     middle = 0 if floats else 2 ** (bits - 1)
     if table is not None:
         middle = _FEW_STEPS if len(table) == 1 else _STEPS + 1
-    offset = middle if zero is None else _rows(zero, rows).to(torch.float32)[:, group]
-    scale_NK = _rows(scale, rows).to(torch.float32)[:, group]
+    offset = middle if zero is None else by_row(zero, rows).to(torch.float32)[:, group]
+    scale_NK = by_row(scale, rows).to(torch.float32)[:, group]
     return ((codes.to(torch.float32) - offset) * scale_NK).to(dtype)
 
 
@@ -244,8 +244,8 @@ def _lanes(per_group: Tensor) -> Tensor:
     return whole.view(-1, _LANES, per_group.shape[1]).transpose(1, 2).contiguous()
 
 
-def _rows(lanes: Tensor, out_features: int) -> Tensor:
-    """The inverse of `_lanes`."""
+def by_row(lanes: Tensor, out_features: int) -> Tensor:
+    """[N, G] of a packed weight's scales or zeros [N/8, G, 8]."""
     return lanes.transpose(1, 2).flatten(0, 1)[:out_features]
 
 

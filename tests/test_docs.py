@@ -126,8 +126,12 @@ def part_options(recipe: Recipe) -> dict[str, object]:
         ("range", recipe.make_range()),
         ("rounding", recipe.make_rounding()),
     ]
-    if (target := recipe.make_target()) is not None:
-        parts.append(("target", target))
+    more = (
+        ("target", recipe.make_target()),
+        ("refine", recipe.make_refine()),
+        ("heal", recipe.make_heal()),
+    )
+    parts += [(kind, part) for kind, part in more if part is not None]
     names = [spec.name for spec in recipe.transforms]
     parts += [(f"transforms.{n}", p) for n, p in zip(names, recipe.make_transforms(), strict=True)]
     return {
@@ -148,14 +152,16 @@ def test_method_pages_list_exactly_the_options_there_are(page: Path) -> None:
     written = {
         code(row[0]): default(row[1])
         for row in rows(page.read_text())
-        if re.match(r"(target|range|rounding|transforms)\.", code(row[0]))
+        if re.match(r"(target|range|rounding|refine|heal|transforms)\.", code(row[0]))
     }
     assert written == part_options(load_recipe(page.stem))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recipes_page_lists_exactly_the_parts_there_are(kind: PartKind) -> None:
-    heading = f"## {kind.capitalize()}s"
+    heading = {"refine": "## Refinements", "heal": "## Healing"}.get(
+        kind, f"## {kind.capitalize()}s"
+    )
     written: dict[str, dict[str, object]] = {}
     for row in itertools.islice(rows(section(DOCS / "recipes.md", heading)), 1, None):
         if row[0]:

@@ -27,7 +27,10 @@ ROOMS = (
     *("model", "calibration", "inference", "checks", "pipeline", "cli"),
 )
 # Parts of one kind never import parts of another.
-PARTS = ("methods.targets", "methods.ranges", "methods.rounding", "methods.transforms")
+PARTS = (
+    *("methods.targets", "methods.ranges", "methods.rounding", "methods.refine"),
+    *("methods.heal", "methods.transforms"),
+)
 # The faces of the whole: they hand on what lies in the rooms.
 FACES = ("quantkit", "quantkit.__main__", "quantkit.extend")
 MAX_LINES, MAX_FILES, MAX_ENTRIES, MAX_FLOORS = 500, 20, 16, 9

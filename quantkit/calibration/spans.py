@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal[
-    "reading", "forward", "statistics", "transform", "target", "range", "rounding", "error",
-    "writing", "fsync",
+    "reading", "forward", "statistics", "transform", "target", "range", "rounding",
+    "refine", "heal", "error", "writing", "fsync",
 ]  # fmt: skip
 
 _CURRENT: ContextVar[Timeline | None] = ContextVar("quantkit_timeline", default=None)

@@ -92,7 +92,7 @@ class _Told:
 class CalibrationStream:
     """Hidden states of all sequences in two generations of files; generation i enters block i.
 
-    With `drift` those of the original model go along beside them, in `original`.
+    With `original` those of the original model go along beside them, under that name.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CalibrationStream:
         scratch: Path,
         gram_budget: int | None,
         stack: contextlib.ExitStack,
-        drift: bool = False,
+        original: bool = False,
         keep: bool = False,
     ) -> None:
         """keep: a GPU with room to spare holds the hidden states, and saves them now and then."""
@@ -116,7 +116,7 @@ class CalibrationStream:
         kept_on = device if keep else None
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype, kept_on=kept_on))
         self.original: HiddenStore | None = None
-        if drift:
+        if original:
             self.original = stack.enter_context(
                 HiddenStore(scratch, shape, first.dtype, "original", kept_on=kept_on)
             )
@@ -236,6 +236,13 @@ class CalibrationStream:
                 modes.enter_context(QuantizedActivations(block, rounded))
             return self.model.run(block, hidden, self._call(index, batch))
 
+    def output(self, index: int, block: nn.Module, batch: Batch) -> Tensor:
+        """The block's output for a batch, with gradients where they are enabled."""
+        with phase("reading"):
+            hidden = self.hidden.read(index, batch.start, batch.stop, self.device)
+        with phase("forward"):
+            return self.model.output(block, hidden, self._call(index, batch))
+
     def gather_paired(
         self,
         index: int,
@@ -262,11 +269,11 @@ class CalibrationStream:
                 kept, wanted = self._original_inputs(
                     index, original, batch, paired, write=write and first, whole=whole
                 )
-                told = _Told(seen, set(keys), kept, self._tokens(batch), held=summand)
+                told = _Told(seen, set(keys), kept, self.tokens(batch), held=summand)
                 with contextlib.suppress(_Enough):
                     out = self._run(index, block, batch, self.hidden, told.tell, rounded)
                     if wanted is not None and whole:
-                        told.release(self._rows(batch, wanted.float() - out.float()))
+                        told.release(self.rows(batch, wanted.float() - out.float()))
 
         return self._gathered(index, needs, features, forward, "quantized")
 
@@ -280,7 +287,7 @@ class CalibrationStream:
 
         def rows(callback: TapCallback | None) -> Tensor:
             out = self._run(index, block, batch, self.hidden, callback)
-            return self._rows(batch, out.to(torch.float32))
+            return self.rows(batch, out.to(torch.float32))
 
         whole, weight = rows(keep), self.model.weight(block, ref)
         if ref.input not in found:
@@ -336,13 +343,13 @@ class CalibrationStream:
                     self.original.write(index + 1, batch.start, out)
         return kept, out
 
-    def _tokens(self, batch: Batch) -> int:
+    def tokens(self, batch: Batch) -> int:
         """Tokens of a batch that count."""
         if batch.mask is not None:
             return int(batch.mask.sum())
         return self.calibration.ids[batch.start : batch.stop].numel()
 
-    def _rows(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
+    def rows(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens that count."""
         if batch.mask is not None:
             return hidden_BTH[batch.mask.to(hidden_BTH.device).bool()]
@@ -354,7 +361,7 @@ class CalibrationStream:
 
         def read(store: HiddenStore, batch: Batch) -> Tensor:
             hidden = store.read(self.model.num_blocks, batch.start, batch.stop, self.device)
-            return self._rows(batch, self.model.head_hidden(hidden))
+            return self.rows(batch, self.model.head_hidden(hidden))
 
         for batch in self.batches:
             original = None

@@ -63,8 +63,9 @@ class Vectors:
 
 
 def retargeted(report: Mapping[str, Any]) -> bool:
-    """Whether a recipe with a target made the checkpoint of a report."""
-    return (report.get("recipe") or {}).get("target") is not None
+    """Whether a recipe with a target or a refinement made the checkpoint of a report."""
+    recipe = report.get("recipe") or {}
+    return any(recipe.get(kind) is not None for kind in ("target", "refine"))
 
 
 def same_numbers(tensor: QuantizedTensor, expected: QuantizedTensor) -> bool:

@@ -32,16 +32,18 @@ from typing import (
 from quantkit.errors import QuantkitError, RecipeError
 from quantkit.methods.stats import Needs, Stats
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import Scale
+from quantkit.numbers.tensor import QuantizedTensor, Scale
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PartKind = Literal["target", "range", "rounding", "transform"]
+PartKind = Literal["target", "range", "rounding", "refine", "heal", "transform"]
 _PACKAGES: Mapping[str, str] = {
     "target": "quantkit.methods.targets",
     "range": "quantkit.methods.ranges",
     "rounding": "quantkit.methods.rounding",
+    "refine": "quantkit.methods.refine",
+    "heal": "quantkit.methods.heal",
     "transform": "quantkit.methods.transforms",
 }
 
@@ -133,6 +135,72 @@ class Rounding(Protocol):
         ...
 
 
+class Outputs(Protocol):
+    """A block's outputs beside those that are wanted, as the weights that are refined change.
+
+    A loss is what one batch of the calibration's outputs lacks: ‖got - wanted‖² / ‖wanted‖².
+    """
+
+    batches: int
+
+    def put_(self, weights: Sequence[Tensor]) -> None:
+        """Has the block compute with other values, float32 [O, I] each, from now on."""
+        ...
+
+    def loss(self, batch: int) -> float:
+        """The loss of a batch."""
+        ...
+
+    def slopes(self, batch: int) -> tuple[float, list[Tensor]]:
+        """The loss of a batch and its gradient by each weight, float32 [O, I]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """A refinement's answer: the weights anew, and the loss on batches that none was fitted to.
+
+    `after` is never more than `before`; where nothing helped the weights are those given.
+    """
+
+    tensors: list[QuantizedTensor]
+    before: float
+    after: float
+
+
+@runtime_checkable
+class Refine(Protocol):
+    """Moves codes and scales of a block's weights, all at once, for the sake of its outputs."""
+
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether weights of that scheme are refined; those of others stay as they are."""
+        ...
+
+    def __call__(self, tensors: Sequence[QuantizedTensor], outputs: Outputs) -> Refined:
+        """The weights refined; `half_scales` of their schemes says what their files store."""
+        ...
+
+
+@runtime_checkable
+class Heal(Protocol):
+    """Says how the scales of a quantized model are trained on the original's logits."""
+
+    rate: float
+    iterations: int
+
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether scales of that scheme are trained; others stay as they are."""
+        ...
+
+    def judges(self, batches: int) -> int:
+        """How many of the batches, the last ones, only judge."""
+        ...
+
+    def looks_after(self, step: int) -> bool:
+        """Whether these judge after a step, the first being 0."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reader:
     """A weight that reads the scaled input: float32 [O, I]; scheme None = it stays as it is."""
@@ -178,6 +246,19 @@ class Estimated(Protocol):
 
     def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
         """The work on weights [rows, columns] that share an input."""
+        ...
+
+
+@runtime_checkable
+class Learning(Estimated, Protocol):
+    """A part that learns by gradients and says how often it runs a block."""
+
+    def takes(self, scheme: Scheme) -> bool:
+        """Whether weights of that scheme learn."""
+        ...
+
+    def steps(self, batches: int) -> tuple[int, int]:
+        """Gradients it takes, and runs beside them, each on one of so many batches."""
         ...
 
 

@@ -16,8 +16,10 @@ from typing import Any
 from quantkit.checkpoint.door import RECIPE_BYTES, given_path, read_plain
 from quantkit.errors import CalibrationError, RecipeError
 from quantkit.methods.parts import (
+    Heal,
     PartKind,
     Range,
+    Refine,
     Rounding,
     Target,
     Transform,
@@ -37,6 +39,8 @@ _KEYS = (
     "target",
     "range",
     "rounding",
+    "refine",
+    "heal",
     "transforms",
     "propagate",
     "rules",
@@ -109,6 +113,8 @@ class Recipe:
     target: PartSpec | None = None
     range: PartSpec
     rounding: PartSpec
+    refine: PartSpec | None = None
+    heal: PartSpec | None = None
     transforms: tuple[PartSpec, ...] = ()
     propagate: bool = True
     rules: tuple[Rule, ...] = ()
@@ -148,7 +154,7 @@ class Recipe:
         if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
         head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
-        kv = data.get("kv")
+        kv, refine, heal = data.get("kv"), data.get("refine"), data.get("heal")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -163,6 +169,8 @@ class Recipe:
             target=None if target is None else PartSpec.from_value("target", target),
             range=PartSpec.from_value("range", data["range"]),
             rounding=PartSpec.from_value("rounding", data["rounding"]),
+            refine=None if refine is None else PartSpec.from_value("refine", refine),
+            heal=None if heal is None else PartSpec.from_value("heal", heal),
             transforms=tuple(PartSpec.from_value("transform", t) for t in transforms),
             propagate=propagate,
             rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
@@ -190,6 +198,10 @@ class Recipe:
             data["fit"] = True
         if self.target is not None:
             data["target"] = self.target.to_value()
+        if self.refine is not None:
+            data["refine"] = self.refine.to_value()
+        if self.heal is not None:
+            data["heal"] = self.heal.to_value()
         if self.head is not None:
             data["head"] = self.head.name
         if self.mtp is not None:
@@ -219,6 +231,20 @@ class Recipe:
         part: Rounding = make_part("rounding", self.rounding.name, dict(self.rounding.options))
         return part
 
+    def make_refine(self) -> Refine | None:
+        """The part that refines a block's weights together; None where that is not done."""
+        if self.refine is None:
+            return None
+        part: Refine = make_part("refine", self.refine.name, dict(self.refine.options))
+        return part
+
+    def make_heal(self) -> Heal | None:
+        """The part that trains a quantized model's scales; None where that is not done."""
+        if self.heal is None:
+            return None
+        part: Heal = make_part("heal", self.heal.name, dict(self.heal.options))
+        return part
+
     def make_transforms(self) -> tuple[Transform, ...]:
         """The transform parts, in order."""
         return tuple(make_part("transform", t.name, dict(t.options)) for t in self.transforms)
@@ -232,6 +258,10 @@ class Recipe:
         kinds += [("transform", part) for part in self.transforms]
         if self.target is not None:
             kinds.append(("target", self.target))
+        if self.refine is not None:
+            kinds.append(("refine", self.refine))
+        if self.heal is not None:
+            kinds.append(("heal", self.heal))
         return " ".join(filter(None, (code_of(kind, part.name) for kind, part in kinds)))
 
     def needs(self, scheme: Scheme) -> Needs:
@@ -250,8 +280,23 @@ class Recipe:
 
     @property
     def calibrated(self) -> bool:
-        """True if any weight needs statistics, or the cache scales: calibration text is needed."""
-        return self.kv is not None or self._reads_statistics
+        """True if any weight needs statistics or is refined, or the cache scales: calibration text
+        is needed."""
+        return self.kv is not None or self._reads_statistics or self.refines
+
+    @property
+    def refines(self) -> bool:
+        """True if weights of any of its schemes are refined."""
+        part = self.make_refine()
+        return part is not None and any(part.takes(scheme) for scheme in self.schemes)
+
+    @property
+    def heals(self) -> bool:
+        """True if scales of any of its schemes are trained: not where inputs are rounded."""
+        part = self.make_heal()
+        if part is None or any(scheme.activation_bits != 16 for scheme in self.schemes):
+            return False
+        return any(part.takes(scheme) for scheme in self.schemes)
 
     @property
     def _reads_statistics(self) -> bool:

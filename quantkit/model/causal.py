@@ -191,9 +191,13 @@ class CausalModel:
 
     def run(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The block's hidden states [B, T, H]; no gradients."""
-        axis = self._passes.layout.sequences
         with torch.no_grad():
-            output = call_block(block, hidden_BTH.movedim(0, axis), call)
+            return self.output(block, hidden_BTH, call)
+
+    def output(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+        """The block's hidden states [B, T, H]; with gradients where they are enabled."""
+        axis = self._passes.layout.sequences
+        output = call_block(block, hidden_BTH.movedim(0, axis), call)
         hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
         return hidden.movedim(axis, 0)
 
@@ -390,13 +394,13 @@ class CausalModel:
         return rows.to(self.device, self.dtype)
 
     def partial_logits(
-        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int, *, grad: bool = False
     ) -> torch.Tensor:
         """Logits of some of the vocabulary, from the last block's output and `head_rows`.
 
         Final norm, caps and scales are the model's own: they work on each logit alone.
         """
-        return self._passes.finish_rows(hidden_BTH, rows_VH, start)
+        return self._passes.finish_rows(hidden_BTH, rows_VH, start, grad=grad)
 
     def empty_block(self, index: int) -> nn.Module:
         """A copy of a block whose weights are on the meta device; what it computes is there."""

@@ -91,6 +91,8 @@ class Passes:
         mask_BT: torch.Tensor | None,
         on_block: OnBlock,
         on_head: OnHead | None = None,
+        *,
+        grad: bool = False,
     ) -> torch.Tensor:
         """What the model returns as logits when `on_block` stands in for every block.
 
@@ -120,7 +122,7 @@ class Passes:
         for module, forward in stand_ins:
             module.__dict__["forward"] = forward
         try:
-            with torch.no_grad(), _Stage(self._embedding, self._gather, self.device):
+            with torch.set_grad_enabled(grad), _Stage(self._embedding, self._gather, self.device):
                 mask = None if mask_BT is None else mask_BT.to(self.device)
                 output = self._model(
                     input_ids=ids_BT.to(self.device), attention_mask=mask, use_cache=False
@@ -166,7 +168,9 @@ class Passes:
             extra=first[token] - 8 * rows,
         )
 
-    def finish(self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None) -> torch.Tensor:
+    def finish(
+        self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None, *, grad: bool = False
+    ) -> torch.Tensor:
         """Logits [B, T, V] from the last block's output: final norm, head, caps and scales."""
         last = len(self._blocks) - 1
 
@@ -176,15 +180,15 @@ class Passes:
         layout = self.layout
         tokens = (hidden_BTH.shape[layout.tokens] - layout.extra) // layout.rows
         ids_BT = torch.zeros(len(hidden_BTH), tokens, dtype=torch.int64)
-        return self.run(ids_BT, None, replace, on_head or self._project)
+        return self.run(ids_BT, None, replace, on_head or self._project, grad=grad)
 
     def finish_rows(
-        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int
+        self, hidden_BTH: torch.Tensor, rows_VH: torch.Tensor, start: int, *, grad: bool = False
     ) -> torch.Tensor:
         """Logits of the vocabulary rows `start`... that `rows` are, as `finish` gives them."""
         bias = getattr(self._head, "bias", None)
         part = None if bias is None else bias[start : start + len(rows_VH)].to(rows_VH.dtype)
-        return self.finish(hidden_BTH, lambda x: nn.functional.linear(x, rows_VH, part))
+        return self.finish(hidden_BTH, lambda x: nn.functional.linear(x, rows_VH, part), grad=grad)
 
     def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """What the head reads [B, T, H'] when the last block puts out `hidden`."""

@@ -69,12 +69,16 @@ class WeightRef:
 
 def weight_view(block: nn.Module, ref: WeightRef) -> torch.Tensor:
     """The weight as [O, I]: a view of the block's parameter (writes go through)."""
-    w = block.get_parameter(ref.parameter).detach()
+    return part_view(block.get_parameter(ref.parameter).detach(), ref)
+
+
+def part_view(value: torch.Tensor, ref: WeightRef) -> torch.Tensor:
+    """The weight's part [O, I] of a tensor shaped as the parameter that holds it: a view."""
     if ref.expert is not None:
-        w = w[ref.expert]
+        value = value[ref.expert]
     if ref.rows is not None:
-        w = w[ref.rows[0] : ref.rows[1]]
-    return w.t() if ref.transposed else w
+        value = value[ref.rows[0] : ref.rows[1]]
+    return value.t() if ref.transposed else value
 
 
 @dataclass(frozen=True, kw_only=True)

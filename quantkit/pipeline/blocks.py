@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.ahead import BlocksAhead
+from quantkit.calibration.block_loss import BlockLoss
 from quantkit.calibration.gather import StatsBook
-from quantkit.calibration.shared import BlockNeeds, MethodStats, SharedStats
+from quantkit.calibration.shared import MethodStats, SharedStats
 from quantkit.calibration.spans import phase
 from quantkit.calibration.staged import Staged, stages_of
 from quantkit.calibration.stream import CalibrationStream
@@ -27,17 +28,20 @@ from quantkit.checkpoint.shards import ShardWriter
 from quantkit.formats.format import PlannedWeight
 from quantkit.methods.parts import Range, Rounding, Target
 from quantkit.methods.recipe import input_needs, load_recipe
-from quantkit.methods.stats import Needs, Stats, Stream
+from quantkit.methods.stats import Stats, Stream
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
 from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.activations import InputRounding
 from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.cache import CacheRanges
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
-from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights
+from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights, refine_weights
+from quantkit.pipeline.work.heal import HealWork
+from quantkit.pipeline.work.needs import block_needs, fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,8 @@ class SharedMethod:
 
 
 Book = StatsBook | MethodStats
+# A weight, and how many tokens reached its input.
+_Solved = tuple[Solved, int | None]
 
 
 class BlockWork:
@@ -73,8 +79,10 @@ class BlockWork:
         shared: SharedMethod | None = None,
         keep_hidden: bool = False,
         ahead: bool = False,
+        resident: bool = False,
     ) -> None:
-        """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work.
+        """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work;
+        resident: hold all blocks in memory while they are healed.
 
         Raises ResumeError if what `done` wrote is gone.
         """
@@ -91,10 +99,15 @@ class BlockWork:
         self.transforms = recipe.make_transforms()
         self.target = recipe.make_target()
         self.range, self.rounding = recipe.make_range(), recipe.make_rounding()
+        self.refine = recipe.make_refine() if recipe.refines else None
         self.steps = ["outside"]
         if calibration is not None:
             self.steps.append("embed")
         self.steps += [f"block {index}" for index in range(model.num_blocks)]
+        self.heal: HealWork | None = None
+        if recipe.heals:
+            self.steps.append("heal")
+            self.heal = HealWork(model, plan, scratch, done=done, resident=resident, stack=stack)
         if plan.head is not None:
             self.steps.append("head")
         if plan.embedding is not None:
@@ -129,7 +142,7 @@ class BlockWork:
                 scratch=scratch,
                 gram_budget=gram_budget,
                 stack=stack,
-                drift=self.target is not None,
+                original=self.target is not None or self.heal is not None,
                 keep=keep_hidden,
             )
 
@@ -141,6 +154,8 @@ class BlockWork:
                 record = self._outside()
             elif step == "embed":
                 record = self._embed()
+            elif step == "heal":
+                record = self._healed()
             elif step == "head":
                 record = self._head()
             elif step == "embedding":
@@ -163,6 +178,8 @@ class BlockWork:
             self.writer.sync()
             if self.folds is not None:
                 self.folds.sync()
+            if self.heal is not None:
+                self.heal.blocks.sync()
         return True
 
     def close(self) -> None:
@@ -196,14 +213,30 @@ class BlockWork:
         rounded: dict[str, InputRounding] = {}
         if self.target is not None:
             book = self._staged(index, block, rounded)
-        weights = list(self._quantize(index, block, book, rounded))
+        if self.stream is not None and self.target is None:
+            if self.stream.original is not None:
+                self.stream.forward_original(index, block)
+            elif self.refine is not None:
+                # What is wanted, until it is known what comes.
+                self.stream.forward(index, block, None, write=True)
+        solved: Iterable[_Solved] = self._quantize(index, block, book, rounded)
+        refined = None
+        if self.refine is not None:
+            solved = list(solved)
+            if isinstance(book, Staged):
+                book.close()
+            solved, refined = self._refined(index, block, solved, rounded)
+        if self.heal is not None:
+            solved = list(solved)
+            self.heal.keep(index, block, [weight for weight, _ in solved])
+        weights = [self._finish(weight, tokens) for weight, tokens in solved]
         if isinstance(book, Staged):
             book.close()
         del book
         with phase("writing"):
             self._write_kept(index, block)
-        last = index == self.model.num_blocks - 1 and self.plan.head is None
-        self._generation = None if last or self.shared is not None else index + 1
+        go_on = self._handed_on(index) and self.shared is None
+        self._generation = index + 1 if go_on else None
         write = self._generation is not None and propagate
         if self.stream is not None and (write or self.plan.cache is not None):
             ranges = None if self.plan.cache is None else CacheRanges(self.plan.cache, index)
@@ -211,7 +244,12 @@ class BlockWork:
             self.stream.forward(index, block, None, write=write, rounded=rounded, cached=see)
             for name, scale in {} if ranges is None else ranges.scales().items():
                 self.writer.put(name, scale)
-        return Record(step=f"block {index}", weights=tuple(weights), folded=folded)
+        return Record(step=f"block {index}", weights=tuple(weights), folded=folded, refined=refined)
+
+    def _handed_on(self, index: int) -> bool:
+        """Whether anyone reads the hidden states that a block hands on."""
+        last = index == self.model.num_blocks - 1
+        return not last or self.plan.head is not None or self.heal is not None
 
     def _write_kept(self, index: int, block: nn.Module) -> None:
         """Writes what a block holds besides quantized weights."""
@@ -267,7 +305,7 @@ class BlockWork:
             features=wanted.features,
             stages=stages_of(list(keys.items())),
             rounded=rounded,
-            write=index < self.model.num_blocks - 1 or self.plan.head is not None,
+            write=self.refine is not None or self._handed_on(index),
             last=last,
         )
 
@@ -305,22 +343,51 @@ class BlockWork:
         block: nn.Module,
         book: Book | Staged | None,
         rounded: dict[str, InputRounding],
-    ) -> Iterator[WeightRecord]:
-        """Quantizes a block's weights; `rounded` receives parameters whose inputs are, and how."""
+    ) -> Iterator[_Solved]:
+        """Quantizes a block's weights, and tells how many tokens reached each; `rounded` receives
+        parameters whose inputs are, and how."""
         for key, refs in self.plan.input_groups(index):
             stats = book.get(key) if book is not None and key in book else None
             weights = [self.model.weight(block, ref) for ref in refs]
             for solved in self._solve(refs, weights, stats):
-                self._put(self.plan.weight_of[solved.ref.name], solved)
                 self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
                 if solved.tensor.scheme.activation_bits != 16:
                     rounded[solved.ref.parameter] = InputRounding(
                         scheme=solved.tensor.scheme, scale=solved.tensor.input_scale
                     )
                 self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.cost.error:.1e}")
-                yield WeightRecord.of(
-                    solved, solved.ref.name, None if stats is None else stats.count
-                )
+                yield solved, None if stats is None else stats.count
+
+    def _finish(self, solved: Solved, tokens: int | None) -> WeightRecord:
+        """Writes a weight of a block, unless its scales are still to be healed."""
+        if self.heal is None or solved.ref.name not in self.heal.names:
+            self._put(self.plan.weight_of[solved.ref.name], solved.tensor)
+        return WeightRecord.of(solved, solved.ref.name, tokens)
+
+    def _refined(
+        self,
+        index: int,
+        block: nn.Module,
+        solved: Sequence[_Solved],
+        rounded: Mapping[str, InputRounding],
+    ) -> tuple[list[_Solved], tuple[float, float] | None]:
+        """A block's weights, moved for the sake of its outputs; their loss before and after."""
+        assert self.refine is not None and self.stream is not None
+        # A rounded input has no gradient.
+        takes = [] if rounded else [w for w, _ in solved if self.refine.takes(w.tensor.scheme)]
+        taken = {weight.ref.name: weight for weight in takes}
+        if not taken:
+            return list(solved), None
+        refs = [weight.ref for weight in taken.values()]
+        half = [self._stored(ref, taken[ref.name].tensor.scheme).half_scales for ref in refs]
+        wanted = self.stream.hidden if self.stream.original is None else self.stream.original
+        outputs = BlockLoss(self.stream, index, block, refs, wanted)
+        moved, loss = refine_weights(self.refine, list(taken.values()), half, outputs)
+        self.tell(f"refined {loss[0]:.2e} -> {loss[1]:.2e}")
+        for weight in moved:
+            taken[weight.ref.name] = weight
+            self.model.set_weight_(block, weight.ref, weight.tensor.dequantize())
+        return [(taken.get(weight.ref.name, weight), count) for weight, count in solved], loss
 
     def _solve(
         self,
@@ -349,10 +416,19 @@ class BlockWork:
         dtype = self.plan.format.scale_dtype(self.model.source.info(ref.name).dtype)
         return dataclasses.replace(scheme, half_scales=dtype == torch.float16)
 
-    def _put(self, weight: PlannedWeight, solved: Solved) -> None:
+    def _put(self, weight: PlannedWeight, tensor: QuantizedTensor) -> None:
         with phase("writing"):
-            for name, tensor in self.plan.format.pack(weight, solved.tensor).items():
-                self.writer.put(name, tensor)
+            for name, packed in self.plan.format.pack(weight, tensor).items():
+                self.writer.put(name, packed)
+
+    def _healed(self) -> Record:
+        """Trains the scales of all blocks and writes the weights that have them."""
+        assert self.heal is not None and self.stream is not None
+        loss = self.heal.run(self.stream)
+        for name, tensor in self.heal.tensors():
+            self._put(self.plan.weight_of[name], tensor)
+        self._generation = None if self.plan.head is None else self.model.num_blocks
+        return Record(step="heal", refined=loss)
 
     def _head(self) -> Record:
         """Quantizes the output head on the hidden states that reach it."""
@@ -360,7 +436,7 @@ class BlockWork:
         assert head is not None
         scheme = self.plan.scheme_of(head)
         needs = input_needs((self.target, self.range, self.rounding), scheme)
-        needs = _fitting(needs, head.shape[1])
+        needs = fitting(needs, head.shape[1])
         stats: Stats | None = None
         if self.stream is not None and needs:
             stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
@@ -382,7 +458,7 @@ class BlockWork:
             weights = [w.t() if r.transposed else w for r, w in zip(refs, weights, strict=True)]
             parts = None, plain.make_range(), plain.make_rounding()
             for solved in self._solve(refs, weights, None, parts):
-                self._put(self.plan.weight_of[solved.ref.name], solved)
+                self._put(self.plan.weight_of[solved.ref.name], solved.tensor)
                 self.tell(f"{solved.ref.name.removesuffix('.weight')} {solved.cost.error:.1e}")
                 records.append(WeightRecord.of(solved, solved.ref.name, None))
         return Record(step="extra", weights=tuple(records))
@@ -390,7 +466,7 @@ class BlockWork:
     def _outside_matrix(self, ref: WeightRef, stats: Stats | None) -> WeightRecord:
         planned = self.plan.planned_head if ref.role == "head" else self.plan.weight_of[ref.name]
         (solved,) = self._solve([ref], [self._read(ref)], stats)
-        self._put(planned, solved)
+        self._put(planned, solved.tensor)
         return WeightRecord.of(solved, planned.name, None if stats is None else stats.count)
 
     def _read(self, ref: WeightRef) -> Tensor:
@@ -401,6 +477,9 @@ class BlockWork:
         """Names of the output tensors that a step writes."""
         if step == "embed":
             return []
+        if step == "heal":
+            assert self.heal is not None
+            return self.heal.outputs
         if step == "head":
             return [info.name for info in self.plan.head_layout]
         if step == "embedding":
@@ -414,40 +493,5 @@ class BlockWork:
         fates = self.plan.fates_of_block.get(block, ())
         if step == "outside":
             fates = tuple(fate for fate in fates if fate.fate != "quantized")
-        return [info.name for fate in fates for info in fate.output]
-
-
-def block_needs(
-    plan: Plan, index: int, *, parts: bool = True, transforms: bool = True
-) -> BlockNeeds:
-    """The statistics that a plan's method reads at the inputs of a block.
-
-    Those of its target, range and rounding, those of its transforms, or both.
-    """
-    recipe = plan.recipe
-    solving = recipe.make_target(), recipe.make_range(), recipe.make_rounding()
-    needs: dict[str, Needs] = {}
-    features: dict[str, int] = {}
-    for key, refs in plan.input_groups(index) if parts else ():
-        needs[key] = input_needs(solving, plan.scheme_of(refs[0]))
-        if refs[0].role == "expert":
-            # The two models route differently.
-            needs[key] = dataclasses.replace(needs[key], drift=False)
-        features[key] = refs[0].shape[1]
-    for group in plan.groups[index] if transforms else ():
-        for transform in recipe.make_transforms():
-            for key in group.inputs:
-                needs[key] = needs.get(key, Needs()) | transform.needs(recipe.scheme)
-                features[key] = len(group.channel_map)
-    needs = {key: _fitting(need, features[key]) for key, need in needs.items() if need}
-    return BlockNeeds(needs=needs, features=features)
-
-
-def _fitting(needs: Needs, features: int) -> Needs:
-    """The needs without a block diagonal that does not divide the features.
-
-    Only flat blocks (nf4, fp4) get there: they straddle rows, and parts use moments instead.
-    """
-    if needs.gram > 0 and features % needs.gram:
-        return dataclasses.replace(needs, gram=0, moments=True)
-    return needs
+        later = set() if self.heal is None or block is None else self.heal.names
+        return [info.name for fate in fates if fate.name not in later for info in fate.output]

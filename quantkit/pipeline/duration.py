@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tokens import Calibration
-from quantkit.methods.parts import Estimated, Work
+from quantkit.methods.parts import Estimated, Learning, Work
 from quantkit.methods.superblock import seconds_per_weight
 from quantkit.model.causal import CausalModel
 from quantkit.numbers.scheme import Scheme
@@ -101,7 +102,7 @@ def duration(
             fitted[scheme] = fitted.get(scheme, 0) + ref.shape[0] * ref.shape[1]
     if calibration is not None:
         tokens, length = calibration.ids.numel(), calibration.ids.shape[1]
-        runs = (2 if recipe.propagate else 1) + needs.drift
+        runs = (2 if recipe.propagate else 1) + (needs.drift or recipe.heals)
         width = model.text_config.hidden_size * model.num_blocks
         own += 2.0 * tokens * weights * runs
         own += sum(tokens * float(columns) ** 2 for columns in inputs.values()) if gram else 0.0
@@ -111,6 +112,19 @@ def duration(
             passes=_MOMENT_PASSES * float(tokens) * sum(inputs.values())
             + _ACTIVATION_PASSES * float(tokens) * width * runs,
         )
+        learners = (
+            recipe.make_refine() if recipe.refines else None,
+            recipe.make_heal() if recipe.heals else None,
+        )
+        for part in learners:
+            if isinstance(part, Learning):
+                learning, moved = _learning(model, plan, calibration, part)
+                own += learning
+                work += moved
+        if recipe.heals and isinstance(learners[1], Learning):
+            gradients, judged = learners[1].steps(_batches(model, calibration)[0])
+            head = 2.0 * model.head.shape[0] * model.head.shape[1]
+            own += head * _batches(model, calibration)[1] * (4 * gradients + 2 * judged)
     fitting = sum(count * seconds_per_weight(scheme) for scheme, count in fitted.items())
     return (
         own / speeds.own
@@ -120,6 +134,38 @@ def duration(
         + plan.layout.num_bytes / _BYTES_PER_SECOND
         + model.num_blocks * _BLOCK_SECONDS
     )
+
+
+def _batches(model: CausalModel, calibration: Calibration) -> tuple[int, int]:
+    """How many batches there are, and the tokens of one."""
+    samples, length = calibration.ids.shape
+    size = max(1, BATCH_TOKENS[model.device.type] // length)
+    return -(-samples // size), min(size, samples) * length
+
+
+def _learning(
+    model: CausalModel, plan: Plan, calibration: Calibration, part: Learning
+) -> tuple[float, Work]:
+    """Operations of matrix products in the model's dtype, and other work, of learning in all
+    blocks.  A gradient costs twice what a run of the block does."""
+    length = calibration.ids.shape[1]
+    batches, tokens = _batches(model, calibration)
+    gradients, runs = part.steps(batches)
+    own, work = 0.0, Work()
+    for index in range(model.num_blocks):
+        refs = [ref for _, group in plan.input_groups(index) for ref in group]
+        taken = [ref for ref in refs if part.takes(plan.scheme_of(ref))]
+        if not taken:
+            continue
+        weights = sum(ref.shape[0] * ref.shape[1] for ref in plan.refs[index])
+        own += 2.0 * tokens * weights * (3 * gradients + runs)
+        width = float(model.text_config.hidden_size)
+        passes = _ACTIVATION_PASSES * tokens * width * (3 * gradients + runs)
+        products = 4.0 * tokens * length * width * (3 * gradients + runs)
+        work += Work(products=products, passes=passes)
+        for ref in taken:
+            work += part.work(*ref.shape, plan.scheme_of(ref))
+    return own, work
 
 
 def _work(

@@ -6,19 +6,26 @@ Letters: I in features, O out features.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
+import torch
+
 from quantkit.calibration.gather import gram_bytes
+from quantkit.calibration.healing import LOGITS
+from quantkit.calibration.held_blocks import held_layout
 from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.checkpoint.sidefiles import side_bytes
 from quantkit.errors import BudgetError
+from quantkit.methods.parts import Heal, Refine
 from quantkit.methods.superblock import working_bytes
 from quantkit.model.causal import CausalModel
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.solve import BLOCK_CHUNK
+from quantkit.pipeline.work.heal import held_weights
 
 # Allocator slack, lazily imported modules, thread stacks and copy buffers.
 _OVERHEAD_BYTES = 96 * 2**20
@@ -28,6 +35,13 @@ _SOLVE_COPIES = 5
 # Float32 copies of a part of a weight on a block type: weight, values, codes, differences; with
 # statistics also targets and errors.
 _CHUNK_COPIES, _CALIBRATED_COPIES = 4, 6
+# Of each weight that is refined: codes as given, as they are best and as real numbers, two means of
+# gradients, the gradient and the value in float32; beside it the gradient in the model's dtype.
+_LEARNED_BYTES = 2 + 5 * 4
+# Float32 copies of one weight within a step; of hidden states within a block.
+_STEP_COPIES, _HIDDEN_COPIES = 4, 12
+# Float32 copies of a piece of logits: the original's and the model's, their exponentials, slopes.
+_LOGIT_COPIES = 8
 # Square matrices beside the Gram matrix while it is factorised.
 _FACTOR_COPIES = 3
 
@@ -42,6 +56,8 @@ class Prediction:
     gram        statistics of the input group that needs most; they are gathered in passes that fit
     grams       statistics of a whole block, if they are to be gathered in one pass
     solve       float32 working copies of the group of weights that needs most
+    heal        training of scales beside a block: activations, logits, the head, what is learned
+    resident    all blocks at once, if they are to stay in memory meanwhile
     seconds     at the speeds measured now
     note        what to know about them, or None
     """
@@ -52,6 +68,8 @@ class Prediction:
     gram: int
     grams: int
     solve: int
+    heal: int
+    resident: int
     disk: int
     seconds: float
     note: str | None = None
@@ -59,12 +77,13 @@ class Prediction:
     @property
     def smallest(self) -> int:
         """Peak resident bytes with statistics gathered in as many passes as there are inputs."""
-        return self.base + self.block + max(self.forward + self.gram, self.gram + self.solve)
+        solving = max(self.forward + self.gram, self.gram + self.solve)
+        return self.base + self.block + max(solving, self.heal)
 
     @property
     def largest(self) -> int:
         """Peak resident bytes with a block's statistics gathered in one pass."""
-        return self.base + self.block + max(self.forward, self.solve) + self.grams
+        return self.base + self.block + max(max(self.forward, self.solve) + self.grams, self.heal)
 
     def peak(self, max_ram: int | None) -> int:
         """The predicted peak under a budget."""
@@ -79,6 +98,17 @@ class Prediction:
         if limit is None or base + self.largest - self.base <= limit:
             return None
         return limit - base - self.block - max(self.forward, self.solve)
+
+    def heals_in_memory(self, max_ram: int | None, max_vram: int | None, device: str) -> bool:
+        """Whether all blocks stay in memory while they are healed, which changes the time only:
+        they fit into the budget, or without one into a quarter of the device's memory."""
+        needed = self.block + self.heal + self.resident
+        if device.startswith("cuda"):
+            limit = torch.cuda.mem_get_info(device)[1] // 4 if max_vram is None else max_vram
+            return needed <= limit
+        if max_ram is not None:
+            return self.base + needed <= max_ram
+        return needed <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
     def check_vram(self, max_vram: int | None) -> None:
         """Raises BudgetError with the smallest --max-vram that works if the plan cannot fit."""
@@ -156,9 +186,16 @@ def predict(
             matrix = (4 + model.source.info(ref.name).dtype.itemsize) * rows * columns
             working = _block_bytes(rows, columns, size, _FACTOR_COPIES * size)
             solve = max(solve, size + matrix + working)
+    if calibration is not None and recipe.refines:
+        solve = max(solve, _refining_bytes(model, plan, batch))
+    heal, resident, held = 0, 0, 0
+    if calibration is not None and recipe.heals:
+        held = held_layout(model, held_weights(model, plan))[0].num_bytes
+        resident = model.num_blocks * block + held
+        heal = _healing_bytes(model, plan, batch)
     speeds = Speeds.measure(model.dtype, device=device)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
-    hidden *= 1 + needs.drift
+    hidden *= 1 + (needs.drift or recipe.heals)
     spill = grams if calibration is not None else 0
     beside = side_bytes(model.source) if plan.layout.side_files is None else 0
     return Prediction(
@@ -169,10 +206,73 @@ def predict(
         gram=gram,
         grams=grams,
         solve=solve,
-        disk=plan.layout.num_bytes + beside + hidden + spill,
+        heal=heal,
+        resident=resident,
+        disk=plan.layout.num_bytes + beside + hidden + spill + held,
         seconds=duration(model, plan, calibration, speeds),
         note=speeds.note,
     )
+
+
+def _refining_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
+    """What the refinement of a block holds: numbers for each weight, and activations of a batch
+    that wait for their gradient."""
+    part = plan.recipe.make_refine()
+    assert part is not None
+    most = 0
+    for index in range(model.num_blocks):
+        taken = _taken(plan, index, part)
+        if taken:
+            numbers = sum(taken) * (_LEARNED_BYTES + model.dtype.itemsize)
+            numbers += _STEP_COPIES * 4 * max(taken)
+            most = max(most, numbers + _waiting_bytes(model, plan, index, tokens))
+    return most
+
+
+def _healing_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
+    """What healing holds beside a block: its codes and gradients, activations of a batch in it and
+    between all blocks, the head, logits, and four numbers for each scale."""
+    part = plan.recipe.make_heal()
+    assert part is not None
+    itemsize, most, weights = model.dtype.itemsize, 0, 0
+    for index in range(model.num_blocks):
+        taken = _taken(plan, index, part)
+        weights += sum(taken)
+        numbers = sum(taken) * (1 + itemsize) + _STEP_COPIES * 4 * max(taken, default=0)
+        most = max(most, numbers + _waiting_bytes(model, plan, index, tokens))
+    rows, columns = model.head.shape
+    between = (model.num_blocks + 2) * tokens * model.text_config.hidden_size * itemsize
+    size = min(scheme.group_size or columns for scheme in plan.recipe.schemes)
+    learned = 5 * 4 * weights // size
+    return most + rows * columns * itemsize + between + learned + _LOGIT_COPIES * 4 * LOGITS
+
+
+def _taken(plan: Plan, index: int, part: Refine | Heal) -> list[int]:
+    """Sizes of the block's weights that a part takes."""
+    return [
+        ref.shape[0] * ref.shape[1]
+        for _, refs in plan.input_groups(index)
+        for ref in refs
+        if part.takes(plan.scheme_of(ref))
+    ]
+
+
+def _waiting_bytes(model: CausalModel, plan: Plan, index: int, tokens: int) -> int:
+    """Activations of a batch that wait for their gradient: both sides of each product and what lies
+    between, norms and residuals in float32."""
+    plain, experts = 0, []
+    for _, refs in plan.input_groups(index):
+        width = sum(ref.shape[0] for ref in refs) + refs[0].shape[1]
+        if refs[0].role == "expert":
+            experts.append(width)
+        else:
+            plain += width
+    # Each token goes to a few of the experts, whose first and last products have their own inputs.
+    routed = getattr(model.text_config, "num_experts_per_tok", None)
+    count = len(experts) if routed is None else min(len(experts), 2 * routed)
+    width = plain + sum(sorted(experts)[len(experts) - count :])
+    hidden = _HIDDEN_COPIES * 4 * model.text_config.hidden_size
+    return tokens * (2 * width * model.dtype.itemsize + hidden)
 
 
 def _block_bytes(rows: int, columns: int, gram: int, factor: int) -> int:

@@ -40,11 +40,13 @@ class WeightRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One journal line: a step, the weights it quantized, the scale groups it folded."""
+    """One journal line: a step, the weights it quantized, the scale groups it folded, and the loss
+    of its block's outputs before and after they were refined."""
 
     step: str
     weights: tuple[WeightRecord, ...] = ()
     folded: tuple[str, ...] = ()
+    refined: tuple[float, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -57,4 +59,5 @@ class Record:
             step=data["step"],
             weights=tuple(WeightRecord(**weight) for weight in data["weights"]),
             folded=tuple(data["folded"]),
+            refined=None if data["refined"] is None else tuple(data["refined"]),
         )

@@ -51,6 +51,7 @@ def build_report(
         "readers": dict(plan.readers),
         "calibration": None if calibration is None else calibration.record.to_dict(),
         "folded": [name for record in records for name in record.folded],
+        **_refined(records),
         "unties_head": plan.unties_head,
         "notes": [*plan.notes, *_notes(weights)],
         "degraded": {w.name: w.degraded for w in weights if w.degraded is not None},
@@ -82,6 +83,16 @@ def build_report(
         ],
         "fingerprint": dict(fingerprint),
     }
+
+
+def _refined(records: Sequence[Record]) -> dict[str, object]:
+    """By step, the loss of a block's outputs on text that is held out, if they were refined."""
+    found = {
+        record.step: {"before": record.refined[0], "after": record.refined[1]}
+        for record in records
+        if record.refined is not None
+    }
+    return {"refined": found} if found else {}
 
 
 def _notes(weights: Sequence[WeightRecord]) -> list[str]:

@@ -227,6 +227,7 @@ class Session:
             # What a limit leaves is for statistics.
             keep_hidden=job.max_vram is None,
             ahead=job.device.startswith("cuda") and job.max_ram is None,
+            resident=job.prediction.heals_in_memory(job.max_ram, job.max_vram, job.device),
         )
 
     @property

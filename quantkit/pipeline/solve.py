@@ -16,7 +16,16 @@ from quantkit.calibration.spans import phase
 from quantkit.errors import RecipeError
 from quantkit.methods.extent import Extent, share_scales
 from quantkit.methods.fidelity import Cost, beyond_half, cost_of, unheld_groups
-from quantkit.methods.parts import GroupRange, Range, Reader, Rounding, Target, Transform
+from quantkit.methods.parts import (
+    GroupRange,
+    Outputs,
+    Range,
+    Reader,
+    Refine,
+    Rounding,
+    Target,
+    Transform,
+)
 from quantkit.methods.stats import Stats
 from quantkit.model.refs import ScaleGroup, WeightRef
 from quantkit.numbers.activations import static_input_scale
@@ -112,6 +121,30 @@ def quantize_weights(
             notes = (astray, found[k].degraded, rounded.degraded, unseen)
             solved.append(_solved(refs[k], floats[k], tensor, scheme, stats, notes))
     return solved
+
+
+def refine_weights(
+    part: Refine, solved: Sequence[Solved], half: Sequence[bool], outputs: Outputs
+) -> tuple[list[Solved], tuple[float, float]]:
+    """A block's weights refined, and the loss of its outputs before and after.
+
+    half: whether the file stores a weight's scales in float16.  Costs stay those of each weight for
+    itself before.
+    """
+    given = [
+        dataclasses.replace(
+            weight.tensor, scheme=dataclasses.replace(weight.tensor.scheme, half_scales=is_half)
+        )
+        for weight, is_half in zip(solved, half, strict=True)
+    ]
+    with phase("refine"):
+        answer = part(given, outputs)
+    found = []
+    for weight, moved in zip(solved, answer.tensors, strict=True):
+        tensor = dataclasses.replace(moved, scheme=weight.tensor.scheme)
+        tensor.check(weight.ref.name)
+        found.append(dataclasses.replace(weight, tensor=tensor, beyond_half=beyond_half(tensor)))
+    return found, (float(f"{answer.before:.6g}"), float(f"{answer.after:.6g}"))
 
 
 def _solve_blocks(

@@ -19,8 +19,9 @@ from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
 from quantkit.methods.recipe import Recipe, load_recipe
 from quantkit.numbers.scheme import Scheme
-from quantkit.pipeline.blocks import SharedMethod, block_needs
+from quantkit.pipeline.blocks import SharedMethod
 from quantkit.pipeline.session import Job, Outcome, Session
+from quantkit.pipeline.work.needs import block_needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,12 @@ def candidates(
         own = load_recipe(method, samples=samples, seq_len=seq_len, default_scheme=default_scheme)
         for scheme in _widths(own.scheme, bits):
             recipe = dataclasses.replace(
-                own, scheme=Scheme.parse(scheme), propagate=False, target=None
+                own,
+                scheme=Scheme.parse(scheme),
+                propagate=False,
+                target=None,
+                refine=None,
+                heal=None,
             )
             found.append((method, recipe))
     if not found:

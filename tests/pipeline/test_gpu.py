@@ -79,9 +79,12 @@ def test_a_gpu_gives_what_a_cpu_gives(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs.finish(jobs.make_job(models[kind], method, scheme), tmp_path / "cpu")
+    # The GPU that is none has no gradients.
+    overrides = ("refine=null", "heal=null") if method == "best" else ()
+    jobs.finish(jobs.make_job(models[kind], method, scheme, overrides=overrides), tmp_path / "cpu")
     with fake_gpu(monkeypatch):
-        jobs.finish(jobs.make_job(models[kind], method, scheme, device="cuda"), tmp_path / "gpu")
+        job = jobs.make_job(models[kind], method, scheme, overrides=overrides, device="cuda")
+        jobs.finish(job, tmp_path / "gpu")
     alike(weights(tmp_path / "cpu"), weights(tmp_path / "gpu"))
 
 

@@ -16,9 +16,9 @@ from quantkit.calibration.staged import stages_of
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.methods.recipe import load_recipe
 from quantkit.methods.stats import Stats
-from quantkit.pipeline.blocks import block_needs
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import Job
+from quantkit.pipeline.work.needs import block_needs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def both_gathered(job: Job, block: nn.Module, folder: Path, budget: int | None) 
             scratch=folder,
             gram_budget=budget,
             stack=stack,
-            drift=True,
+            original=True,
         )
         stream.embed()
         book = stream.gather_paired(
@@ -126,7 +126,7 @@ def test_the_last_matrix_of_a_block_makes_up_for_its_output(
             scratch=tmp_path / "scratch",
             gram_budget=None,
             stack=stack,
-            drift=True,
+            original=True,
         )
         stream.embed()
         before = {name: value.clone() for name, value in block.state_dict().items()}
@@ -197,8 +197,10 @@ def test_the_smallest_budget_changes_no_byte(
     assert outs[0] == outs[1]
 
 
-def test_what_a_run_needs_grows_by_the_second_stream(llama: Path, job: Job) -> None:
+def test_what_a_run_needs_grows_by_the_second_stream(llama: Path) -> None:
     recipe = load_recipe("best", scheme=SCHEME, samples=8, seq_len=32)
+    recipe = dataclasses.replace(recipe, refine=None, heal=None)
+    job = jobs.make_job(llama, recipe=recipe)
     plain = jobs.make_job(llama, recipe=dataclasses.replace(recipe, target=None))
     without = plain.prediction
     assert job.prediction.block > without.block

@@ -1,0 +1,160 @@
+"""Codes and scales learned by gradient descent on a block's outputs, from those that are there.
+
+Shapes: O out features, I in features, G groups per row, B weights per group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantkit_kernels.lazy import torch
+
+from quantkit.methods.descent import Adam, LearnedScales
+from quantkit.methods.parts import Outputs, Refined, Work
+from quantkit.numbers.grid import IntegerGrid, grid_of
+from quantkit.numbers.scheme import Scheme
+from quantkit.numbers.tensor import QuantizedTensor, decode_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How far beyond the middle between two codes a real number may go at the ends of the grid.
+_EDGE = 0.49
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """Descent on codes and scales through a whole block, in the manner of AutoRound (Cheng et al.
+    2023, https://arxiv.org/abs/2309.05516, section 3), from the solution that is there.
+
+    bits        weights of more bits are left as they are
+    iterations  steps, each on one batch of the calibration
+    scales      length of the first step, as a part of a scale; steps shorten linearly to zero
+    codes       the same in units of a code; 0 leaves them alone
+    held_out    part of the batches that only judge: the best of the looks at them is taken, the
+                start included
+    looks       how often they are looked at
+
+    Each code stands for a real number that rounds to it; its gradient is taken as if it were not
+    rounded (the straight-through estimator, Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
+
+    Deviations from AutoRound: it starts from codes that are there, not from the weights; steps are
+    Adam's (Kingma, Ba 2014, https://arxiv.org/abs/1412.6980), not signs; scales are learned as they
+    are, not the ends of ranges; text that is held out, not the text it is fitted to, chooses the
+    best step.
+    """
+
+    bits: int = 3
+    iterations: int = 64
+    codes: float = 0.0
+    scales: float = 0.002
+    held_out: float = 0.0625
+    looks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.looks < 1:
+            raise ValueError(
+                f"iterations {self.iterations}, looks {self.looks}: must be at least 1"
+            )
+        if self.codes < 0 or self.scales < 0:
+            raise ValueError(f"codes {self.codes}, scales {self.scales}: must be 0 or more")
+        if not 0 < self.held_out <= 0.5:
+            raise ValueError(f"held_out {self.held_out}: must lie in 0..0.5 and not be 0")
+
+    def takes(self, scheme: Scheme) -> bool:
+        """Integers of at most `bits` whose inputs are not rounded."""
+        plain = scheme.kind == "int" and scheme.activation_bits == 16
+        return plain and scheme.bits <= self.bits
+
+    def judges(self, batches: int) -> int:
+        """How many of the batches, the last ones, judge.  With a single one it does both."""
+        return min(max(1, round(self.held_out * batches)), max(1, batches - 1))
+
+    def steps(self, batches: int) -> tuple[int, int]:
+        """A gradient for each iteration; the batches that judge at the start and at each look."""
+        looks = min(self.looks, self.iterations)
+        return self.iterations, (1 + looks) * self.judges(batches)
+
+    def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
+        """What each step does to the numbers themselves; products are the block's."""
+        return Work(passes=self.iterations * 25.0 * rows * columns)
+
+    def __call__(self, tensors: Sequence[QuantizedTensor], outputs: Outputs) -> Refined:
+        """The weights refined; they lie in the block when this returns, or others."""
+        latents = [_Latent(tensor) for tensor in tensors]
+        judges = self.judges(outputs.batches)
+        fitted = max(outputs.batches - judges, 1)
+
+        def judged() -> float:
+            outputs.put_([latent.decoded() for latent in latents])
+            losses = [outputs.loss(outputs.batches - 1 - k) for k in range(judges)]
+            return sum(losses) / judges
+
+        before = after = judged()
+        best = list(tensors)
+        order = torch.Generator().manual_seed(0)
+        batches: list[int] = []
+        for step in range(self.iterations):
+            batches = batches or torch.randperm(fitted, generator=order).tolist()
+            _, slopes = outputs.slopes(batches.pop())
+            left = 1 - step / self.iterations
+            for latent, slope in zip(latents, slopes, strict=True):
+                latent.step_(slope, step + 1, codes=left * self.codes, scales=left * self.scales)
+            if (step + 1) * self.looks // self.iterations > step * self.looks // self.iterations:
+                now = judged()
+                if now < after:
+                    after, best = now, [latent.tensor() for latent in latents]
+            else:
+                outputs.put_([latent.decoded() for latent in latents])
+        return Refined(tensors=best, before=before, after=after)
+
+
+class _Latent:
+    """The real numbers that stand for a weight's codes, and its scales' logarithms."""
+
+    def __init__(self, tensor: QuantizedTensor) -> None:
+        grid = grid_of(tensor.scheme)
+        assert isinstance(grid, IntegerGrid) and tensor.columns is None
+        self._given = tensor
+        self._lowest, self._highest = grid.low - _EDGE, grid.high + _EDGE
+        self._real_OI = tensor.codes.to(torch.float32)
+        self._codes, self._scales = (
+            Adam(self._real_OI),
+            LearnedScales(tensor, half=tensor.scheme.half_scales),
+        )
+
+    def decoded(self) -> Tensor:
+        """The weight as it is now, float32 [O, I]."""
+        given = self._given
+        return decode_rows(self._real_OI.round(), self._scales.values, given.zero, given.scheme)
+
+    def tensor(self) -> QuantizedTensor:
+        """The weight as it is now, as stored."""
+        return dataclasses.replace(
+            self._given,
+            codes=self._real_OI.round().to(torch.uint8),
+            scale=self._scales.scale(),
+        )
+
+    def slopes(self, slope_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients by the real codes [O, I] and by the scales' logarithms [O, G], from the
+        weight's.
+
+        With w = (c - z) s, dw/dc = s.
+        """
+        scale_OG = self._scales.values
+        by_scale = self._scales.slope(slope_OI, self.decoded())
+        by_code = slope_OI.view(*scale_OG.shape, -1) * scale_OG[..., None]
+        return by_code.view(slope_OI.shape), by_scale
+
+    def step_(self, slope_OI: Tensor, number: int, *, codes: float, scales: float) -> None:
+        """One step against the gradient by the weight."""
+        by_code, by_scale = self.slopes(slope_OI)
+        if codes:
+            self._real_OI -= codes * self._codes.direction(by_code, number)
+            self._real_OI.clamp_(self._lowest, self._highest)
+        if scales:
+            self._scales.step_(by_scale, number, scales)

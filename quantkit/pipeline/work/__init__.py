@@ -1,0 +1,1 @@
+"""What the block loop needs beside the loop: what to gather, and healing."""

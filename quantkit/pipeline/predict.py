@@ -87,7 +87,11 @@ class Prediction:
 
     def peak(self, max_ram: int | None) -> int:
         """The predicted peak under a budget."""
-        return self.largest if max_ram is None else min(self.largest, max(max_ram, self.smallest))
+        resident = self.resident if self.heals_in_memory(max_ram, None, "cpu") else 0
+        healing = self.base + self.block + self.heal + resident
+        if max_ram is None:
+            return max(self.largest, healing)
+        return max(min(self.largest, max(max_ram, self.smallest)), healing)
 
     def gram_budget(self, max_ram: int | None, max_vram: int | None = None) -> int | None:
         """Bytes of statistics that may be resident at once; None for no limit.

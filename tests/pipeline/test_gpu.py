@@ -123,9 +123,32 @@ def test_methods_are_compared_and_budgets_kept_on_a_gpu(
     compared = ("--methods", "rtn,awq", "--text", text, "--out", tmp_path / "compared")
     with fake_gpu(monkeypatch):
         assert jobs.command("compare", model, *asked, *compared) == 0
-        budget = ("--bits", "4.6", "--out", tmp_path / "mixed")
+        # The GPU that is none has no gradients.
+        plain = ("--set", "refine=null", "--set", "heal=null")
+        budget = ("--bits", "4.6", *plain, "--out", tmp_path / "mixed")
         assert jobs.command("quantize", model, *asked, *budget) == 0
     assert len({weight["scheme"] for weight in weights(tmp_path / "mixed")}) > 1
+
+
+def test_what_learns_mixes_no_devices(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything but the gradients themselves, for which there are zeros: nothing is gained."""
+
+    def zeros(_: Any, inputs: list[torch.Tensor] | torch.Tensor, *__: Any, **___: Any) -> Any:
+        wanted = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+        return [torch.zeros_like(each.detach()) for each in wanted]
+
+    learning = ("refine.iterations=4", "heal.iterations=4")
+    options: dict[str, Any] = {"overrides": learning, "allow_unreadable": True}
+    monkeypatch.setattr(torch, "enable_grad", torch.no_grad)
+    monkeypatch.setattr(torch.autograd, "grad", zeros)
+    with fake_gpu(monkeypatch):
+        job = jobs.make_job(models["llama"], "best", "w3a16_g32_asym", device="cuda", **options)
+        jobs.finish(job, tmp_path / "gpu")
+    report = json.loads((tmp_path / "gpu" / "quantkit" / "report.json").read_text())
+    assert list(report["refined"]) == ["block 0", "block 1", "heal"]
+    assert all(step["after"] == step["before"] > 0 for step in report["refined"].values())
 
 
 def test_a_gpu_of_little_memory_reads_statistics_back_from_disk(

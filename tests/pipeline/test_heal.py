@@ -149,3 +149,6 @@ def test_healing_is_predicted(llama: Path) -> None:
     assert seconds[0] < seconds[1] < seconds[2]
     assert jobs_[1].prediction.disk > jobs_[0].prediction.disk
     assert jobs_[0].prediction.heal == 0 < jobs_[1].prediction.heal
+    found = jobs_[1].prediction
+    assert found.peak(None) >= found.base + found.block + found.heal + found.resident
+    assert found.peak(found.smallest) <= found.smallest

@@ -6,7 +6,7 @@ Letters: B sequences, T tokens, H hidden size, O out features, I in features.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class BlockLoss:
         # Several weights may be parts of one parameter: experts, fused projections.
         self._parameters = {ref.parameter: block.get_parameter(ref.parameter) for ref in refs}
 
-    def put_(self, weights: Sequence[Tensor]) -> None:
+    def put_(self, weights: Iterable[Tensor]) -> None:
         """Has the block compute with these, float32 [O, I], rounded to its dtype."""
         for ref, weight_OI in zip(self._refs, weights, strict=True):
             weight_view(self._block, ref).copy_(weight_OI)
@@ -70,9 +70,7 @@ class BlockLoss:
                 loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True
             )
         by_path = dict(zip(self._parameters, found, strict=True))
-        return float(loss), [
-            part_view(by_path[ref.parameter], ref).to(torch.float32) for ref in self._refs
-        ]
+        return float(loss.detach()), [part_view(by_path[ref.parameter], ref) for ref in self._refs]
 
     def _lack(self, number: int) -> Tensor:
         batch = self._stream.batches[number]

@@ -51,7 +51,7 @@ class LearnedScales:
 
         With w = (c - z) s, dw/d(log s) = w, summed over a group.
         """
-        return (slope_OI * value_OI).view(*self.values.shape, -1).sum(-1)
+        return (slope_OI.to(torch.float32) * value_OI).view(*self.values.shape, -1).sum(-1)
 
     def step_(self, slope_OG: Tensor, number: int, rate: float) -> None:
         """Step `number`, from 1 on, against the gradient by the logarithms."""

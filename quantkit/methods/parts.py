@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -143,7 +143,7 @@ class Outputs(Protocol):
 
     batches: int
 
-    def put_(self, weights: Sequence[Tensor]) -> None:
+    def put_(self, weights: Iterable[Tensor]) -> None:
         """Has the block compute with other values, float32 [O, I] each, from now on."""
         ...
 
@@ -152,7 +152,7 @@ class Outputs(Protocol):
         ...
 
     def slopes(self, batch: int) -> tuple[float, list[Tensor]]:
-        """The loss of a batch and its gradient by each weight, float32 [O, I]."""
+        """The loss of a batch and its gradient by each weight, [O, I] in the block's dtype."""
         ...
 
 
@@ -174,6 +174,10 @@ class Refine(Protocol):
 
     def takes(self, scheme: Scheme) -> bool:
         """Whether weights of that scheme are refined; those of others stay as they are."""
+        ...
+
+    def held_bytes(self) -> int:
+        """What it holds for each weight number meanwhile, beside the codes and the gradient."""
         ...
 
     def __call__(self, tensors: Sequence[QuantizedTensor], outputs: Outputs) -> Refined:

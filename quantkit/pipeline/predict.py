@@ -35,9 +35,6 @@ _SOLVE_COPIES = 5
 # Float32 copies of a part of a weight on a block type: weight, values, codes, differences; with
 # statistics also targets and errors.
 _CHUNK_COPIES, _CALIBRATED_COPIES = 4, 6
-# Of each weight that is refined: codes as given, as they are best and as real numbers, two means of
-# gradients, the gradient and the value in float32; beside it the gradient in the model's dtype.
-_LEARNED_BYTES = 2 + 5 * 4
 # Float32 copies of one weight within a step; of hidden states within a block.
 _STEP_COPIES, _HIDDEN_COPIES = 4, 12
 # Float32 copies of a piece of logits: the original's and the model's, their exponentials, slopes.
@@ -227,7 +224,8 @@ def _refining_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
     for index in range(model.num_blocks):
         taken = _taken(plan, index, part)
         if taken:
-            numbers = sum(taken) * (_LEARNED_BYTES + model.dtype.itemsize)
+            # Its code, and its gradient in the model's dtype.
+            numbers = sum(taken) * (1 + model.dtype.itemsize + part.held_bytes())
             numbers += _STEP_COPIES * 4 * max(taken)
             most = max(most, numbers + _waiting_bytes(model, plan, index, tokens))
     return most

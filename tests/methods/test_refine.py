@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -49,8 +49,8 @@ class Product:
         self._y = [y + noise * torch.randn(y.shape, generator=draw) for y in self._y]
         self.weight = weight
 
-    def put_(self, weights: Sequence[Tensor]) -> None:
-        (self.weight,) = weights
+    def put_(self, weights: Iterable[Tensor]) -> None:
+        (self.weight,) = tuple(weights)
 
     def loss(self, batch: int) -> float:
         return float(self._lack(self.weight, batch))
@@ -120,8 +120,8 @@ def test_slopes_are_those_of_codes_and_scales_that_are_not_rounded(name: str) ->
     latent = _Latent(given)
     product.weight = latent.decoded().double()
     _, (slope,) = product.slopes(0)
-    by_code, by_scale = latent.slopes(slope.float())
-    by_code = by_code.view(ROWS, groups, -1)
+    by_code = latent.slope(slope.float()).view(ROWS, groups, -1)
+    by_scale = latent.scale_slope(slope.float())
     for place in ((0, 0, 0), (3, groups - 1, 5), (6, groups // 2, 31)):
         step = torch.zeros_like(codes)
         step[place] = 1e-3

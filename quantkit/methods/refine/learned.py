@@ -78,18 +78,22 @@ class Learned:
         looks = min(self.looks, self.iterations)
         return self.iterations, (1 + looks) * self.judges(batches)
 
+    def held_bytes(self) -> int:
+        """Where codes learn: real numbers for them, two means of gradients, and the best so far."""
+        return 3 * 4 + 1 if self.codes else 0
+
     def work(self, rows: int, columns: int, scheme: Scheme) -> Work:
         """What each step does to the numbers themselves; products are the block's."""
         return Work(passes=self.iterations * 25.0 * rows * columns)
 
     def __call__(self, tensors: Sequence[QuantizedTensor], outputs: Outputs) -> Refined:
         """The weights refined; they lie in the block when this returns, or others."""
-        latents = [_Latent(tensor) for tensor in tensors]
+        latents = [_Latent(tensor, moves=self.codes > 0) for tensor in tensors]
         judges = self.judges(outputs.batches)
         fitted = max(outputs.batches - judges, 1)
 
         def judged() -> float:
-            outputs.put_([latent.decoded() for latent in latents])
+            outputs.put_(latent.decoded() for latent in latents)
             losses = [outputs.loss(outputs.batches - 1 - k) for k in range(judges)]
             return sum(losses) / judges
 
@@ -108,53 +112,51 @@ class Learned:
                 if now < after:
                     after, best = now, [latent.tensor() for latent in latents]
             else:
-                outputs.put_([latent.decoded() for latent in latents])
+                outputs.put_(latent.decoded() for latent in latents)
         return Refined(tensors=best, before=before, after=after)
 
 
 class _Latent:
-    """The real numbers that stand for a weight's codes, and its scales' logarithms."""
+    """The real numbers that stand for a weight's codes if they move, and its scales' logarithms."""
 
-    def __init__(self, tensor: QuantizedTensor) -> None:
+    def __init__(self, tensor: QuantizedTensor, *, moves: bool = True) -> None:
         grid = grid_of(tensor.scheme)
         assert isinstance(grid, IntegerGrid) and tensor.columns is None
         self._given = tensor
         self._lowest, self._highest = grid.low - _EDGE, grid.high + _EDGE
-        self._real_OI = tensor.codes.to(torch.float32)
-        self._codes, self._scales = (
-            Adam(self._real_OI),
-            LearnedScales(tensor, half=tensor.scheme.half_scales),
-        )
+        self._real_OI = tensor.codes.to(torch.float32) if moves else None
+        self._codes = None if self._real_OI is None else Adam(self._real_OI)
+        self._scales = LearnedScales(tensor, half=tensor.scheme.half_scales)
 
     def decoded(self) -> Tensor:
         """The weight as it is now, float32 [O, I]."""
-        given = self._given
-        return decode_rows(self._real_OI.round(), self._scales.values, given.zero, given.scheme)
+        given, real_OI = self._given, self._real_OI
+        codes_OI = given.codes if real_OI is None else real_OI.round()
+        return decode_rows(codes_OI, self._scales.values, given.zero, given.scheme)
 
     def tensor(self) -> QuantizedTensor:
         """The weight as it is now, as stored."""
-        return dataclasses.replace(
-            self._given,
-            codes=self._real_OI.round().to(torch.uint8),
-            scale=self._scales.scale(),
-        )
+        codes = self._given.codes
+        if self._real_OI is not None:
+            codes = self._real_OI.round().to(torch.uint8)
+        return dataclasses.replace(self._given, codes=codes, scale=self._scales.scale())
 
-    def slopes(self, slope_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients by the real codes [O, I] and by the scales' logarithms [O, G], from the
-        weight's.
-
-        With w = (c - z) s, dw/dc = s.
-        """
+    def slope(self, slope_OI: Tensor) -> Tensor:
+        """The gradient by the real codes [O, I], from the weight's: with w = (c - z) s it is s
+        times that."""
         scale_OG = self._scales.values
-        by_scale = self._scales.slope(slope_OI, self.decoded())
-        by_code = slope_OI.view(*scale_OG.shape, -1) * scale_OG[..., None]
-        return by_code.view(slope_OI.shape), by_scale
+        slope_OGB = slope_OI.to(torch.float32).view(*scale_OG.shape, -1)
+        return (slope_OGB * scale_OG[..., None]).view(slope_OI.shape)
+
+    def scale_slope(self, slope_OI: Tensor) -> Tensor:
+        """The gradient by the scales' logarithms [O, G]."""
+        return self._scales.slope(slope_OI, self.decoded())
 
     def step_(self, slope_OI: Tensor, number: int, *, codes: float, scales: float) -> None:
         """One step against the gradient by the weight."""
-        by_code, by_scale = self.slopes(slope_OI)
-        if codes:
-            self._real_OI -= codes * self._codes.direction(by_code, number)
+        by_scale = self.scale_slope(slope_OI) if scales else None
+        if self._real_OI is not None and self._codes is not None:
+            self._real_OI -= codes * self._codes.direction(self.slope(slope_OI), number)
             self._real_OI.clamp_(self._lowest, self._highest)
-        if scales:
+        if by_scale is not None:
             self._scales.step_(by_scale, number, scales)

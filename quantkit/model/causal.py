@@ -5,8 +5,7 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +20,8 @@ from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, load_outside
-from quantkit.model.probe import PROBE_TOKENS, Found, find_groups
+from quantkit.model.probes.kinds import Probes
+from quantkit.model.probes.scales import Found
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.replay import check_replay
 from quantkit.model.trace import (
@@ -71,7 +71,7 @@ class CausalModel:
         self._blocks_path, self._blocks = blocks_path, blocks
         self._signatures = [skeleton.signature(block) for block in blocks]
         self._traces: dict[str, BlockTrace] = {}
-        self._groups: dict[str, tuple[Found, ...]] = {}
+        self._probes = Probes(self, self._signatures, self._traces)
         self._passes = Passes(
             model=model,
             blocks=blocks,
@@ -318,20 +318,17 @@ class CausalModel:
 
         Probes once per kind of block.
         """
-        signature = self._signatures[index]
         if self._passes.layout.sequences:
             # Probes compare sequences row by row, which must then follow one another.
             return ()
-        if signature not in self._groups:
-            with skeleton.model_errors(self._model):
-                self._groups[signature] = self._probe(index)
-        trace = self._traces[signature]
-        keys = trace.keys()
+        with skeleton.model_errors(self._model):
+            probed = self._probes.groups(index, skeleton.head_sizes(self._model))
+        keys = self._traces[self._signatures[index]].keys()
         refs: dict[tuple[str, int | None], list[WeightRef]] = {}
         for ref in self.weights(index):
             refs.setdefault((ref.parameter, ref.expert), []).append(ref)
         groups = []
-        for found in self._groups[signature]:
+        for found in probed:
             names = self._producer_names(index, found)
             readers = tuple(ref for reader in found.readers for ref in refs[reader])
             if self._shared.intersection(names, (ref.name for ref in readers)):
@@ -353,6 +350,14 @@ class CausalModel:
                 )
             )
         return tuple(groups)
+
+    def fed(self, index: int) -> frozenset[str]:
+        """Checkpoint names of weights that feed a state carried along the sequence, by probing."""
+        if self._passes.layout.sequences:
+            return frozenset()
+        with skeleton.model_errors(self._model):
+            fed = self._probes.fed(index)
+        return frozenset(r.name for r in self.weights(index) if (r.parameter, r.expert) in fed)
 
     def fold_(self, block: nn.Module, group: ScaleGroup, scale_C: torch.Tensor) -> Folded:
         """Divides the producer's channels by scale_C, multiplies the readers' columns: see fold."""
@@ -450,23 +455,6 @@ class CausalModel:
             )
         if last[0].shape[:-1] != (1, _TRACE_TOKENS):
             self._passes.layout = self._passes.find_layout()
-
-    def _probe(self, index: int) -> tuple[Found, ...]:
-        @functools.cache
-        def inputs(batch: int) -> tuple[torch.Tensor, BlockCall]:
-            hidden_BTH, calls = self.calls(torch.zeros(batch, PROBE_TOKENS, dtype=torch.int64))
-            return noise_like(hidden_BTH, batch), as_float(calls[index])
-
-        def forward(batch: int) -> Callable[[nn.Module], torch.Tensor]:
-            noise_BTH, call = inputs(batch)
-            return lambda block: self.run(block, noise_BTH, call)
-
-        return find_groups(
-            sketch_(self.empty_block(index)),
-            self._traces[self._signatures[index]],
-            forward,
-            skeleton.head_sizes(self._model),
-        )
 
     def _producer_names(self, index: int, found: Found) -> tuple[str, ...]:
         """Checkpoint names of the tensors that hold a producer's rows and bias."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantkit.checkpoint.door import RECIPE_BYTES, given_path, read_plain
 from quantkit.errors import CalibrationError, RecipeError
@@ -46,10 +46,13 @@ _KEYS = (
     "rules",
     "head",
     "mtp",
+    "recurrent",
     "kv",
     "calibration",
 )
 _RULE_KEYS = ("match", "scheme", "keep")
+# What `recurrent` says in place of a scheme.
+KEEP: Literal["keep"] = "keep"
 _CALIBRATION_KEYS = ("samples", "seq_len")
 # A thousand times the default; their ids alone take 2 GiB.
 MOST_TOKENS = 2**28
@@ -104,6 +107,8 @@ class Recipe:
     """A method, ready to plan: every option has its value and every name has been looked up.
 
     `fit` lets the groups of `scheme` shrink where they do not divide a weight's columns.
+    `recurrent` is the scheme of weights that feed a state carried along the sequence, or KEEP; None
+    means that they are like all others.
     """
 
     method: str
@@ -120,6 +125,7 @@ class Recipe:
     rules: tuple[Rule, ...] = ()
     head: Scheme | None = None
     mtp: Scheme | None = None
+    recurrent: Scheme | Literal["keep"] | None = None
     kv: CacheScheme | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -154,7 +160,8 @@ class Recipe:
         if not isinstance(calibration, Mapping) or set(calibration) - set(_CALIBRATION_KEYS):
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
         head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
-        kv, refine, heal = data.get("kv"), data.get("refine"), data.get("heal")
+        kv, recurrent = data.get("kv"), data.get("recurrent")
+        refine, heal = data.get("refine"), data.get("heal")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -176,6 +183,7 @@ class Recipe:
             rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
             head=None if head is None else Scheme.parse(str(head)),
             mtp=None if mtp is None else Scheme.parse(str(mtp)),
+            recurrent=None if recurrent is None else _scheme_or_keep(str(recurrent)),
             kv=None if kv is None else CacheScheme.parse(str(kv)),
             samples=_count(calibration, "samples", 128, where),
             seq_len=_count(calibration, "seq_len", 2048, where),
@@ -206,9 +214,17 @@ class Recipe:
             data["head"] = self.head.name
         if self.mtp is not None:
             data["mtp"] = self.mtp.name
+        if self.recurrent is not None:
+            data["recurrent"] = self.recurrent_name
         if self.kv is not None:
             data["kv"] = self.kv.name
         return data
+
+    @property
+    def recurrent_name(self) -> str:
+        """`recurrent` as it is written; not None."""
+        assert self.recurrent is not None
+        return self.recurrent if self.recurrent == KEEP else self.recurrent.name
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches the checkpoint name; None if none does."""
@@ -276,6 +292,8 @@ class Recipe:
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme the recipe can give to a weight."""
         found = [self.scheme, *(r.scheme for r in self.rules if r.scheme is not None)]
+        if isinstance(self.recurrent, Scheme):
+            found.append(self.recurrent)
         return tuple(dict.fromkeys(found if self.head is None else [*found, self.head]))
 
     @property
@@ -345,6 +363,7 @@ def load_recipe(
     skip: Sequence[str] = (),
     head: str | None = None,
     mtp: str | None = None,
+    recurrent: str | None = None,
     kv: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -381,6 +400,8 @@ def load_recipe(
         data["head"] = head
     if mtp is not None:
         data["mtp"] = mtp
+    if recurrent is not None:
+        data["recurrent"] = recurrent
     if kv is not None:
         data["kv"] = kv
     recipe = Recipe.from_dict(data, str(path.name))
@@ -391,6 +412,10 @@ def load_recipe(
         samples=recipe.samples if samples is None else samples,
         seq_len=recipe.seq_len if seq_len is None else seq_len,
     )
+
+
+def _scheme_or_keep(text: str) -> Scheme | Literal["keep"]:
+    return KEEP if text == KEEP else Scheme.parse(text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

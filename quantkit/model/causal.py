@@ -352,9 +352,10 @@ class CausalModel:
         return tuple(groups)
 
     def fed(self, index: int) -> frozenset[str]:
-        """Checkpoint names of weights that feed a state carried along the sequence, by probing."""
-        if self._passes.layout.sequences:
-            return frozenset()
+        """Checkpoint names of weights that feed a state carried along the sequence, by probing.
+
+        ModelError where that cannot be told.
+        """
         with skeleton.model_errors(self._model):
             fed = self._probes.fed(index)
         return frozenset(r.name for r in self.weights(index) if (r.parameter, r.expert) in fed)

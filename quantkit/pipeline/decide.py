@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from quantkit.errors import ModelError, RecipeError, SchemeError
 from quantkit.formats.format import Container, Format, PlannedWeight
 from quantkit.formats.registry import default_format, make_format
-from quantkit.methods.recipe import Recipe
+from quantkit.methods.recipe import KEEP, Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import Decisions, fit_groups, shared_inputs
 from quantkit.model.refs import WeightRef
@@ -71,6 +71,34 @@ def decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
     return recipe.scheme, f"method {recipe.method}"
 
 
+def decide_fed(
+    recipe: Recipe, model: CausalModel, refs: Sequence[Sequence[WeightRef]]
+) -> dict[str, tuple[Scheme | None, str]]:
+    """Name -> what `recurrent` says, of weights that feed a state and that no rule speaks of.
+
+    Those that share their input go with them: serving runtimes fuse them.  RecipeError where the
+    model carries no state, ModelError where probing cannot tell.
+    """
+    if recipe.recurrent is None:
+        return {}
+    scheme = None if recipe.recurrent == KEEP else recipe.recurrent
+    why = f"--recurrent {recipe.recurrent_name}: "
+    found: dict[str, tuple[Scheme | None, str]] = {}
+    for index, block in enumerate(refs):
+        fed = model.fed(index)
+        for shared in shared_inputs(block):
+            first = next((ref.name for ref in shared if ref.name in fed), None)
+            for ref in shared if first is not None else ():
+                feeds = "feeds a state that later tokens read"
+                reads = f"reads the input of {first}, which {feeds}"
+                found[ref.name] = scheme, why + (feeds if ref.name in fed else reads)
+    if not found:
+        raise RecipeError(
+            f"{why}no weight of this model feeds a state carried along the sequence; leave it out"
+        )
+    return {name: told for name, told in found.items() if recipe.rule_for(name) is None}
+
+
 def spread(
     recipe: Recipe, container: Container, fmt: Format, refs: Sequence[Sequence[WeightRef]]
 ) -> dict[str, tuple[Scheme | None, str]]:
@@ -95,7 +123,10 @@ def fit(
         [
             ref
             for ref in block
-            if ref.role != "router" and ref.kept is None and recipe.rule_for(ref.name) is None
+            if ref.role != "router"
+            and ref.kept is None
+            and recipe.rule_for(ref.name) is None
+            and decisions[ref.name][0] == recipe.scheme
         ]
         for block in refs
     ]

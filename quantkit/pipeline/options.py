@@ -180,6 +180,18 @@ class QuantizeOptions:
             ),
         ),
     )
+    recurrent: str | None = field(
+        default=None,
+        metadata=_told(
+            "--recurrent",
+            (
+                "scheme for weights that feed a state carried along the sequence, as in Mamba and "
+                "gated delta layers of hybrids, or `keep`; see "
+                "[recurrences](recipes.md#recurrences)"
+            ),
+            shown="as all others",
+        ),
+    )
     kv: str | None = field(
         default=None,
         metadata=_told(
@@ -315,6 +327,7 @@ class QuantizeOptions:
             skip=self.skip,
             head=self.lm_head,
             mtp=self.mtp,
+            recurrent=self.recurrent,
             kv=self.kv,
             samples=self.samples,
             seq_len=self.seq_len,
@@ -331,6 +344,11 @@ class QuantizeOptions:
             raise RecipeError(f"--bits-of {self.bits_of!r}: choose {' or '.join(_BITS_OF)}")
         if not 0 < self.bits <= 32:
             raise RecipeError(f"--bits {self.bits}: give a mean of bits per weight, as in 4.25")
+        if self.recurrent is not None:
+            raise RecipeError(
+                f"--bits {self.bits:g} chooses the schemes of recurrences too; leave --recurrent "
+                "out, or write a rule in a recipe"
+            )
         if self.scheme is not None:
             raise RecipeError(
                 f"--bits {self.bits:g} chooses schemes and --scheme {self.scheme} names one; give "

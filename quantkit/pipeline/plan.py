@@ -28,6 +28,7 @@ from quantkit.pipeline.decide import (
     check_rules,
     check_shared,
     decide,
+    decide_fed,
     fit,
     head_name,
     planned,
@@ -196,6 +197,7 @@ def make_plan(
         if max_shard_bytes != DEFAULT_SHARD_BYTES:
             raise FormatError(f"--max-shard-size: {fmt.name} is one file; leave it out")
         decisions |= spread(recipe, container, fmt, refs)
+    decisions |= decide_fed(recipe, model, refs)
     if recipe.head is not None:
         head = model.head.name if container is not None else head_name(model)
         decisions[head] = recipe.head, "--lm-head"

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantkit.errors import ModelError
 from quantkit.model.trace import NoiseMode
 from quantkit.model.uses import BlockTrace, Use
 
@@ -41,7 +40,7 @@ def find_fed(
     """Keys of the block's weights whose outputs enter a state that later tokens read.
 
     `drawn` is a sketch, `forward` runs it on one sequence of `probe_tokens` tokens.  Experts are
-    left out: they see tokens one by one.
+    left out: they see tokens one by one.  ModelError where tokens share rows of a product.
     """
     generator = torch.Generator().manual_seed(1)
     for parameter in drawn.parameters():
@@ -57,12 +56,8 @@ def find_fed(
             mode.keep(None, forward(drawn))
         return mode.seen
 
-    # Where tokens share rows, as when code picks experts by itself, nothing can be told.
-    try:
-        untouched = run(frozenset())
-        readings = {key: _changes(untouched, run(frozenset({key})), far) for key in keys}
-    except ModelError:
-        return frozenset()
+    untouched = run(frozenset())
+    readings = {key: _changes(untouched, run(frozenset({key})), far) for key in keys}
     fed = {key for key, (_, later) in readings.items() if later}
     # What only weights that feed the state read feeds it too: decays in two factors, say.
     while more := {

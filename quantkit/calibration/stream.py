@@ -6,6 +6,7 @@ Letters: N sequences, T tokens, H hidden size.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -106,8 +107,12 @@ class CalibrationStream:
         stack: contextlib.ExitStack,
         original: bool = False,
         keep: bool = False,
+        spread: bool = False,
     ) -> None:
-        """keep: a GPU with room to spare holds the hidden states, and saves them now and then."""
+        """keep: a GPU with room to spare holds the hidden states, and saves them now and then.
+
+        spread: statistics of experts are of all tokens, see `model.spread`.
+        """
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
         with torch.no_grad():
@@ -124,6 +129,9 @@ class CalibrationStream:
         # When hidden states were saved last, and the seconds it took.
         self._saved_at, self._saving = 0.0, 0.0
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
+        self._spread = spread
+        # Block, input of an expert, first sequence of a batch -> tokens that the router sent.
+        self._sent: dict[tuple[int, str, int], int] = {}
 
     def embed(self) -> None:
         """Writes what enters the first block."""
@@ -231,7 +239,9 @@ class CalibrationStream:
             hidden = store.read(index, batch.start, batch.stop, self.device)
         with phase("forward"), contextlib.ExitStack() as modes:
             if callback is not None:
-                modes.enter_context(self.model.tap(index, block, batch.mask, callback))
+                sent = functools.partial(self._note_sent, index, batch.start)
+                routed = sent if self._spread else None
+                modes.enter_context(self.model.tap(index, block, batch.mask, callback, routed))
             if rounded:
                 modes.enter_context(QuantizedActivations(block, rounded))
             return self.model.run(block, hidden, self._call(index, batch))
@@ -242,6 +252,15 @@ class CalibrationStream:
             hidden = self.hidden.read(index, batch.start, batch.stop, self.device)
         with phase("forward"):
             return self.model.output(block, hidden, self._call(index, batch))
+
+    def sent(self, index: int, key: str) -> int | None:
+        """Tokens that the router sent to an expert's input, where statistics are of all tokens."""
+        counts = [n for (i, k, _), n in self._sent.items() if (i, k) == (index, key)]
+        return sum(counts) if counts else None
+
+    def _note_sent(self, index: int, start: int, key: str, count: int) -> None:
+        # Blocks run several times over a batch, with the same tokens.
+        self._sent[index, key, start] = count
 
     def gather_paired(
         self,

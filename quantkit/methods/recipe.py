@@ -47,6 +47,7 @@ _KEYS = (
     "head",
     "mtp",
     "recurrent",
+    "experts",
     "kv",
     "calibration",
 )
@@ -108,7 +109,8 @@ class Recipe:
 
     `fit` lets the groups of `scheme` shrink where they do not divide a weight's columns.
     `recurrent` is the scheme of weights that feed a state carried along the sequence, or KEEP; None
-    means that they are like all others.
+    means that they are like all others.  `experts` says whether statistics of experts are of the
+    tokens routed to them or of all.
     """
 
     method: str
@@ -126,6 +128,7 @@ class Recipe:
     head: Scheme | None = None
     mtp: Scheme | None = None
     recurrent: Scheme | Literal["keep"] | None = None
+    experts: Literal["routed", "all"] = "routed"
     kv: CacheScheme | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -168,6 +171,9 @@ class Recipe:
         fit = data.get("fit", False)
         if not isinstance(fit, bool):
             raise RecipeError(f"{where}: fit is true or false, not {fit!r}")
+        experts = data.get("experts", "routed")
+        if experts not in ("routed", "all"):
+            raise RecipeError(f"{where}: experts is routed or all, not {experts!r}")
         return cls(
             method=str(data["method"]),
             summary=str(data.get("summary", "")),
@@ -184,6 +190,7 @@ class Recipe:
             head=None if head is None else Scheme.parse(str(head)),
             mtp=None if mtp is None else Scheme.parse(str(mtp)),
             recurrent=None if recurrent is None else _scheme_or_keep(str(recurrent)),
+            experts="all" if experts == "all" else "routed",
             kv=None if kv is None else CacheScheme.parse(str(kv)),
             samples=_count(calibration, "samples", 128, where),
             seq_len=_count(calibration, "seq_len", 2048, where),
@@ -216,6 +223,8 @@ class Recipe:
             data["mtp"] = self.mtp.name
         if self.recurrent is not None:
             data["recurrent"] = self.recurrent_name
+        if self.experts != "routed":
+            data["experts"] = self.experts
         if self.kv is not None:
             data["kv"] = self.kv.name
         return data
@@ -364,6 +373,7 @@ def load_recipe(
     head: str | None = None,
     mtp: str | None = None,
     recurrent: str | None = None,
+    experts: str | None = None,
     kv: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -402,6 +412,8 @@ def load_recipe(
         data["mtp"] = mtp
     if recurrent is not None:
         data["recurrent"] = recurrent
+    if experts is not None:
+        data["experts"] = experts
     if kv is not None:
         data["kv"] = kv
     recipe = Recipe.from_dict(data, str(path.name))

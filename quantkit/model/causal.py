@@ -24,6 +24,7 @@ from quantkit.model.probes.kinds import Probes
 from quantkit.model.probes.scales import Found
 from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.replay import check_replay
+from quantkit.model.spread import Routed, SpreadTap
 from quantkit.model.trace import (
     SHARED,
     UNNAMED,
@@ -292,12 +293,18 @@ class CausalModel:
 
     @contextmanager
     def tap(
-        self, index: int, block: nn.Module, mask_BT: torch.Tensor | None, callback: TapCallback
+        self,
+        index: int,
+        block: nn.Module,
+        mask_BT: torch.Tensor | None,
+        callback: TapCallback,
+        routed: Routed | None = None,
     ) -> Iterator[None]:
         """While active, run() calls callback(input_key, x [n, I]) once per distinct input.
 
         x holds valid tokens only (padding removed, of an expert the tokens routed to it; one that
-        no token reaches is not called), in the model's dtype; do not keep or change it.
+        no token reaches is not called), in the model's dtype; do not keep or change it.  With
+        `routed` experts get all tokens (see `spread`), and it hears how many were sent to them.
         """
         keys = self._traces[self._signatures[index]].keys()
         if mask_BT is not None and self._passes.layout != Layout():
@@ -305,7 +312,11 @@ class CausalModel:
                 f"{self.block_path(index)}: hidden states do not have a row for each token, so "
                 "padding cannot be told apart; calibrate on windows without padding"
             )
-        mode = Tap(block, keys, mask_BT, callback)
+        mode = (
+            Tap(block, keys, mask_BT, callback)
+            if routed is None
+            else SpreadTap(block, keys, mask_BT, callback, routed=routed)
+        )
         handle = block.register_forward_pre_hook(lambda _module, _args: mode.start())
         try:
             with mode:
@@ -350,6 +361,11 @@ class CausalModel:
                 )
             )
         return tuple(groups)
+
+    def routed(self, index: int) -> bool | None:
+        """Whether a block's experts can be given all tokens; None if it has none."""
+        trace = self._traces[self._signatures[index]]
+        return trace.routed if any(use.expert is not None for use in trace.uses) else None
 
     def fed(self, index: int) -> frozenset[str]:
         """Checkpoint names of weights that feed a state carried along the sequence, by probing.

@@ -73,6 +73,9 @@ class MatmulMode(TorchFunctionMode, ABC):
     ) -> torch.Tensor | None:
         """Called before a product; x [..., I]; token_n: the tokens of its rows, for experts."""
 
+    def produced(self, use: Use, y: torch.Tensor) -> None:
+        """Hears of what a product gives, [..., O]."""
+
     def batched(self, path: str) -> None:
         """Hears of a weight that takes part in a product of many matrices at once."""
 
@@ -103,7 +106,9 @@ class MatmulMode(TorchFunctionMode, ABC):
             use = self._use(weight, linear)
             if use is not None:
                 result = self.product(use, x, self._tokens(x))
-                return func(*args, **kwargs) if result is None else result
+                result = func(*args, **kwargs) if result is None else result
+                self.produced(use, result)
+                return result
         if func in _STACKED and len(args) == 2 and not kwargs:
             stacked = self._stacked(func, args[0], args[1])
             if stacked is not None:
@@ -250,6 +255,7 @@ class _Discover(NoiseMode):
         self.uses: list[Use] = []
         self.inputs: list[int] = []
         self.kept: dict[str, str] = {}
+        self.routed = False
         self._block = block
         self._seen: dict[tuple[Any, ...], int] = {}
 
@@ -262,6 +268,10 @@ class _Discover(NoiseMode):
             self.uses.append(use)
             self.inputs.append(number)
         return self.noise(x, use.shape[0])
+
+    def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
+        self.routed = any(use.expert is None and use.shape[0] == num_experts for use in self.uses)
+        return super().routing(index_TK, weight_TK, num_experts)
 
     def batched(self, path: str) -> None:
         owner = self._block.get_submodule(path.rpartition(".")[0])
@@ -367,6 +377,7 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
         },
         kept=kept,
         attentions=attended,
+        routed=mode.routed,
     )
 
 
@@ -418,6 +429,12 @@ class Tap(MatmulMode):
                     f"{use.path}: reads {len(rows_nI)} rows of {len(valid)} tokens, so padding "
                     "cannot be told apart; use batches without padding"
                 )
-            rows_nI = rows_nI[valid if token_n is None else valid[token_n]]
-        self._callback(key, rows_nI)
+            kept = valid if token_n is None else valid[token_n]
+            rows_nI = rows_nI[kept]
+            token_n = None if token_n is None else token_n[kept]
+        self.tell(use, key, rows_nI, token_n)
         return None
+
+    def tell(self, use: Use, key: str, x_nI: torch.Tensor, token_n: torch.Tensor | None) -> None:
+        """Calls back with the rows of an input; token_n: which tokens they are, for experts."""
+        self._callback(key, x_nI)

@@ -31,7 +31,8 @@ class BlockTrace:
     tuple that forward returns, None if it returns the hidden states themselves.  `read` are
     weights that the block's own code reads, besides the layers that multiply by them.  `kept` are
     matrices that stay as they are, each with the reason, UNREACHED or another.  `attentions` are
-    the modules, by path, whose keys and values a cache holds.
+    the modules, by path, whose keys and values a cache holds.  `routed` says that experts run
+    through transformers' ExpertsInterface, behind a product that gives a router's logits.
     """
 
     uses: tuple[Use, ...]
@@ -40,6 +41,7 @@ class BlockTrace:
     read: Mapping[str, str]
     kept: Mapping[str, str]
     attentions: Mapping[str, Attention]
+    routed: bool = False
 
     def keys(self) -> dict[tuple[str, int | None], str]:
         """The name of the input that each weight reads, by `Use.key`.

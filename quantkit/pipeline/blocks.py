@@ -144,6 +144,7 @@ class BlockWork:
                 stack=stack,
                 original=self.target is not None or self.heal is not None,
                 keep=keep_hidden,
+                spread=recipe.experts == "all",
             )
 
     def run(self, step: str) -> Record:
@@ -356,7 +357,9 @@ class BlockWork:
                         scheme=solved.tensor.scheme, scale=solved.tensor.input_scale
                     )
                 self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.cost.error:.1e}")
-                yield solved, None if stats is None else stats.count
+                tokens = None if stats is None else stats.count
+                sent = None if self.stream is None else self.stream.sent(index, key)
+                yield solved, tokens if sent is None else sent
 
     def _finish(self, solved: Solved, tokens: int | None) -> WeightRecord:
         """Writes a weight of a block, unless its scales are still to be healed."""

@@ -36,6 +36,27 @@ def check_rules(recipe: Recipe, model: CausalModel) -> None:
             )
 
 
+def check_experts(recipe: Recipe, model: CausalModel) -> None:
+    """Raises unless statistics of experts can be what the recipe asks for.
+
+    RecipeError where there are no experts or nothing is calibrated, ModelError where the model's
+    own code picks them.
+    """
+    if recipe.experts == "routed":
+        return
+    found = {index: model.routed(index) for index in range(model.num_blocks)}
+    if not recipe.calibrated or set(found.values()) == {None}:
+        why = "the model has no experts" if recipe.calibrated else f"{recipe.method} needs no text"
+        raise RecipeError(f"--experts {recipe.experts}: {why}; leave it out")
+    own = next((index for index, routed in found.items() if routed is False), None)
+    if own is not None:
+        raise ModelError(
+            f"--experts {recipe.experts}: {model.block_path(own)} picks experts in code of its own "
+            "and not through transformers' ExpertsInterface, or without a router's product before "
+            "it; leave it out"
+        )
+
+
 def unquantizable(model: CausalModel) -> dict[str, str]:
     """Checkpoint name -> reason, of all blocks' matrices that stay as they are."""
     return {name: why for i in range(model.num_blocks) for name, why in model.kept(i).items()}

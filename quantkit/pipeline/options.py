@@ -192,6 +192,18 @@ class QuantizeOptions:
             shown="as all others",
         ),
     )
+    experts: str | None = field(
+        default=None,
+        metadata=_told(
+            "--experts",
+            (
+                "tokens that statistics of experts are of: those `routed` to them, or `all`, where "
+                "one that the router does not send counts for less; see "
+                "[calibration](calibration.md#experts)"
+            ),
+            shown="`routed`",
+        ),
+    )
     kv: str | None = field(
         default=None,
         metadata=_told(
@@ -328,6 +340,7 @@ class QuantizeOptions:
             head=self.lm_head,
             mtp=self.mtp,
             recurrent=self.recurrent,
+            experts=self.experts,
             kv=self.kv,
             samples=self.samples,
             seq_len=self.seq_len,

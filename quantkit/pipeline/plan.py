@@ -25,6 +25,7 @@ from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.cache import CachePlan, plan_cache
 from quantkit.pipeline.decide import (
     check_enough,
+    check_experts,
     check_rules,
     check_shared,
     decide,
@@ -190,6 +191,7 @@ def make_plan(
     refs = _block_weights(model)
     check_rules(recipe, model)
     check_enough(recipe, model)
+    check_experts(recipe, model)
     fmt = asked_format(format_name, recipe.scheme)
     container = None if fmt is None else open_container(model, fmt)
     decisions = {ref.name: decide(recipe, ref) for block in refs for ref in block}

@@ -55,6 +55,7 @@ def build_report(
         "unties_head": plan.unties_head,
         "notes": [*plan.notes, *_notes(weights)],
         "degraded": {w.name: w.degraded for w in weights if w.degraded is not None},
+        **({} if (experts := _experts(plan, weights)) is None else {"experts": experts}),
         "weights": [
             {
                 "name": weight.name,
@@ -93,6 +94,24 @@ def _refined(records: Sequence[Record]) -> dict[str, object]:
         if record.refined is not None
     }
     return {"refined": found} if found else {}
+
+
+def _experts(plan: Plan, weights: Sequence[WeightRecord]) -> list[dict[str, Any]] | None:
+    """How many tokens the router sent to each expert, layer by layer; None without calibration."""
+    tokens = {weight.name: weight.tokens for weight in weights}
+    found: dict[str, dict[int, int]] = {}
+    for refs in plan.refs:
+        for ref in refs:
+            count = tokens.get(ref.name)
+            if ref.expert is not None and count is not None:
+                layer = found.setdefault(f"block {ref.block}", {})
+                layer[ref.expert] = max(count, layer.get(ref.expert, 0))
+    if not found:
+        return None
+    return [
+        {"layer": layer, "tokens": [count for _, count in sorted(counts.items())]}
+        for layer, counts in found.items()
+    ]
 
 
 def _notes(weights: Sequence[WeightRecord]) -> list[str]:
@@ -202,11 +221,22 @@ _MARKDOWN = (
 {% for weight in worst %}
 | {{ weight.name }} | {{ weight.scheme }} | {{ "%.3e" | format(weight.error) }} |
 {% endfor %}
+{% if report.experts %}
+
+## Tokens that the router sent to each expert
+Statistics are of {{ "all tokens" if report.recipe.experts == "all" else "these" }}.
+
+| layer | least | most | experts without any | each |
+|---|---|---|---|---|
+{% for layer in report.experts %}
+| {{ layer.layer }} | {{ layer.tokens | min }} | {{ layer.tokens | max }} | {{ layer.tokens.count(0) }} | {{ layer.tokens | join(", ") }} |
+{% endfor %}
+{% endif %}
 {% for note in report.notes %}
 
 Note: {{ note }}.
 {% endfor %}
-"""
+"""  # noqa: E501
     + _BESIDE
     + """\
 {% if report.degraded %}
@@ -312,6 +342,20 @@ details { margin-top: 1rem; } summary { cursor: pointer; }
 </div></td></tr>
 {% endfor %}
 </table></div>
+{% if report.experts %}
+<h2>Tokens that the router sent to each expert</h2>
+<p>Statistics are of {{ "all tokens" if report.recipe.experts == "all" else "these" }}.</p>
+<div class="wide"><table>
+<tr><th>layer</th><th class="number">least</th><th class="number">most</th>
+<th class="number">without any</th><th>each</th></tr>
+{% for layer in report.experts %}
+<tr><td>{{ layer.layer }}</td><td class="number">{{ layer.tokens | min }}</td>
+<td class="number">{{ layer.tokens | max }}</td>
+<td class="number">{{ layer.tokens.count(0) }}</td>
+<td>{{ layer.tokens | join(", ") }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
 {% for note in report.notes %}
 <p>Note: {{ note }}.</p>
 {% endfor %}

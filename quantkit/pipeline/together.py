@@ -97,6 +97,7 @@ def run_together(
     `scratch`, which is removed in the end.
     """
     assert all(not job.plan.recipe.propagate for job in jobs), "statistics are the original's"
+    assert len({job.plan.recipe.experts for job in jobs}) < 2, "statistics are shared"
     with contextlib.ExitStack() as stack:
         sessions = [
             Session(job, out, fresh=False, stack=stack) for job, out in zip(jobs, outs, strict=True)
@@ -143,6 +144,7 @@ def _share(jobs: Sequence[Job], scratch: Path, stack: contextlib.ExitStack) -> S
         # A method that folds keeps rescaled matrices beside the shared ones.
         gram_budget=min(limits) // 2 if limits else None,
         stack=stack,
+        spread=first.plan.recipe.experts == "all",
     )
     blocks = range(first.model.num_blocks)
     return SharedStats(stream, [[block_needs(job.plan, index) for index in blocks] for job in jobs])

@@ -87,6 +87,7 @@ def measure(
             scratch=scratch / "counted",
             gram_budget=gram_budget,
             stack=stack,
+            spread=recipe.experts == "all",
         )
         branches = _Branches(
             model, scored, sum(map(len, probes)), device, scratch / "scored", stack

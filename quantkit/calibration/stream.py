@@ -391,9 +391,12 @@ class CalibrationStream:
         return stats
 
     def _call(self, index: int, batch: Batch) -> BlockCall:
-        """The block's other arguments; without padding they depend on the batch's shape only."""
+        """The block's other arguments; without padding they depend on the batch's shape only.
+
+        A whole body gets token ids among them.
+        """
         ids = self.calibration.ids[batch.start : batch.stop]
-        if batch.mask is not None:
+        if batch.mask is not None or self.model.whole:
             return self.model.calls(ids, batch.mask)[1][index]
         if ids.shape[0] not in self._calls:
             self._calls[ids.shape[0]] = self.model.calls(ids, None)[1]

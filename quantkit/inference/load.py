@@ -29,7 +29,7 @@ from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import fuse_
 from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
 from quantkit.inference.save import SavedTensors, attach_quantizer_, find_module
-from quantkit.model import skeleton
+from quantkit.model import skeleton, stacks
 from quantkit.model.decoded import Unpacked
 from quantkit.model.experts import uses_interface
 from quantkit.model.extra_layers import find_extra_layers
@@ -403,8 +403,8 @@ def check_all_used(
     """CheckpointError if a quantized weight has no place, in the model nor in extra layers."""
     lost = sorted(set(stored).intersection(names.unmapped))
     if lost:
-        path, blocks = skeleton.find_blocks(model)
-        known = tuple(layer.prefix for layer in find_extra_layers(names, source, path, len(blocks)))
+        stack = stacks.find_stack(model)
+        known = tuple(layer.prefix for layer in find_extra_layers(names, source, stack.paths))
         lost = [name for name in lost if not name.startswith(known)]
     if lost:
         raise CheckpointError(f"{lost[0]}: quantized, but the model has no parameter for it")

@@ -5,25 +5,27 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, QuantkitError
-from quantkit.model import skeleton
+from quantkit.model import skeleton, stacks
 from quantkit.model.attention import Attention
 from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
 from quantkit.model.passes import Layout, Passes, as_float, call_block, load_outside
 from quantkit.model.probes.kinds import Probes
+from quantkit.model.probes.replay import check_replay
 from quantkit.model.probes.scales import Found
-from quantkit.model.refs import BlockCall, Folded, Piece, Role, ScaleGroup, WeightRef, weight_view
-from quantkit.model.replay import check_replay
+from quantkit.model.refs import BlockCall, Folded, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.spread import Routed, SpreadTap
 from quantkit.model.trace import (
     SHARED,
@@ -49,7 +51,8 @@ class CausalModel:
     Holds the meta skeleton and the small tensors outside the blocks (norms, positions, rotary
     tables): token embedding rows are gathered per batch, the head is read in rows.
     `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
-    those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones.
+    those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones,
+    `tables` what is looked up.  `whole`: the one block is the body, which reads token ids.
     `extra_layers` lie among the unmapped: those that predict further tokens.
     """
 
@@ -59,33 +62,35 @@ class CausalModel:
         model: Any,
         source: Source,
         names: NameMap,
-        blocks_path: str,
-        blocks: nn.ModuleList,
+        stack: stacks.Stack,
         device: torch.device,
     ) -> None:
         self.source, self.unmapped = source, names.unmapped
         self.dtype: torch.dtype = model.dtype
         self.text_config: Any = model.config.get_text_config()
-        self.device, self.num_blocks = device, len(blocks)
+        blocks = stack.blocks
+        self.device, self.num_blocks, self.whole = device, len(blocks), stack.whole
         self._model, self._names = model, names
         self.linears = skeleton.linears(model)
-        self._blocks_path, self._blocks = blocks_path, blocks
+        tables = (names.pieces.get(path, ()) for path in skeleton.tables(model))
+        self.tables = frozenset(piece.name for pieces in tables for piece in pieces)
+        self._stack, self._blocks = stack, blocks
         self._signatures = [skeleton.signature(block) for block in blocks]
         self._traces: dict[str, BlockTrace] = {}
         self._probes = Probes(self, self._signatures, self._traces)
         self._passes = Passes(
             model=model,
-            blocks=blocks,
+            stack=stack,
             source=source,
             names=names,
             device=device,
             outputs=lambda index: self._traces[self._signatures[index]].outputs,
         )
         inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
-        self._shared = names.shared_below(blocks_path)
+        self._shared = names.shared_below(stack.root)
         rest = set(source.names()) - inside - set(names.unmapped)
         self.outside = tuple(sorted(rest))
-        self.extra_layers = find_extra_layers(names, source, blocks_path, len(blocks))
+        self.extra_layers = find_extra_layers(names, source, stack.paths)
 
     @classmethod
     def open(
@@ -116,40 +121,46 @@ class CausalModel:
         device: torch.device | str = "cpu",
     ) -> CausalModel:
         """As `open`, of a checkpoint that may hold its weights in ways in which none is read."""
-        model = skeleton.build(source, trust_remote_code=trust_remote_code, dtype=dtype)
+        build = functools.partial(
+            skeleton.build, source, trust_remote_code=trust_remote_code, dtype=dtype
+        )
+        return stacks.with_stack(
+            build, lambda model, stack: cls._with_stack(model, source, stack, device)
+        )
+
+    @classmethod
+    def _with_stack(
+        cls,
+        model: Any,
+        source: Source,
+        stack: stacks.Stack,
+        device: torch.device | str,
+    ) -> CausalModel:
         for config in (model.config, model.config.get_text_config()):
             # Kept hidden states of all blocks at once would be what streaming avoids.
             config.output_hidden_states = False
-        path, blocks = skeleton.find_blocks(model)
-        if model.get_output_embeddings() is None:
-            raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
         source = converted(source, model)
         source = under_owners(source, model, map_names(model, source))
         names = map_names(model, source)
-        outside = skeleton.outside_paths(model, path)
-        inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
+        outside = skeleton.outside_paths(model, stack.root)
+        inside = [name for name in model.state_dict() if name.startswith(f"{stack.root}.")]
         check_complete(names, outside + inside)
         opened = cls(
-            model=model,
-            source=source,
-            names=names,
-            blocks_path=path,
-            blocks=blocks,
-            device=torch.device(device),
+            model=model, source=source, names=names, stack=stack, device=torch.device(device)
         )
-        load_outside(model, outside, names, source, opened.device, blocks)
+        load_outside(model, outside, names, source, opened.device, stack)
         with skeleton.model_errors(model):
             opened._trace_blocks()
         return opened
 
     def block_path(self, index: int) -> str:
         """Path of a block in the model, such as "model.layers.3"."""
-        return f"{self._blocks_path}.{index}"
+        return self._stack.paths[index]
 
     def block_tensors(self, index: int) -> tuple[str, ...]:
         """Checkpoint names of everything in a block, sorted."""
         found = self._names.under(self.block_path(index)).values()
-        return tuple(sorted(piece.name for pieces in found for piece in pieces))
+        return tuple(sorted({piece.name for pieces in found for piece in pieces}))
 
     def block_bytes(self, index: int) -> int:
         """Bytes of a loaded block's parameters and stored buffers."""
@@ -199,7 +210,8 @@ class CausalModel:
         """The block's hidden states [B, T, H]; with gradients where they are enabled."""
         axis = self._passes.layout.sequences
         output = call_block(block, hidden_BTH.movedim(0, axis), call)
-        hidden: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+        several = isinstance(output, (tuple, list, ModelOutput))
+        hidden: torch.Tensor = output[0] if several else output
         return hidden.movedim(axis, 0)
 
     def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
@@ -220,7 +232,7 @@ class CausalModel:
                 role = "router"
             elif use.path in trace.read:
                 role = "read"
-            for piece in self._pieces(index, use.path, use.expert):
+            for piece in self._names.readable(f"{self.block_path(index)}.{use.path}", use.expert):
                 if piece.split and piece.transposed != use.transposed:
                     raise ModelError(
                         f"{piece.name}: {use.path} has slices of {use.shape[0]} rows and columns, "
@@ -329,8 +341,9 @@ class CausalModel:
 
         Probes once per kind of block.
         """
-        if self._passes.layout.sequences:
-            # Probes compare sequences row by row, which must then follow one another.
+        if self.whole or self._passes.layout.sequences:
+            # Probes compare sequences row by row, which must follow one another, and see a weight
+            # once, which a whole body may use several times.
             return ()
         with skeleton.model_errors(self._model):
             probed = self._probes.groups(index, skeleton.head_sizes(self._model))
@@ -436,7 +449,7 @@ class CausalModel:
 
         def trace(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
             if last and hidden_BTH.data_ptr() != last[0].data_ptr():
-                raise ModelError(
+                raise stacks.StackError(
                     f"{self.block_path(index)}: this block does not read the output of the one "
                     "before it, so the model cannot be quantized block by block"
                 )
@@ -449,10 +462,12 @@ class CausalModel:
                     drawn,
                     lambda block: call_block(block, noise, as_float(call)),
                     batch=1,
+                    whole=self._stack.whole,
                 )
             return hidden_BTH
 
-        ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.int64)
+        # Of an encoder's model padding alone would be no text.
+        ids = torch.full((1, _TRACE_TOKENS), 3 if self.whole else 0, dtype=torch.int64)
         with watched(self._blocks) as read:
             try:
                 self._passes.run(ids, None, trace)
@@ -460,13 +475,13 @@ class CausalModel:
                 raise
             # The model's own code fails in its own way on blocks that only hand on their input.
             except Exception as error:
-                raise ModelError(
+                raise stacks.StackError(
                     f"{type(self._model).__name__}: its forward fails with blocks that hand on "
                     f"hidden states alone, so it cannot be quantized block by block: {error}"
                 ) from error
         if read:
             raise ModelError(
-                f"{self._blocks_path}.{min(read)}: {type(self._model).__name__} reads this weight "
+                f"{self._stack.root}.{min(read)}: {type(self._model).__name__} reads this weight "
                 "outside the layer that multiplies by it and may change it on the way, which a "
                 "quantized layer does not allow; keep this model in full precision"
             )
@@ -479,25 +494,10 @@ class CausalModel:
         for path in (found.producer, found.bias):
             if path is None:
                 continue
-            for piece in self._pieces(index, path, found.expert):
+            for piece in self._names.readable(f"{self.block_path(index)}.{path}", found.expert):
                 rows = found.rows
                 if piece.rows is not None:
                     rows = rows[(rows >= piece.rows[0]) & (rows < piece.rows[1])]
                 if len(rows):
                     names.append(piece.name)
         return tuple(names)
-
-    def _pieces(self, index: int, path: str, expert: int | None) -> list[Piece]:
-        pieces = self._names.of(f"{self.block_path(index)}.{path}")
-        if pieces[0].opaque or (pieces[0].transposed and expert is None):
-            raise ModelError(
-                f"{pieces[0].name}: transformers computes {path} from this tensor on loading; "
-                "quantkit follows renaming, the stacking of experts and rows put together in blocks"
-            )
-        found = [piece for piece in pieces if piece.expert == expert]
-        if not found:
-            raise ModelError(
-                f"{pieces[0].name}: the checkpoint stores all experts in one tensor; quantkit "
-                "quantizes checkpoints that store experts one by one"
-            )
-        return found

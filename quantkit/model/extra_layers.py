@@ -52,18 +52,18 @@ class ExtraLayer:
 
 
 def find_extra_layers(
-    names: NameMap, source: Source, blocks: str, count: int
+    names: NameMap, source: Source, blocks: Sequence[str]
 ) -> tuple[ExtraLayer, ...]:
     """The extra layers among what no parameter takes, in their order; reads headers only.
 
-    `blocks` is the path of the model's `count` blocks.
+    `blocks` are the paths of the model's blocks.
     """
     shapes = {name: source.info(name).shape for name in names.unmapped}
     found: dict[str, tuple[int, int, str]] = {}
     seen: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
     first = ""
-    for index in range(count if shapes else 0):
-        pieces = names.under(f"{blocks}.{index}").values()
+    for index, path in enumerate(blocks if shapes else ()):
+        pieces = names.under(path).values()
         inside = [piece.name for many in pieces for piece in many]
         stem = _common(inside)
         first = first or stem
@@ -89,7 +89,7 @@ def find_extra_layers(
             like=found[prefix][1],
             stem=found[prefix][2],
             root=_root(prefix, source, shapes),
-            counted=prefix if start is None else f"{start}{count + number}.",
+            counted=prefix if start is None else f"{start}{len(blocks) + number}.",
         )
         for number, prefix in enumerate(sorted(found, key=dot_natural_key))
     )

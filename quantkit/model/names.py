@@ -122,6 +122,22 @@ class NameMap:
             for piece in self.of(path)
         )
 
+    def readable(self, path: str, expert: int | None) -> list[Piece]:
+        """The pieces of a parameter, or of one of its slices.  ModelError if none is its own."""
+        pieces = self.of(path)
+        if pieces[0].opaque or (pieces[0].transposed and expert is None):
+            raise ModelError(
+                f"{pieces[0].name}: transformers computes {path} from this tensor on loading; "
+                "quantkit follows renaming, the stacking of experts and rows put together in blocks"
+            )
+        found = [piece for piece in pieces if piece.expert == expert]
+        if not found:
+            raise ModelError(
+                f"{pieces[0].name}: the checkpoint stores all experts in one tensor; quantkit "
+                "quantizes checkpoints that store experts one by one"
+            )
+        return found
+
     def under(self, prefix: str) -> dict[str, tuple[Piece, ...]]:
         """Parameters below a module path, by their paths within it."""
         start = f"{prefix}."

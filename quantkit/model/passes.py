@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from quantkit.checkpoint.files import Source
 from quantkit.errors import ModelError, NumericsError
-from quantkit.model import skeleton
+from quantkit.model import skeleton, stacks
 from quantkit.model.names import NameMap, load_into
 from quantkit.model.refs import BlockCall, WeightRef
 
@@ -56,7 +56,7 @@ class Passes:
         self,
         *,
         model: Any,
-        blocks: nn.ModuleList,
+        stack: stacks.Stack,
         source: Source,
         names: NameMap,
         device: torch.device,
@@ -64,10 +64,11 @@ class Passes:
     ) -> None:
         self.device = device
         self.layout = Layout()
-        self._model, self._blocks, self._source = model, blocks, source
+        self._model, self._blocks, self._source = model, stack.blocks, source
+        self._whole = stack.whole
         self._outputs = outputs
         self._embedding: Any = model.get_input_embeddings()
-        self._head: Any = model.get_output_embeddings()
+        self._head: Any = stacks.head_of(model)
         self.embedding_path, self.head_path = lazy_paths(model)
         self.embedding_name = names.of(self.embedding_path)[0].name
         self._head_name = names.of(self.head_path)[0].name
@@ -102,12 +103,15 @@ class Passes:
         order: list[int] = []
 
         def enter(index: int, *args: Any, **kwargs: Any) -> Any:
-            if index != len(order):
-                raise ModelError(
+            if index <= max(order, default=-1):
+                raise stacks.StackError(
                     f"block {index} is called as number {len(order)}; only models that call their "
-                    "blocks once each, one after the other, can be quantized"
+                    "blocks once each, one after the other, can be quantized block by block"
                 )
             order.append(index)
+            if self._whole:
+                hidden_BTH, call = self._body_call(args, kwargs)
+                return _Handed([on_block(index, hidden_BTH, call)])
             hidden_BTH, call = _record(args, kwargs)
             axis = self.layout.sequences
             output = on_block(index, hidden_BTH.movedim(axis, 0), call).movedim(0, axis)
@@ -117,23 +121,39 @@ class Passes:
         stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
             (block, functools.partial(enter, index)) for index, block in enumerate(self._blocks)
         ]
-        stand_ins += [(self._embedding, self._embed), (self._head, on_head or _first_column)]
+        stand_ins.append((self._head, on_head or _first_column))
+        if not self._whole:
+            stand_ins.append((self._embedding, self._embed))
         # An attribute of our own skeleton's modules shadows the forward of their class.
         for module, forward in stand_ins:
             module.__dict__["forward"] = forward
         try:
             with torch.set_grad_enabled(grad), _Stage(self._embedding, self._gather, self.device):
                 mask = None if mask_BT is None else mask_BT.to(self.device)
-                output = self._model(
-                    input_ids=ids_BT.to(self.device), attention_mask=mask, use_cache=False
-                )
+                ids = ids_BT.to(self.device)
+                both = self._whole and getattr(self._model.config, "is_encoder_decoder", False)
+                # The decoder reads the same text, where the body holds an encoder too.
+                more = {"decoder_input_ids": ids} if both else {}
+                output = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
         finally:
             for module, _ in stand_ins:
                 module.__dict__.pop("forward", None)
         if len(order) != len(self._blocks):
-            raise ModelError(f"{len(order)} of {len(self._blocks)} blocks are called in a forward")
+            raise stacks.StackError(
+                f"{len(order)} of {len(self._blocks)} blocks are called in a forward",
+                called=tuple(order),
+            )
         logits: torch.Tensor = output.logits
         return logits
+
+    def _body_call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, BlockCall]:
+        """What stands for hidden states before the whole body, zeros, and all that it is given."""
+        ids_BT = args[0] if args else kwargs["input_ids"]
+        width = self._model.config.get_text_config().hidden_size
+        hidden_BTH = torch.zeros(*ids_BT.shape, width, dtype=self._model.dtype, device=self.device)
+        return hidden_BTH, BlockCall(args=args, kwargs=dict(kwargs), hidden_name="")
 
     def find_layout(self) -> Layout:
         """Where sequences and tokens are, by comparing one with two of each.
@@ -281,7 +301,7 @@ def _is_empty(device: Any) -> bool:
 
 def lazy_paths(model: Any) -> tuple[str, str]:
     """Parameter paths of the token embedding and the head, which are never loaded whole."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = model.get_input_embeddings(), stacks.head_of(model)
     paths = {module: path for path, module in model.named_modules()}
     return f"{paths[embedding]}.weight", f"{paths[head]}.weight"
 
@@ -292,15 +312,18 @@ def load_outside(
     names: NameMap,
     source: Source,
     device: torch.device,
-    blocks: nn.ModuleList,
+    stack: stacks.Stack,
 ) -> None:
     """Loads what is at these paths outside the blocks, but for the `lazy_paths`."""
     lazy = set(lazy_paths(model))
+    if stack.whole:
+        # The body reads its own embedding.
+        lazy.discard(lazy_paths(model)[0])
     for path in paths:
         if path not in lazy and names.tied.get(path) not in lazy:
             owner, _, leaf = path.rpartition(".")
             load_into(model.get_submodule(owner), owner, names, source, device, only=leaf)
-    skeleton.fill_buffers(model, model, "", skip=blocks)
+    skeleton.fill_buffers(model, model, "", skip=stack.blocks)
     for path in lazy:
         # Empty but real: models move token ids to wherever the embedding is.
         module = model.get_submodule(path.rpartition(".")[0])
@@ -310,6 +333,8 @@ def load_outside(
 
 def call_block(block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> Any:
     """What the block's forward returns."""
+    if call.hidden_name == "":
+        return block(*call.args, **call.kwargs)
     if call.hidden_name is None:
         return block(hidden_BTH, *call.args, **call.kwargs)
     return block(*call.args, **{call.hidden_name: hidden_BTH}, **call.kwargs)
@@ -336,6 +361,15 @@ def _record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor
         return args[0], BlockCall(args=args[1:], kwargs=dict(kwargs))
     rest = dict(kwargs)
     return rest.pop("hidden_states"), BlockCall(args=(), kwargs=rest, hidden_name="hidden_states")
+
+
+class _Handed(tuple[Any, ...]):
+    """What stands for a body's output: the last hidden states, and None under every other name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self[0] if name == "last_hidden_state" else None
 
 
 def _first_column(x: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,8 @@ def part_view(value: torch.Tensor, ref: WeightRef) -> torch.Tensor:
 class BlockCall:
     """The arguments one block gets beside its hidden states, for one batch.
 
-    `hidden_name` is the keyword under which hidden states travel, None if they come first.
+    `hidden_name` is the keyword under which hidden states travel, None if they come first, "" if
+    the block is a whole body that reads the token ids among the others.
     """
 
     args: tuple[Any, ...]

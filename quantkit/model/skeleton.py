@@ -160,6 +160,12 @@ def conv1d_names(model: nn.Module, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(held.intersection(names))
 
 
+def tables(model: nn.Module) -> list[str]:
+    """Paths of the weights that are looked up by number: embeddings of tokens and positions."""
+    found = model.named_modules()
+    return [f"{path}.weight" for path, module in found if isinstance(module, nn.Embedding)]
+
+
 def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Module path -> (O, I) of every linear layer, those of other towers included."""
     return {
@@ -167,36 +173,6 @@ def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     }
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Path of the list of blocks, and the list: the outermost of the decoder's ModuleLists.
-
-    Of several it is the one whose elements have parts (others are lists of projections) and whose
-    model has the text's configuration (others are towers).
-    """
-    lists: dict[str, nn.ModuleList] = {}
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not inside and _has_matrices(module):
-            lists[path] = module
-    decoder = model.get_decoder()
-    inner = {id(module) for module in decoder.modules()} if decoder is not None else set()
-    chosen = [path for path, module in lists.items() if len(lists) == 1 or id(module) in inner]
-    if len(chosen) > 1:
-        text = model.config.get_text_config()
-        chosen = [
-            path
-            for path in chosen
-            if any(True for _ in lists[path][0].children())
-            and _owner(model, path).config.get_text_config().model_type == text.model_type
-        ] or chosen
-    if len(chosen) != 1:
-        raise ModelError(
-            f"{type(model).__name__}: {len(chosen)} lists of blocks ({', '.join(chosen)}); "
-            "quantkit needs one stack of decoder blocks"
-        )
-    return chosen[0], lists[chosen[0]]
 
 
 def outside_paths(model: PreTrainedModel, blocks: str) -> list[str]:
@@ -243,7 +219,7 @@ def fill_buffers(
         module._buffers.update(blank)
         full = ".".join(filter(None, (path, name)))
         with torch.no_grad():
-            _owner(model, full)._init_weights(module)
+            owner_of(model, full)._init_weights(module)
             left = {key: value for key, value in blank.items() if not _is_set(module, key, value)}
             if left:
                 _ask_ancestors(model, full, left)
@@ -275,7 +251,7 @@ def _ask_ancestors(model: PreTrainedModel, path: str, blank: Mapping[str, torch.
             around = ".".join(parts[:end])
             if all(_is_set(module, key, value) for key, value in blank.items()):
                 return
-            _owner(model, around)._init_weights(model.get_submodule(around))
+            owner_of(model, around)._init_weights(model.get_submodule(around))
     finally:
         module._buffers.update(before)
 
@@ -403,10 +379,6 @@ def _first_line(error: Exception) -> str:
     return ascii(shown)[1:-1] if isinstance(error, KeyError) or not shown.isprintable() else shown
 
 
-def _has_matrices(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
-
-
 def _tower(parent: str, blocks: str) -> str:
     """The outermost ancestor of `parent` that does not hold the blocks."""
     parts = parent.split(".")
@@ -417,7 +389,7 @@ def _tower(parent: str, blocks: str) -> str:
     return parent
 
 
-def _owner(model: PreTrainedModel, path: str) -> PreTrainedModel:
+def owner_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
     """The innermost PreTrainedModel around a module path."""
     owner, module = model, model
     for part in path.split("."):

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from quantkit.errors import ModelError
 from quantkit.model.attention import attentions
 from quantkit.model.experts import Routing, mark_tokens, route
+from quantkit.model.stacks import StackError
 from quantkit.model.uses import BlockTrace, Use, with_all_slices
 from quantkit.model.watched import watched
 
@@ -330,10 +331,13 @@ def sketch_(block: nn.Module) -> nn.Module:
     return block
 
 
-def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: int) -> BlockTrace:
+def discover(
+    drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: int, whole: bool = False
+) -> BlockTrace:
     """The trace of a block from its sketch; `forward` calls it with recorded arguments.
 
-    Raises ModelError if the trial run fails, or if it leaves out layers of a list.
+    Raises ModelError if the trial run fails, or if it leaves out layers of a list, which of a
+    `whole` body are other towers.
     """
     mode = _Discover(drawn, batch=batch)
     try:
@@ -343,7 +347,7 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(
+        raise StackError(
             f"{type(drawn).__name__}: a trial run of the block on noise fails, so its weights "
             f"cannot be listed: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
@@ -357,8 +361,8 @@ def discover(drawn: nn.Module, forward: Callable[[nn.Module], Any], *, batch: in
     for path in linears:
         if path in used or path in kept:
             continue
-        if any(part.isdigit() for part in path.split(".")):
-            raise ModelError(
+        if not whole and any(part.isdigit() for part in path.split(".")):
+            raise StackError(
                 f"{path}: the block {type(drawn).__name__} does not multiply by this weight in a "
                 "trial run; blocks that choose among layers of a list cannot be quantized"
             )
@@ -405,7 +409,8 @@ class Tap(MatmulMode):
         self._keys, self._callback = keys, callback
         valid = None if mask_BT is None else mask_BT.reshape(-1).bool()
         self._valid = None if valid is None or bool(valid.all()) else valid
-        self._done: set[str] = set()
+        # Input -> the weight that was the first to read it.
+        self._done: dict[str, tuple[str, int | None]] = {}
 
     def start(self) -> None:
         """Forgets which inputs were seen: a new forward begins."""
@@ -416,9 +421,9 @@ class Tap(MatmulMode):
         self, use: Use, x: torch.Tensor, token_n: torch.Tensor | None
     ) -> torch.Tensor | None:
         key = self._keys.get(use.key)
-        if key is None or key in self._done:
+        if key is None or self._done.setdefault(key, use.key) != use.key:
+            # Another weight that reads the same; a weight that is used again reads something new.
             return None
-        self._done.add(key)
         if use.expert is not None and not x.numel():
             return None
         rows_nI = x.reshape(-1, x.shape[-1])

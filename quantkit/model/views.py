@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source, View
 from quantkit.errors import ModelError
-from quantkit.model import skeleton
+from quantkit.model import stacks
 from quantkit.model.names import Conversion, NameMap, map_names
 
 
@@ -30,7 +30,7 @@ def converted(source: Source, model: PreTrainedModel) -> Source:
     """
     names = map_names(model, source)
     try:
-        blocks = skeleton.find_blocks(model)[0] if names.conversions else ""
+        blocks = stacks.likely_root(model) if names.conversions else ""
     except ModelError:
         return source
     made = {path: rule for path, rule in names.conversions.items() if path.startswith(f"{blocks}.")}

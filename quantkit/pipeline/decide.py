@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence, Set
 
+from quantkit.checkpoint.memory import format_size
 from quantkit.errors import ModelError, RecipeError, SchemeError
 from quantkit.formats.format import Container, Format, PlannedWeight
 from quantkit.formats.registry import default_format, make_format
@@ -57,6 +58,16 @@ def check_experts(recipe: Recipe, model: CausalModel) -> None:
         )
 
 
+def whole_notes(model: CausalModel) -> list[str]:
+    """What to know of a model that is one block."""
+    if not model.whole:
+        return []
+    return [
+        f"the model's layers do not simply follow one another, so {model.block_path(0)} is worked "
+        f"on as one block of {format_size(model.block_bytes(0))}"
+    ]
+
+
 def unquantizable(model: CausalModel) -> dict[str, str]:
     """Checkpoint name -> reason, of all blocks' matrices that stay as they are."""
     return {name: why for i in range(model.num_blocks) for name, why in model.kept(i).items()}
@@ -70,6 +81,14 @@ def check_enough(recipe: Recipe, model: CausalModel) -> None:
         for name, why in reasons.items()
         if why not in (UNREACHED, OUTSIDE) and recipe.rule_for(name) is None
     }
+    refs = {ref.name for i in range(model.num_blocks) for ref in model.weights(i)}
+    if model.whole:
+        # Not to call a model quantized of which only a small part is.
+        known = refs | model.tables | reasons.keys() | {model.head.name}
+        for name in model.block_tensors(0):
+            shape = model.source.info(name).shape
+            if name not in known and len(shape) > 1 and recipe.rule_for(name) is None:
+                stay[name], reasons[name] = math.prod(shape), "no matrix product reads it"
     rest = sum(math.prod(ref.shape) for i in range(model.num_blocks) for ref in model.weights(i))
     share = sum(stay.values()) / max(sum(stay.values()) + rest, 1)
     if share > _MOST_KEPT:

@@ -35,6 +35,7 @@ from quantkit.pipeline.decide import (
     planned,
     spread,
     unquantizable,
+    whole_notes,
 )
 from quantkit.pipeline.extra import decide_extra, extra_notes, extra_reason, extra_weights
 
@@ -321,7 +322,11 @@ def lay_out(
         if container is None
         else container.lay_out(recipe.scheme, {w.name: w.scheme for w in weights})
     )
-    notes = [*extra_notes(model, extra), *(() if container is None else container.notes)]
+    notes = [
+        *whole_notes(model),
+        *extra_notes(model, extra),
+        *(() if container is None else container.notes),
+    ]
     if cache is not None:
         notes.append(cache.note(layout.num_bytes))
     config = fmt.config(
@@ -414,7 +419,10 @@ def _fates(
         elif weight is not None and name != head_is:
             reason = reasons.get(name, "as stored")
         else:
-            reason = "output head" if name == head_is else _kept_reason(info, name in block_of)
+            table = name in model.tables
+            reason = (
+                "output head" if name == head_is else _kept_reason(info, table, name in block_of)
+            )
         found.append(
             TensorFate(
                 name=name,
@@ -475,7 +483,9 @@ def _others(
     )
 
 
-def _kept_reason(info: TensorInfo, in_block: bool) -> str:
+def _kept_reason(info: TensorInfo, table: bool, in_block: bool) -> str:
+    if table:
+        return "embedding"
     if len(info.shape) < 2:
         return "norm or bias"
-    return "not a matrix product's weight" if in_block else "embedding"
+    return "not a matrix product's weight" if in_block else "outside of the blocks that run on text"

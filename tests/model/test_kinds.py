@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 import torch
+from transformers import AutoModelForMaskedLM
 
 from quantkit.errors import ModelError
 from quantkit.formats.format import expert_name
+from quantkit.formats.open import open_source
+from quantkit.model.causal import CausalModel
 from quantkit.model.trace import OUTSIDE, SHARED, UNREACHED
 from tools.sweep.one import METHODS, Finding, Kind, _build, examine
 
@@ -34,6 +37,9 @@ WORKS = {
     "longcat_flash": "a loop over those experts that tokens reach",
     "inkling2_text": "experts whose rows transformers interleaves, matrices of other names",
     "qwen3_5_text": "gates of few rows with zeros",
+    "xlm": "two lists of layers that take turns",
+    "hrm_text": "layers that run several times, tensors cut into several modules",
+    "hy_v4": "a block that needs what another found",
 }
 
 
@@ -42,7 +48,11 @@ OTHERS = [
     ("image", "kimi_k25", "a tower whose tensors transformers splits and permutes"),
     ("image", "idefics3", "masks made on the device of a tower that stays empty"),
     ("image", "minimax_m3_vl", "a linear layer whose rows are two tensors"),
+    ("image", "mllama", "blocks that read images and do not run on text"),
+    ("image", "nemotron_h_omni", "a head that belongs to a model within it"),
     ("encoder", "modernbert", "no causal mask"),
+    ("encoder", "albert", "one layer that runs again and again"),
+    ("encoder", "bart", "an encoder and a decoder"),
     ("encoder", "gte", "tensors that transformers cuts into several modules"),
 ]
 
@@ -99,7 +109,7 @@ def test_what_stays_is_told_with_its_reason(tmp_path: Path) -> None:
     ("model_type", "said"),
     [
         ("xlnet", "XLNetRelativeAttention multiplies by this weight in a product of more than two"),
-        ("hy_v4", "HYV4DecoderLayer: a trial run of the block on noise fails"),
+        ("rwkv", "RwkvForCausalLM reads this weight outside the layer that multiplies by it"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_a_sentence(
@@ -110,11 +120,54 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(
         jobs.make_job(model, "rtn", None, allow_unreadable=True)
 
 
-def test_an_encoder_with_a_decoder_is_refused_for_what_it_is(tmp_path: Path) -> None:
-    # It has a buffer of its own, outside all modules, which is found.
-    found = examine("encoder", "bart", tmp_path / "work")
+def test_a_body_without_matrix_products_is_refused(tmp_path: Path) -> None:
+    found = examine("encoder", "squeezebert", tmp_path / "work")
     assert found.status == "refused"
-    assert "BartForConditionalGeneration: its forward fails" in found.runs[0].message
+    assert "no matrix product reads it; 9" in found.runs[0].message
+
+
+def test_a_whole_body_is_one_block_and_the_plan_says_so(tmp_path: Path) -> None:
+    directory = tmp_path / "bart"
+    _build("encoder", "bart", directory, torch.arange(3, 51).view(2, 24))
+    plan = jobs.make_job(directory, "rtn", None, allow_unreadable=True).plan
+    assert "model is worked on as one block of" in plan.notes[0]
+    told = {fate.name: fate for fate in plan.fates}
+    crossing = [fate for name, fate in told.items() if "encoder_attn.k_proj.weight" in name]
+    assert len(crossing) == 4 and {fate.fate for fate in crossing} == {"quantized"}
+    assert {fate.reason for name, fate in told.items() if "embed_positions" in name} == {
+        "embedding"
+    }
+
+
+def test_a_weight_that_runs_again_is_told_each_time(tmp_path: Path) -> None:
+    directory = tmp_path / "albert"
+    _build("encoder", "albert", directory, torch.arange(3, 51).view(2, 24))
+    model = CausalModel.open(open_source(str(directory)))
+    ids = torch.arange(3, 51).view(2, 24)
+    hidden, calls = model.calls(ids)
+    block, seen = model.load_block(0), list[str]()
+    with model.tap(0, block, None, lambda key, _: seen.append(key)):
+        output = model.run(block, hidden, calls[0])
+    query = next(key for key in seen if key.endswith("attention.query"))
+    layers = model.text_config.num_hidden_layers
+    assert seen.count(query) == layers > 1
+    # Queries, keys and values read one input, which is told once.
+    assert not any(key.endswith(("attention.key", "attention.value")) for key in seen)
+    plain = AutoModelForMaskedLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(model.logits(output), plain(input_ids=ids).logits)
+
+
+def test_blocks_that_text_does_not_reach_are_outside(tmp_path: Path) -> None:
+    directory = tmp_path / "mllama"
+    _build("image", "mllama", directory, torch.arange(3, 51).view(2, 24))
+    model = CausalModel.open(open_source(str(directory)))
+    assert model.num_blocks == 3
+    crossing = [name for name in model.source.names() if "cross_attn.q_proj" in name]
+    assert crossing and set(crossing) <= set(model.outside)
+    plan = jobs.make_job(directory, "rtn", None, allow_unreadable=True).plan
+    told = {fate.reason for fate in plan.fates if fate.name in crossing}
+    assert told == {"outside of the blocks that run on text"}
 
 
 def test_experts_may_be_kept_knowingly(tmp_path: Path) -> None:

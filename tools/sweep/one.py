@@ -229,7 +229,8 @@ def _told(plan: Plan) -> dict[str, Any]:
     """Readers, and the quantized share of what is a matrix or more in blocks and takes part."""
     total = quantized = 0
     for fate in plan.fates:
-        if fate.block is not None and len(fate.shape) >= 2 and fate.reason != UNREACHED:
+        aside = fate.reason in (UNREACHED, "embedding", "output head")
+        if fate.block is not None and len(fate.shape) >= 2 and not aside:
             size = torch.Size(fate.shape).numel()
             total += size
             quantized += size if fate.fate == "quantized" else 0

@@ -175,7 +175,12 @@ class ModelStream:
             return self.model.calls(batch.ids)
 
     def _calls_of(self, batch: Batch) -> tuple[BlockCall, ...]:
-        """The blocks' other arguments: without padding masks they depend on the shape only."""
+        """The blocks' other arguments: without padding masks they depend on the shape only.
+
+        A whole body gets token ids among them.
+        """
+        if self.model.whole:
+            return self._call(batch)[1]
         shape = (batch.ids.shape[0], batch.ids.shape[1])
         if shape not in self._calls:
             self._calls[shape] = self._call(batch)[1]

@@ -1,1 +1,1 @@
-"""What is found out about a block by changing what its products put out."""
+"""What is found out about blocks by running them: on noise with changed outputs, or as they are."""

@@ -73,8 +73,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 def _hybrid(kind: str, model_dir: Path, minutes: float) -> dict[str, Any]:
     if not (model_dir / "training.json").exists():
-        told = train(kind, minutes, model_dir)
-        (model_dir / "training.json").write_text(json.dumps(told))
+        train(kind, minutes, model_dir)
     with torch.no_grad():
         return {
             "kind": kind,

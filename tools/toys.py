@@ -9,6 +9,7 @@ transformers; one thread, no network.  Nothing of them is kept in the repository
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -92,7 +93,8 @@ def main() -> None:
 def train(kind: str, minutes: float, out: Path, *, seed: int = 7) -> dict[str, Any]:
     """Trains a toy for so many minutes of CPU and writes it, with its tokenizer; what became of it.
 
-    {"steps", "parameters", "loss" (nats per token, the last tenth of training)}.
+    {"minutes", "steps", "parameters", "loss" (nats per token, the last tenth of training)}, which
+    lies in training.json too.
     """
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -128,11 +130,14 @@ def train(kind: str, minutes: float, out: Path, *, seed: int = 7) -> dict[str, A
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     tail = losses[-max(len(losses) // 10, 1) :]
-    return {
+    told = {
+        "minutes": minutes,
         "steps": steps,
         "parameters": sum(p.numel() for p in parameters),
         "loss": round(sum(tail) / len(tail), 4),
     }
+    (out / "training.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+    return told
 
 
 def training_tokens(tokenizer: Any, seed: int) -> Tensor:

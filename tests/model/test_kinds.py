@@ -80,8 +80,9 @@ def test_other_kinds_of_models_work_alike(
     assert found.status == "works", found
 
 
-def built(model_type: str, directory: Path) -> Path:
-    _build("causal", model_type, directory, torch.arange(3, 51).view(2, 24))
+def built(model_type: str, directory: Path, kind: Kind = "causal") -> Path:
+    with torch.no_grad():
+        _build(kind, model_type, directory, torch.arange(3, 51).view(2, 24))
     return directory
 
 
@@ -127,8 +128,7 @@ def test_a_body_without_matrix_products_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_whole_body_is_one_block_and_the_plan_says_so(tmp_path: Path) -> None:
-    directory = tmp_path / "bart"
-    _build("encoder", "bart", directory, torch.arange(3, 51).view(2, 24))
+    directory = built("bart", tmp_path / "bart", "encoder")
     plan = jobs.make_job(directory, "rtn", None, allow_unreadable=True).plan
     assert "model is worked on as one block of" in plan.notes[0]
     told = {fate.name: fate for fate in plan.fates}
@@ -140,8 +140,7 @@ def test_a_whole_body_is_one_block_and_the_plan_says_so(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_runs_again_is_told_each_time(tmp_path: Path) -> None:
-    directory = tmp_path / "albert"
-    _build("encoder", "albert", directory, torch.arange(3, 51).view(2, 24))
+    directory = built("albert", tmp_path / "albert", "encoder")
     model = CausalModel.open(open_source(str(directory)))
     ids = torch.arange(3, 51).view(2, 24)
     hidden, calls = model.calls(ids)
@@ -159,8 +158,7 @@ def test_a_weight_that_runs_again_is_told_each_time(tmp_path: Path) -> None:
 
 
 def test_blocks_that_text_does_not_reach_are_outside(tmp_path: Path) -> None:
-    directory = tmp_path / "mllama"
-    _build("image", "mllama", directory, torch.arange(3, 51).view(2, 24))
+    directory = built("mllama", tmp_path / "mllama", "image")
     model = CausalModel.open(open_source(str(directory)))
     assert model.num_blocks == 3
     crossing = [name for name in model.source.names() if "cross_attn.q_proj" in name]

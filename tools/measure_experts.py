@@ -30,8 +30,15 @@ from tools.toys import LENGTH, heldout_windows, train, training_tokens
 
 _WINDOWS, _BATCH = 16, 4
 _METHODS = (("gptq", "w4a16_g64"), ("best", "w3a16_g64"))
-# Windows of calibration text and their length.
-_TEXTS = ((1, 64), (1, 256), (4, 512), (32, 512))
+# Calibration text, its windows and their length.  Tasks alone do not reach English's experts.
+_TEXTS = (
+    ("English and tasks", 1, 64),
+    ("English and tasks", 1, 256),
+    ("English and tasks", 4, 512),
+    ("English and tasks", 32, 512),
+    ("tasks", 4, 512),
+    ("tasks", 32, 512),
+)
 
 
 def main() -> None:
@@ -64,19 +71,23 @@ def measured(model_dir: Path) -> list[dict[str, Any]]:
     """One record for each method, amount of text, and kind of statistics."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ids = heldout_windows(tokenizer, LENGTH, _WINDOWS)
-    text = training_tokens(tokenizer, seed=11)
+    texts = {
+        "English and tasks": training_tokens(tokenizer, seed=11),
+        "tasks": training_tokens(tokenizer, seed=11, english=False),
+    }
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     wanted = _log_probabilities(plain, ids)
     runs = []
     for method, scheme in _METHODS:
-        for windows, length in _TEXTS:
+        for kind, windows, length in _TEXTS:
+            text = texts[kind]
             # From all over the text, which is in the order of its documents.
             step = (len(text) - length) // windows
             starts = range(step // 2, len(text) - length, step)
             some = torch.stack([text[s : s + length] for s in starts][:windows])
             for experts in ("routed", "all"):
                 asked = {"method": method, "scheme": scheme, "experts": experts}
-                asked |= {"calibration_windows": windows, "calibration_length": length}
+                asked |= {"calibration": kind, "windows": windows, "window_length": length}
                 runs.append(asked | _run(model_dir, asked, some, ids, wanted))
                 print(json.dumps(runs[-1]), flush=True)
     return runs

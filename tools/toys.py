@@ -140,12 +140,13 @@ def train(kind: str, minutes: float, out: Path, *, seed: int = 7) -> dict[str, A
     return told
 
 
-def training_tokens(tokenizer: Any, seed: int) -> Tensor:
-    """Token ids [T] of all training text, English and tasks in turn."""
+def training_tokens(tokenizer: Any, seed: int, *, english: bool = True) -> Tensor:
+    """Token ids [T] of all training text, English and tasks in turn, or of as many tasks alone."""
     rng = random.Random(seed)
     flat: list[int] = []
     for document in corpus.english_documents("train"):
-        flat += tokenizer(document.text, verbose=False)["input_ids"]
+        if english:
+            flat += tokenizer(document.text, verbose=False)["input_ids"]
         flat += tokenizer(tasks.task_text("train", rng), verbose=False)["input_ids"]
     return torch.tensor(flat)
 

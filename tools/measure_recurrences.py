@@ -37,7 +37,7 @@ from tools.toys import LENGTH, heldout_windows, train
 
 HYBRIDS = ("gated_delta", "mamba2")
 _WINDOWS, _BATCH = 24, 4
-_METHODS = (("rtn", "w4a16_g64"), ("best", "w4a16_g64"), ("best", "w3a16_g64"))
+_METHODS = (("rtn", "w4a16_g64"), ("best", "w4a16_g64"))
 # Tokens of a window from start to stop.
 _PLACES = ((0, 32), (32, 128), (128, 256), (256, 384), (384, LENGTH))
 

@@ -123,6 +123,11 @@ def decide_fed(
         return {}
     scheme = None if recipe.recurrent == KEEP else recipe.recurrent
     why = f"--recurrent {recipe.recurrent_name}: "
+    if model.whole:
+        raise ModelError(
+            f"{why}the model is worked on as one block, in which what reaches a later token by way "
+            "of a state is not told apart; name weights in rules instead"
+        )
     found: dict[str, tuple[Scheme | None, str]] = {}
     for index, block in enumerate(refs):
         fed = model.fed(index)

@@ -12,7 +12,7 @@ import tiny_jobs as jobs
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.errors import RecipeError
+from quantkit.errors import ModelError, RecipeError
 from quantkit.formats.open import open_source
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
@@ -144,3 +144,9 @@ def test_a_model_without_a_state_refuses_it(tmp_path: Path) -> None:
     recipe = dataclasses.replace(load_recipe("rtn"), recurrent="keep")
     with pytest.raises(RecipeError, match="no weight of this model feeds a state"):
         make_plan(model, recipe)
+
+
+def test_a_model_that_is_one_block_refuses_it(tmp_path: Path) -> None:
+    model = CausalModel.open(open_source(str(build("xlm", tmp_path))))
+    with pytest.raises(ModelError, match="worked on as one block"):
+        make_plan(model, load_recipe("rtn", recurrent="keep"))

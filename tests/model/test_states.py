@@ -150,3 +150,9 @@ def test_a_model_that_is_one_block_refuses_it(tmp_path: Path) -> None:
     model = CausalModel.open(open_source(str(build("xlm", tmp_path))))
     with pytest.raises(ModelError, match="worked on as one block"):
         make_plan(model, load_recipe("rtn", recurrent="keep"))
+
+
+def test_where_a_trial_run_gives_no_numbers_it_is_refused(tmp_path: Path) -> None:
+    model = CausalModel.open(open_source(str(build("zamba", tmp_path))))
+    with pytest.raises(ModelError, match="gives NaN or infinity, so what feeds a state"):
+        make_plan(model, load_recipe("rtn", recurrent="keep"), allow_unreadable=True)

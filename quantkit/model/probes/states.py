@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantkit.errors import ModelError
 from quantkit.model.trace import NoiseMode
 from quantkit.model.uses import BlockTrace, Use
 
@@ -43,10 +44,11 @@ def find_fed(
     left out: they see tokens one by one.  ModelError where tokens share rows of a product.
     """
     generator = torch.Generator().manual_seed(1)
-    for parameter in drawn.parameters():
-        if parameter.dim() == 1:
-            # Of a decay's parameters some have to let it last for some tokens.
-            parameter.copy_(torch.rand(parameter.shape, generator=generator) * 4.5 - 3)
+    vectors = [parameter for parameter in drawn.parameters() if parameter.dim() == 1]
+    before = [vector.clone() for vector in vectors]
+    for vector in vectors:
+        # Of a decay's parameters some have to let it last for some tokens.
+        vector.copy_(torch.rand(vector.shape, generator=generator) * 4.5 - 3)
     far, total = _far(drawn), probe_tokens(drawn)
     keys = [use.key for use in trace.uses if use.expert is None]
 
@@ -57,6 +59,16 @@ def find_fed(
         return mode.seen
 
     untouched = run(frozenset())
+    if not all(bool(x.isfinite().all()) for x in untouched.values()):
+        # Some code takes roots of a vector.
+        for vector, old in zip(vectors, before, strict=True):
+            vector.copy_(old)
+        untouched = run(frozenset())
+    if not all(bool(x.isfinite().all()) for x in untouched.values()):
+        raise ModelError(
+            f"{type(drawn).__name__}: a trial run of the block on noise gives NaN or infinity, so "
+            "what feeds a state cannot be told; name weights in rules instead"
+        )
     readings = {key: _changes(untouched, run(frozenset({key})), far) for key in keys}
     fed = {key for key, (_, later) in readings.items() if later}
     # What only weights that feed the state read feeds it too: decays in two factors, say.

@@ -81,6 +81,7 @@ def _text(content: str, source: str, details: dict[str, str]) -> Text:
 def _plain(document: Document, spec: str, number: int) -> str:
     if isinstance(document, str):
         return document
+    assert isinstance(document, list), "images are read only where they are asked for"
     turns = [str(message.get("content") or "") for message in document]
     if not any(turns):
         raise EvaluationError(f"--text {spec}: row {number} has neither text nor messages")

@@ -76,9 +76,7 @@ class BlockLoss:
         batch = self._stream.batches[number]
         got = self._stream.output(self._index, self._block, batch)
         with phase("reading"):
-            wanted = self._wanted.read(
-                self._index + 1, batch.start, batch.stop, self._stream.device
-            )
+            wanted = self._stream.read(self._wanted, self._index + 1, batch)
         got_TH, wanted_TH = (
             self._stream.rows(batch, out).to(torch.float32) for out in (got, wanted)
         )

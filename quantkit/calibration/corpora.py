@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from quantkit.calibration.documents import (
     Corpus,
+    Document,
     Origin,
+    Wanted,
     dataset_corpus,
     no_such_file,
     shuffled,
@@ -22,6 +25,7 @@ from quantkit.calibration.tables import (
     saved_dataset,
     table_file,
 )
+from quantkit.calibration.talks import holds_images, to_talk
 from quantkit.checkpoint.door import TEXT_BYTES, file_sha256, given_path, open_plain
 from quantkit.errors import CalibrationError
 
@@ -33,19 +37,20 @@ def open_corpus(
     seed: int | None,
     prefer_messages: bool,
     max_characters: int,
+    images: bool = False,
 ) -> Corpus:
     """The documents of a source, read lazily.
 
-    seed              decides the order of documents; None keeps the stored one, empty rows too
-    prefer_messages   where rows have both text and messages, take the messages
     max_characters    how much of a .txt file is read at most
-    Raises CalibrationError, also later while the documents are read.
+    The rest is as in `Wanted`.  Raises CalibrationError, also later while the documents are read.
     """
+    wanted = Wanted(column=column, seed=seed, prefer_messages=prefer_messages, images=images)
     if isinstance(spec, Path):
         spec = str(spec)
     if not isinstance(spec, str):
-        return _python_corpus(spec, column, seed, prefer_messages)
+        return _python_corpus(spec, wanted)
     source, column = _split_column(spec, column)
+    wanted = dataclasses.replace(wanted, column=column)
     if source == "demo":
         return _demo_corpus(seed)
     path = given_path(source, error=CalibrationError)
@@ -61,10 +66,10 @@ def open_corpus(
     if suffix == ".txt":
         return _text_file(path, max_characters)
     if suffix in BUILDERS:
-        return table_file(path, column, seed, prefer_messages)
+        return table_file(path, dataclasses.replace(wanted, folder=path.parent))
     if path.is_dir() and any((path / n).is_file() for n in ("state.json", "dataset_dict.json")):
-        return saved_dataset(path, None, column, seed, prefer_messages)
-    return named_dataset(source, column, seed, prefer_messages)
+        return saved_dataset(path, None, wanted)
+    return named_dataset(source, wanted)
 
 
 def _split_column(spec: str, column: str | None) -> tuple[str, str | None]:
@@ -103,18 +108,23 @@ def _text_file(path: Path, max_characters: int) -> Corpus:
     return Corpus(origin=origin, documents=iter([text]), one_text=True)
 
 
-def _python_corpus(
-    spec: Any, column: str | None, seed: int | None, prefer_messages: bool
-) -> Corpus:
+def _python_corpus(spec: Any, wanted: Wanted) -> Corpus:
     if hasattr(spec, "column_names") and hasattr(spec, "features"):
         origin = Origin(source="python", revision=dataset_fingerprint(spec))
-        return dataset_corpus(spec, origin, column, seed, prefer_messages)
+        return dataset_corpus(spec, origin, wanted)
     if not isinstance(spec, Sequence) or not spec:
         raise CalibrationError(
             f"calibration of type {type(spec).__name__}, {'empty' if not spec else 'unusable'}: "
             "give a source name, a list of strings, a datasets.Dataset or token ids"
         )
-    documents = [to_document(value, f"entry {index}") for index, value in enumerate(spec)]
+    documents: list[Document | None] = []
+    for index, value in enumerate(spec):
+        where = f"entry {index}"
+        if wanted.images and any(holds_images(one) for one in spec):
+            documents.append(to_talk(value, None, where, None))
+        else:
+            documents.append(to_document(value, where))
     return Corpus(
-        origin=Origin(source="python"), documents=shuffled([d for d in documents if d], seed)
+        origin=Origin(source="python"),
+        documents=shuffled([d for d in documents if d], wanted.seed),
     )

@@ -10,17 +10,27 @@ from typing import Any, TypeVar
 
 from quantkit_kernels.lazy import torch
 
+from quantkit.calibration.talks import (
+    IMAGE_COLUMNS,
+    Talk,
+    holds_images,
+    renamed,
+    rows_of_structs,
+    to_talk,
+    undecoded,
+)
 from quantkit.errors import CalibrationError
 
 T = TypeVar("T")
 Message = Mapping[str, Any]
-Document = str | list[dict[str, Any]]
 
 _MESSAGE_COLUMNS = ("messages", "conversations")
 _TEXT_COLUMNS = ("text", "content")
 # Rows of a streamed dataset that are shuffled among one another.
 _SHUFFLE_BUFFER = 10_000
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
+
+
+Document = str | list[dict[str, Any]] | Talk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +54,37 @@ class Corpus:
     one_text: bool = False
 
 
-def dataset_corpus(
-    rows: Any, origin: Origin, column: str | None, seed: int | None, prefer_messages: bool
-) -> Corpus:
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """Which documents of a source are read.
+
+    column            the one of texts or messages; None lets it be found
+    seed              decides their order; None keeps the stored one, empty rows too
+    prefer_messages   where rows have both text and messages, take the messages
+    images            where rows or messages hold images, take these too
+    folder            where names of image files begin
+    """
+
+    column: str | None
+    seed: int | None
+    prefer_messages: bool
+    images: bool = False
+    folder: Path | None = None
+
+
+def dataset_corpus(rows: Any, origin: Origin, wanted: Wanted) -> Corpus:
     """The documents of a datasets.Dataset or IterableDataset, in an order that the seed decides.
 
     Without a seed every row in its stored order, empty ones as empty texts: what perplexity
     protocols join.
     """
+    seed = wanted.seed
+    rows, pictures = undecoded(rows)
     first = next(iter(guarded(rows, origin.source)), None)
     if first is None:
         raise CalibrationError(f"calibration {origin.source} has no rows")
-    column = _choose_column(first, column, prefer_messages, origin.source)
+    pictures = pictures or next((name for name in IMAGE_COLUMNS if name in first), None)
+    column = _choose_column(first, wanted.column, wanted.prefer_messages, origin.source)
     ordered: Any
     if seed is None:
         ordered = rows
@@ -63,25 +92,28 @@ def dataset_corpus(
         ordered = (rows[index] for index in _order(len(rows), seed))
     else:
         ordered = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+    origin = dataclasses.replace(origin, column=column)
+    checked = guarded(ordered, origin.source)
+    if wanted.images and (pictures is not None or holds_images(first[column])):
+        where = f"{origin.source}, column {column!r}"
+        talks = (
+            to_talk(row[column], row[pictures] if pictures else None, where, wanted.folder)
+            for row in checked
+        )
+        return Corpus(origin=origin, documents=(talk for talk in talks if talk is not None))
     return Corpus(
-        origin=dataclasses.replace(origin, column=column),
-        documents=_column_documents(
-            guarded(ordered, origin.source), column, origin.source, keep_empty=seed is None
-        ),
+        origin=origin,
+        documents=_column_documents(checked, column, origin.source, keep_empty=seed is None),
     )
 
 
-def to_document(value: Any, where: str) -> Document | None:
+def to_document(value: Any, where: str) -> str | list[dict[str, Any]] | None:
     """A text, a list of {role, content} messages, or None if there is nothing in it."""
     if value is None:
         return None
     if isinstance(value, str):
         return value if value.strip() else None
-    if isinstance(value, Mapping) and all(isinstance(part, list) for part in value.values()):
-        # A sequence of structs is stored as a struct of sequences by older versions of datasets.
-        value = [
-            dict(zip(value, parts, strict=True)) for parts in zip(*value.values(), strict=True)
-        ]
+    value = rows_of_structs(value)
     if isinstance(value, Sequence) and all(isinstance(part, Mapping) for part in value):
         return [_message(part, where) for part in value] or None
     raise CalibrationError(
@@ -166,18 +198,8 @@ def _choose_column(
 
 
 def _message(message: Message, where: str) -> dict[str, Any]:
-    if "from" in message and "value" in message:
-        role = str(message["from"])
-        content = _content(message["value"], where)
-        return {"role": _SHAREGPT_ROLES.get(role, role), "content": content}
-    if "role" not in message or "content" not in message:
-        raise CalibrationError(
-            f"calibration {where}: a message has keys {', '.join(map(str, message))}; "
-            "role and content are needed"
-        )
-    # Arrow fills keys that only other rows have with None.
-    kept = {k: v for k, v in message.items() if v is not None or k == "content"}
-    return {**kept, "content": _content(message["content"], where)}
+    found = renamed(message, where)
+    return {**found, "content": _content(found["content"], where)}
 
 
 def _content(content: Any, where: str) -> Any:

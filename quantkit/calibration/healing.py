@@ -95,8 +95,7 @@ class Healing:
 
     def _forward(self, batch: Batch) -> tuple[list[Tensor], tuple[BlockCall, ...]]:
         """What enters each block, and what the last one hands on."""
-        ids = self._stream.calibration.ids[batch.start : batch.stop]
-        hidden, calls = self._model.calls(ids, batch.mask)
+        hidden, calls = self._stream.entering(batch)
         entered = [hidden]
         for index in range(self._model.num_blocks):
             block, _ = self._load(index)
@@ -145,7 +144,7 @@ class Healing:
         original = self._stream.original
         assert original is not None
         blocks = self._model.num_blocks
-        wanted = original.read(blocks, batch.start, batch.stop, self._stream.device)
+        wanted = self._stream.read(original, blocks, batch)
         total, slopes = 0.0, torch.zeros_like(hidden)
         for part in self._pieces(hidden):
             with phase("heal"), repeatable(self._stream.device), torch.enable_grad():

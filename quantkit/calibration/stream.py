@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quantkit.calibration.gather import Forward, Seen, StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
+from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
 from quantkit.calibration.tokens import Calibration
@@ -34,11 +36,16 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Sequences start..stop of the calibration; mask None if all their tokens count."""
+    """Sequences start..stop of the calibration; mask None if all their tokens count.
+
+    `length` are the tokens of a sequence that comes alone with its images, None for others: it
+    runs unpadded.
+    """
 
     start: int
     stop: int
     mask: Tensor | None
+    length: int | None = None
 
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
@@ -115,8 +122,10 @@ class CalibrationStream:
         """
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
+        # Without their images some models refuse the tokens that stand for them.
+        text = calibration.ids[:1] if calibration.pictured is None else calibration.ids[:1] * 0
         with torch.no_grad():
-            first, _ = model.calls(calibration.ids[:1])
+            first, _ = model.calls(text)
         shape = (len(calibration.ids), *first.shape[1:])
         kept_on = device if keep else None
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype, kept_on=kept_on))
@@ -132,15 +141,43 @@ class CalibrationStream:
         self._spread = spread
         # Block, input of an expert, first sequence of a batch -> tokens that the router sent.
         self._sent: dict[tuple[int, str, int], int] = {}
+        self._kept: KeptCalls | None = None
+        if calibration.pictured is not None:
+            self._kept = KeptCalls(scratch / "calls")
 
     def embed(self) -> None:
-        """Writes what enters the first block."""
-        for batch in self.batches:
-            ids = self.calibration.ids[batch.start : batch.stop]
-            hidden, _ = self.model.calls(ids, batch.mask)
-            self.hidden.write(0, batch.start, hidden)
-            if self.original is not None:
-                self.original.write(0, batch.start, hidden)
+        """Writes what enters the first block; images pass the towers here, and only here."""
+        with contextlib.ExitStack() as stack:
+            if self._kept is not None:
+                stack.enter_context(self.model.towers.loaded())
+            for batch in self.batches:
+                hidden = self._padded(self._embedded(batch))
+                self.hidden.write(0, batch.start, hidden)
+                if self.original is not None:
+                    self.original.write(0, batch.start, hidden)
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        """What enters the first block for a batch; keeps what a tower gives to the others."""
+        ids = self.calibration.ids[batch.start : batch.stop, : batch.length]
+        pictured = self.calibration.pictured
+        if pictured is None or self._kept is None:
+            return self.model.calls(ids, batch.mask)[0]
+        hidden, calls = self.model.calls(ids, inputs=pictured.inputs(batch.start))
+        self._kept.write(batch.start, calls)
+        return hidden
+
+    def entering(self, batch: Batch) -> tuple[Tensor, tuple[BlockCall, ...]]:
+        """What enters the first block for a batch, made anew, and every block's other arguments."""
+        ids = self.calibration.ids[batch.start : batch.stop, : batch.length]
+        if self.calibration.pictured is None:
+            return self.model.calls(ids, batch.mask)
+        with self.model.towers.loaded():
+            return self.model.calls(ids, inputs=self.calibration.pictured.inputs(batch.start))
+
+    def _padded(self, hidden_BTH: Tensor) -> Tensor:
+        """Hidden states of as many tokens as the stores have, zeros behind a shorter sequence."""
+        short = self.hidden.shape[1] - hidden_BTH.shape[1]
+        return functional.pad(hidden_BTH, (0, 0, 0, short)) if short else hidden_BTH
 
     def sync(self, generation: int) -> bool:
         """Whether the generation is on the disk, from where an interrupted run can go on.
@@ -204,7 +241,7 @@ class CalibrationStream:
                 out = self._run(index, block, batch, self.hidden, callback, rounded)
             if write:
                 with phase("writing"):
-                    self.hidden.write(index + 1, batch.start, out)
+                    self.hidden.write(index + 1, batch.start, self._padded(out))
 
     def _gathered(
         self,
@@ -236,7 +273,7 @@ class CalibrationStream:
     ) -> Tensor:
         """The block's output for a batch of one of the two streams."""
         with phase("reading"):
-            hidden = store.read(index, batch.start, batch.stop, self.device)
+            hidden = self.read(store, index, batch)
         with phase("forward"), contextlib.ExitStack() as modes:
             if callback is not None:
                 sent = functools.partial(self._note_sent, index, batch.start)
@@ -249,7 +286,7 @@ class CalibrationStream:
     def output(self, index: int, block: nn.Module, batch: Batch) -> Tensor:
         """The block's output for a batch, with gradients where they are enabled."""
         with phase("reading"):
-            hidden = self.hidden.read(index, batch.start, batch.stop, self.device)
+            hidden = self.read(self.hidden, index, batch)
         with phase("forward"):
             return self.model.output(block, hidden, self._call(index, batch))
 
@@ -261,6 +298,11 @@ class CalibrationStream:
     def _note_sent(self, index: int, start: int, key: str, count: int) -> None:
         # Blocks run several times over a batch, with the same tokens.
         self._sent[index, key, start] = count
+
+    def read(self, store: HiddenStore, index: int, batch: Batch) -> Tensor:
+        """A batch's hidden states that enter block `index`, without what was padded."""
+        hidden = store.read(index, batch.start, batch.stop, self.device)
+        return hidden if batch.length is None else hidden[:, : batch.length].contiguous()
 
     def gather_paired(
         self,
@@ -327,7 +369,7 @@ class CalibrationStream:
         for batch in self.batches:
             out = self._run(index, block, batch, self.original, None)
             with phase("writing"):
-                self.original.write(index + 1, batch.start, out)
+                self.original.write(index + 1, batch.start, self._padded(out))
 
     def _original_inputs(
         self,
@@ -359,14 +401,14 @@ class CalibrationStream:
             out = self._run(index, original, batch, self.original, keep)
             if write:
                 with phase("writing"):
-                    self.original.write(index + 1, batch.start, out)
+                    self.original.write(index + 1, batch.start, self._padded(out))
         return kept, out
 
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch that count."""
         if batch.mask is not None:
             return int(batch.mask.sum())
-        return self.calibration.ids[batch.start : batch.stop].numel()
+        return self.calibration.ids[batch.start : batch.stop, : batch.length].numel()
 
     def rows(self, batch: Batch, hidden_BTH: Tensor) -> Tensor:
         """Hidden states [T, H] of the tokens that count."""
@@ -379,7 +421,7 @@ class CalibrationStream:
         stats = Stats.empty(features, needs, stream=stream, device=self.device)
 
         def read(store: HiddenStore, batch: Batch) -> Tensor:
-            hidden = store.read(self.model.num_blocks, batch.start, batch.stop, self.device)
+            hidden = self.read(store, self.model.num_blocks, batch)
             return self.rows(batch, self.model.head_hidden(hidden))
 
         for batch in self.batches:
@@ -391,10 +433,13 @@ class CalibrationStream:
         return stats
 
     def _call(self, index: int, batch: Batch) -> BlockCall:
-        """The block's other arguments; without padding they depend on the batch's shape only.
+        """The block's other arguments; without padding they depend on the batch's shape only, but
+        where images take part on these too.
 
         A whole body gets token ids among them.
         """
+        if self._kept is not None:
+            return self._kept.read(batch.start, index, self.model.device)
         ids = self.calibration.ids[batch.start : batch.stop]
         if batch.mask is not None or self.model.whole:
             return self.model.calls(ids, batch.mask)[1][index]
@@ -427,7 +472,14 @@ def _fan_out(callback: TapCallback, taps: Mapping[str, tuple[str, ...]]) -> TapC
 
 
 def batches_of(calibration: Calibration, device: str) -> Iterator[Batch]:
-    """All sequences in their order, as many at a time as the kind of device takes."""
+    """All sequences in their order, as many at a time as the kind of device takes.
+
+    Those with images come one by one, each at its own length: they share no shape.
+    """
+    if calibration.pictured is not None:
+        for start, length in enumerate(calibration.pictured.lengths):
+            yield Batch(start=start, stop=start + 1, mask=None, length=length)
+        return
     size = max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])
     for start in range(0, len(calibration.ids), size):
         mask = calibration.mask[start : start + size]

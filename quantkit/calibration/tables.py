@@ -13,6 +13,7 @@ from typing import Any
 from quantkit.calibration.documents import (
     Corpus,
     Origin,
+    Wanted,
     dataset_corpus,
     first_line,
     no_such_file,
@@ -29,7 +30,7 @@ BUILDERS = {
 }
 
 
-def table_file(path: Path, column: str | None, seed: int | None, prefer_messages: bool) -> Corpus:
+def table_file(path: Path, wanted: Wanted) -> Corpus:
     """The rows of a .jsonl or .parquet file."""
     if not path.exists():
         raise no_such_file(path)
@@ -44,7 +45,7 @@ def table_file(path: Path, column: str | None, seed: int | None, prefer_messages
     except Exception as error:
         raise unreadable(str(path), error) from error
     origin = Origin(source=path.name, file_sha256=digest)
-    return dataset_corpus(rows, origin, column, seed, prefer_messages)
+    return dataset_corpus(rows, origin, wanted)
 
 
 def _rows_of(datasets: Any, path: Path, digest: str) -> Any:
@@ -70,9 +71,7 @@ def _refuse_chained(path: Path) -> None:
         )
 
 
-def saved_dataset(
-    path: Path, split: str | None, column: str | None, seed: int | None, prefer_messages: bool
-) -> Corpus:
+def saved_dataset(path: Path, split: str | None, wanted: Wanted) -> Corpus:
     """The rows of a directory that `save_to_disk` wrote."""
     datasets = _datasets(str(path))
     _refuse_chained(path)
@@ -82,12 +81,10 @@ def saved_dataset(
         raise unreadable(str(path), error) from error
     rows, chosen = _choose_split(loaded, split, str(path))
     origin = Origin(source=path.name, split=chosen, revision=dataset_fingerprint(rows))
-    return dataset_corpus(rows, origin, column, seed, prefer_messages)
+    return dataset_corpus(rows, origin, wanted)
 
 
-def named_dataset(
-    source: str, column: str | None, seed: int | None, prefer_messages: bool
-) -> Corpus:
+def named_dataset(source: str, wanted: Wanted) -> Corpus:
     """The rows of NAME[@revision][:config[:split]], on the Hub or a folder of data files."""
     if given_path(source, error=CalibrationError).is_dir():
         # A folder's own name may hold colons.
@@ -96,7 +93,7 @@ def named_dataset(
         name, config, split = _parse_name(source)
     local = given_path(name, error=CalibrationError)
     if local.is_dir() and (local / "dataset_dict.json").is_file():
-        return saved_dataset(local, split or config, column, seed, prefer_messages)
+        return saved_dataset(local, split or config, wanted)
     if not local.is_dir() and name.startswith(("/", ".", "~")):
         raise no_such_file(local)
     if local.is_dir():
@@ -125,7 +122,7 @@ def named_dataset(
         split=chosen,
         revision=_revision(builder) or revision or None,
     )
-    return dataset_corpus(rows, origin, column, seed, prefer_messages)
+    return dataset_corpus(rows, origin, wanted)
 
 
 def _parse_name(source: str) -> tuple[str, str | None, str | None]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,7 +19,16 @@ from quantkit_kernels.lazy import torch
 
 from quantkit.calibration.corpora import open_corpus
 from quantkit.calibration.documents import Message, Origin
-from quantkit.calibration.windows import Packed, pack, pack_token_rows
+from quantkit.calibration.images import (
+    Pictured,
+    Processor,
+    Sequences,
+    holds_inputs,
+    pack_inputs,
+    pack_talks,
+)
+from quantkit.calibration.talks import Talk
+from quantkit.calibration.windows import Packed, pack, pack_token_rows, padded
 from quantkit.errors import CalibrationError
 from quantkit.methods.recipe import check_size
 
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
 # A `str` or Path is a source name; a sequence of strings is the documents themselves.
 CalibrationSource: TypeAlias = (
     "str | Path | Sequence[str] | Sequence[Sequence[Message]] | Sequence[Sequence[int]] "
-    "| Sequence[Tensor] | Tensor | Dataset | IterableDataset"
+    "| Sequence[Tensor] | Tensor | Dataset | IterableDataset | Sequence[Mapping[str, Tensor]]"
 )
 
 
@@ -44,6 +54,7 @@ class CalibrationRecord:
     tokens_sha256       of ids and mask: equal hashes mean equal statistics
     documents           how many were used, `repeated_documents` of them equal to an earlier one
     tokens              how many count, padding excluded
+    images              how many there were among them
     notes               what differed from the request
     """
 
@@ -62,19 +73,27 @@ class CalibrationRecord:
     tokens: int
     chat_template: bool
     notes: tuple[str, ...] = ()
+    images: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON types."""
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+        """The record as JSON types; `images` only where there are any."""
+        found = {**dataclasses.asdict(self), "notes": list(self.notes)}
+        if not self.images:
+            del found["images"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Token windows: ids int64 [N, T], mask bool [N, T] (False: padding), and their record."""
+    """Token windows: ids int64 [N, T], mask bool [N, T] (False: padding), and their record.
+
+    `pictured` is what comes with each window of images, None for text alone.
+    """
 
     ids: Tensor
     mask: Tensor
     record: CalibrationRecord
+    pictured: Pictured | None = None
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.shape != self.mask.shape:
@@ -85,7 +104,7 @@ class Calibration:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of shape, ids and mask: the part of a calibration that results depend on."""
+        """sha256 of shape, ids, mask and images: the part of it that results depend on."""
         return self.record.tokens_sha256
 
 
@@ -99,12 +118,14 @@ def load_calibration(
     text_column: str | None = None,
     max_length: int | None = None,
     vocab_size: int | None = None,
+    images: ImageReader | None = None,
 ) -> Calibration:
     """`samples` windows of `seq_len` tokens from a source, the same ones for the same arguments.
 
     max_length  the model's positions: a longer seq_len is cut to it, with a note in the record
     vocab_size  the model's: a token id beyond it is an error
     tokenizer   may be None only for token ids
+    images      how a model reads images; without it images of a source are passed over, or refused
     The packing rules are in docs/calibration.md.  Raises CalibrationError.
     """
     check_seed(seed)
@@ -116,6 +137,16 @@ def load_calibration(
     if holds_token_ids(spec):
         packed = pack_token_rows(spec, samples, seq_len, _pad_id(tokenizer))
         origin = Origin(source="python")
+    elif holds_inputs(spec):
+        if images is None:
+            raise CalibrationError(
+                "calibration holds a processor's outputs, and this model's class reads no images; "
+                "give texts or token ids"
+            )
+        found = pack_inputs(spec, images.takes, samples=samples, seq_len=seq_len)  # type: ignore[arg-type]
+        return _with_images(
+            found, Origin(source="python"), tokenizer, images, vocab_size, seed, notes
+        )
     else:
         if tokenizer is None:
             raise CalibrationError("calibration text needs a tokenizer; give one, or token ids")
@@ -125,11 +156,68 @@ def load_calibration(
             seed=seed,
             prefer_messages=bool(tokenizer.chat_template),
             max_characters=_MAX_CHARACTERS_PER_TOKEN * samples * seq_len,
+            images=images is not None,
         )
+        first = next(corpus.documents, None)
+        if first is not None:
+            corpus = dataclasses.replace(corpus, documents=chain([first], corpus.documents))
+        if images is not None and isinstance(first, Talk):
+            found = pack_talks(
+                corpus,
+                corpus.documents,
+                images.processor(),
+                images.takes,
+                samples=samples,
+                seq_len=seq_len,
+            )
+            return _with_images(found, corpus.origin, tokenizer, images, vocab_size, seed, notes)
         packed = pack(corpus, tokenizer, samples, seq_len, _pad_id(tokenizer))
         origin = corpus.origin
     _check_vocabulary(packed.ids, vocab_size)
     return _with_record(packed, origin, seed, [*notes, *packed.notes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageReader:
+    """How a model reads images.
+
+    processor      gives the one that belongs to it
+    takes          what its forward takes by name
+    placeholders   ids that stand for images in texts, which the vocabulary may lack
+    """
+
+    processor: Callable[[], Processor]
+    takes: Collection[str]
+    placeholders: frozenset[int] = frozenset()
+
+
+def _with_images(
+    found: Sequences,
+    origin: Origin,
+    tokenizer: PreTrainedTokenizerBase | None,
+    images: ImageReader,
+    vocab_size: int | None,
+    seed: int,
+    notes: list[str],
+) -> Calibration:
+    """The calibration of sequences with images, padded behind to one length."""
+    longest = max(len(row) for row in found.rows)
+    packed = dataclasses.replace(
+        padded(found.rows, longest, _pad_id(tokenizer)),
+        documents=found.documents,
+        chat_template=True,
+        notes=found.notes,
+    )
+    known = torch.tensor(sorted(images.placeholders), dtype=torch.int64)
+    _check_vocabulary(packed.ids[~torch.isin(packed.ids, known)], vocab_size)
+    made = _with_record(packed, origin, seed, [*notes, *packed.notes])
+    digest = f"{made.record.tokens_sha256} {found.pictured.digest}"
+    record = dataclasses.replace(
+        made.record,
+        images=found.pictured.images,
+        tokens_sha256=hashlib.sha256(digest.encode()).hexdigest(),
+    )
+    return dataclasses.replace(made, record=record, pictured=found.pictured)
 
 
 def check_seed(seed: int) -> None:

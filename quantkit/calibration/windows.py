@@ -70,7 +70,7 @@ def pack(
         rows = _text_windows(corpus, documents, tokenizer, samples, seq_len, seen)
     else:
         rows = _message_windows(corpus, documents, tokenizer, samples, seq_len, seen)
-    packed = _padded(rows, seq_len, pad_id)
+    packed = padded(rows, seq_len, pad_id)
     return Packed(
         ids=packed.ids,
         mask=packed.mask,
@@ -99,7 +99,7 @@ def pack_token_rows(rows: Any, samples: int, seq_len: int, pad_id: int) -> Packe
     if longest > seq_len:
         notes.append(f"rows of up to {longest} token ids cut to {seq_len}")
     kept = [row[:seq_len] for row in as_lists[:samples]]
-    packed = _padded(kept, max(len(row) for row in kept), pad_id)
+    packed = padded(kept, max(len(row) for row in kept), pad_id)
     return Packed(ids=packed.ids, mask=packed.mask, documents=len(kept), notes=tuple(notes))
 
 
@@ -191,7 +191,7 @@ def _message_windows(
 def _conversation_ids(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, document: Document, *, parts: bool
 ) -> list[int]:
-    if isinstance(document, str):
+    if not isinstance(document, list):
         raise CalibrationError(
             f"calibration {corpus.origin.source} mixes texts and messages; use one of them"
         )
@@ -233,7 +233,8 @@ def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return not writes(word) and writes([{"type": "text", "text": word}])
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Packed:
+def padded(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> Packed:
+    """Windows of one length from rows that are no longer."""
     ids_NT = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     mask_NT = torch.zeros(len(rows), length, dtype=torch.bool)
     for index, row in enumerate(rows):

@@ -1,8 +1,10 @@
-"""The tokenizer that belongs to a checkpoint."""
+"""The tokenizer, and the processor of images, that belong to a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +14,8 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import CalibrationError
 
 _CONFIG, _TEMPLATES = "tokenizer_config.json", "additional_chat_templates/"
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_MOST_SHOWN = 300
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -23,19 +27,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    contents = {
-        name: read_plain(content, largest=TOKENIZER_BYTES) if isinstance(content, Path) else content
-        for name, content in source.side_files().items()
-        if not name.endswith(_WEIGHTS) and ("/" not in name or name.startswith(_TEMPLATES))
-    }
+    contents = _contents(source)
     code = _own_code(contents)
     # A file that holds its vocabulary itself is read by transformers.
     held = getattr(source, "path", None) if source.tokens() is not None else None
-    with TemporaryDirectory() as folder:
-        for name, content in contents.items():
-            target = Path(folder) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(content)
+    with _folder(contents) as folder:
         try:
             if held is not None:
                 found = AutoTokenizer.from_pretrained(held.parent, gguf_file=held.name)
@@ -60,6 +56,61 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
                 "put its tokenizer files beside config.json, or give token ids through the Python "
                 "API"
             ) from error
+
+
+def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The transformers processor of a checkpoint, which makes a model's inputs of text and images.
+
+    Raises CalibrationError if there is none that works, a package that it needs is missing, or it
+    has code of its own that is not trusted.
+    """
+    from transformers import AutoProcessor
+
+    contents = _contents(source)
+    if not any(name in contents for name in _PROCESSORS):
+        raise CalibrationError(
+            f"{source.home or 'the model'} has no processor for images ({' or '.join(_PROCESSORS)})"
+            "; put its files beside config.json, or give text alone"
+        )
+    # Of which class it is, the model's configuration may have to say.
+    contents["config.json"] = json.dumps(source.config).encode()
+    with _folder(contents) as folder:
+        try:
+            found = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # Files from outside bring out any error; one for a missing package has many lines.
+        except Exception as error:
+            reason = " ".join(str(error).split()).replace(folder, str(source.home or "the model"))
+            raise CalibrationError(
+                f"the model's processor for images cannot be loaded ({reason[:_MOST_SHOWN]}); "
+                "install what it asks for (pip install pillow torchvision), put its files beside "
+                "config.json, or give text alone"
+            ) from error
+    if not hasattr(found, "image_processor"):
+        raise CalibrationError(
+            f"the model's processor is a {type(found).__name__}, which reads no images; give text "
+            "alone"
+        )
+    return found
+
+
+def _contents(source: Source) -> dict[str, bytes]:
+    """The side files that a tokenizer or a processor may read."""
+    return {
+        name: read_plain(content, largest=TOKENIZER_BYTES) if isinstance(content, Path) else content
+        for name, content in source.side_files().items()
+        if not name.endswith(_WEIGHTS) and ("/" not in name or name.startswith(_TEMPLATES))
+    }
+
+
+@contextmanager
+def _folder(contents: Mapping[str, bytes]) -> Iterator[str]:
+    """A folder that holds these files, for a while."""
+    with TemporaryDirectory() as folder:
+        for name, content in contents.items():
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        yield folder
 
 
 def _own_code(contents: Mapping[str, bytes]) -> str | None:

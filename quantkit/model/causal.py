@@ -21,12 +21,13 @@ from quantkit.model.attention import Attention
 from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
-from quantkit.model.passes import Layout, Passes, as_float, call_block, load_outside
+from quantkit.model.passes import Inputs, Layout, Passes, as_float, call_block, load_outside
 from quantkit.model.probes.kinds import Probes
 from quantkit.model.probes.replay import check_replay
 from quantkit.model.probes.scales import Found
 from quantkit.model.refs import BlockCall, Folded, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.spread import Routed, SpreadTap
+from quantkit.model.towers.loaded import Towers
 from quantkit.model.trace import (
     SHARED,
     UNNAMED,
@@ -53,7 +54,8 @@ class CausalModel:
     `unmapped` are checkpoint tensors that no parameter takes (MTP heads, old buffers), `outside`
     those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones,
     `tables` what is looked up.  `whole`: the one block is the body, which reads token ids.
-    `extra_layers` lie among the unmapped: those that predict further tokens.
+    `extra_layers` lie among the unmapped: those that predict further tokens.  `towers` is what
+    turns images into embeddings.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class CausalModel:
         rest = set(source.names()) - inside - set(names.unmapped)
         self.outside = tuple(sorted(rest))
         self.extra_layers = find_extra_layers(names, source, stack.paths)
+        self.towers = Towers(model, names, source, stack.root, self.device)
 
     @classmethod
     def open(
@@ -182,24 +185,18 @@ class CausalModel:
         load_into(block, self.block_path(index), self._names, self.source, device)
 
     def calls(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+        inputs: Inputs | None = None,
     ) -> tuple[torch.Tensor, tuple[BlockCall, ...]]:
         """Hidden states [B, T, H] that enter block 0, and every block's own other arguments.
 
-        ids int64, mask 1 for tokens and 0 for padding (None: all tokens).  Runs the model once with
+        ids int64, mask 1 for tokens and 0 for padding (None: all tokens); `inputs` is what else a
+        processor makes of text and images, which takes `towers.loaded()`.  Runs the model once with
         blocks that hand their input on.  Blocks share argument objects, so keeping them is cheap.
         """
-        first: list[torch.Tensor] = []
-        calls: list[BlockCall] = []
-
-        def hand_on(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
-            if index == 0:
-                first.append(hidden_BTH)
-            calls.append(call)
-            return hidden_BTH
-
-        self._passes.run(ids_BT, mask_BT, hand_on)
-        return first[0], tuple(calls)
+        return self._passes.calls(ids_BT, mask_BT, inputs)
 
     def run(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The block's hidden states [B, T, H]; no gradients."""
@@ -209,15 +206,19 @@ class CausalModel:
     def output(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The block's hidden states [B, T, H]; with gradients where they are enabled."""
         axis = self._passes.layout.sequences
+        if call.added is not None:
+            hidden_BTH = hidden_BTH + call.added
         output = call_block(block, hidden_BTH.movedim(0, axis), call)
         several = isinstance(output, (tuple, list, ModelOutput))
         hidden: torch.Tensor = output[0] if several else output
         return hidden.movedim(axis, 0)
 
-    def check_replay(self, ids_BT: torch.Tensor | None = None) -> None:
+    def check_replay(
+        self, ids_BT: torch.Tensor | None = None, inputs: Inputs | None = None
+    ) -> None:
         """Raises ModelError unless running block by block equals the model's own forward."""
         with skeleton.model_errors(self._model):
-            check_replay(self, self._passes, self._signatures, ids_BT)
+            check_replay(self, self._passes, self._signatures, ids_BT, inputs)
 
     def weights(self, index: int) -> tuple[WeightRef, ...]:
         """Every 2-D weight that the block multiplies by, in the order of use; loads nothing."""

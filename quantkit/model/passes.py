@@ -9,8 +9,8 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from quantkit.model.refs import BlockCall, WeightRef
 _HEAD_BYTES = 64 * 2**20
 OnBlock = Callable[[int, torch.Tensor, BlockCall], torch.Tensor]
 OnHead = Callable[[torch.Tensor], torch.Tensor]
+Inputs = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +94,14 @@ class Passes:
         on_block: OnBlock,
         on_head: OnHead | None = None,
         *,
+        inputs: Inputs | None = None,
         grad: bool = False,
     ) -> torch.Tensor:
         """What the model returns as logits when `on_block` stands in for every block.
 
-        `on_head` stands in for the head; without it the logits mean nothing.  Raises ModelError
-        unless every block is called once, in order.
+        `on_head` stands in for the head; without it the logits mean nothing.  `inputs` are what the
+        model's forward takes beside ids and mask; floating ones come in the model's dtype.  Raises
+        ModelError unless every block is called once, in order.
         """
         order: list[int] = []
 
@@ -131,9 +134,10 @@ class Passes:
             with torch.set_grad_enabled(grad), _Stage(self._embedding, self._gather, self.device):
                 mask = None if mask_BT is None else mask_BT.to(self.device)
                 ids = ids_BT.to(self.device)
-                both = self._whole and getattr(self._model.config, "is_encoder_decoder", False)
-                # The decoder reads the same text, where the body holds an encoder too.
-                more = {"decoder_input_ids": ids} if both else {}
+                more = {name: self._placed(value) for name, value in (inputs or {}).items()}
+                if self._whole and getattr(self._model.config, "is_encoder_decoder", False):
+                    # The decoder reads the same text, where the body holds an encoder too.
+                    more["decoder_input_ids"] = ids
                 output = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
         finally:
             for module, _ in stand_ins:
@@ -154,6 +158,31 @@ class Passes:
         width = self._model.config.get_text_config().hidden_size
         hidden_BTH = torch.zeros(*ids_BT.shape, width, dtype=self._model.dtype, device=self.device)
         return hidden_BTH, BlockCall(args=args, kwargs=dict(kwargs), hidden_name="")
+
+    def _placed(self, value: torch.Tensor) -> torch.Tensor:
+        """An input where the model is, in its dtype."""
+        return value.to(self.device, self._model.dtype if value.is_floating_point() else None)
+
+    def calls(
+        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, inputs: Inputs | None
+    ) -> tuple[torch.Tensor, tuple[BlockCall, ...]]:
+        """What enters block 0 [B, T, H], and every block's other arguments; see CausalModel.
+
+        With `inputs` blocks hand zeros on, so that what the model adds between two of them shows.
+        """
+        first: list[torch.Tensor] = []
+        calls: list[BlockCall] = []
+
+        def hand_on(index: int, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
+            if index == 0:
+                first.append(hidden_BTH)
+            elif inputs is not None and bool(hidden_BTH.any()):
+                call = replace(call, added=hidden_BTH)
+            calls.append(call)
+            return hidden_BTH if inputs is None else torch.zeros_like(hidden_BTH)
+
+        self.run(ids_BT, mask_BT, hand_on, inputs=inputs)
+        return first[0], tuple(calls)
 
     def find_layout(self) -> Layout:
         """Where sequences and tokens are, by comparing one with two of each.

@@ -86,12 +86,14 @@ class BlockCall:
     """The arguments one block gets beside its hidden states, for one batch.
 
     `hidden_name` is the keyword under which hidden states travel, None if they come first, "" if
-    the block is a whole body that reads the token ids among the others.
+    the block is a whole body that reads the token ids among the others.  `added` [B, T, H] is what
+    the model adds to them on their way to the block: of some models further features of images.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(repr=False)
     hidden_name: str | None = None
+    added: torch.Tensor | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

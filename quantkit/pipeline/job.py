@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quantkit.calibration.images import holds_inputs
 from quantkit.calibration.tokens import (
     Calibration,
+    ImageReader,
     holds_token_ids,
     load_calibration,
 )
 from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
+from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import earlier_fingerprint
 from quantkit.checkpoint.source import Reader, Source
-from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.checkpoint.tokenizer import load_processor, load_tokenizer
 from quantkit.checkpoint.version import __version__
-from quantkit.errors import FormatError
+from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import Format
 from quantkit.formats.registry import code_of
 from quantkit.methods.stats import has_bf16_units
@@ -95,6 +98,11 @@ def prepare_all(
     budgets: list[Choice | None] = [None] * len(requests)
     if any(request.bits is not None for request in requests):
         shared = _calibration(model, source, first, tokenizer)
+        if shared.pictured is not None:
+            raise RecipeError(
+                "--bits weighs schemes on text, and --calib gives images; name a --scheme, or give "
+                "text"
+            )
         model.check_replay(shared.ids[:1, :64])
         earlier: dict[str, str] = {}
         if out is not None and not first.fresh:
@@ -124,7 +132,8 @@ def prepare_all(
     calibrated = next((request for request in requests if request.loaded.calibrated), None)
     if calibrated is not None and shared is None:
         shared = _calibration(model, source, calibrated, tokenizer)
-        model.check_replay(shared.ids[:1, :64])
+        if shared.pictured is None:
+            model.check_replay(shared.ids[:1, :64])
     jobs = []
     for request, plan, choice in zip(requests, plans, budgets, strict=True):
         if request.reader is not None and (reason := plan.readers[request.reader]) is not None:
@@ -150,6 +159,12 @@ def prepare_all(
                 device=device,
             )
         )
+    if shared is not None and shared.pictured is not None:
+        # Last, as it takes the memory that was predicted.
+        ids = shared.ids[:1, : shared.pictured.lengths[0]]
+        with model.towers.loaded():
+            model.check_replay(ids, shared.pictured.inputs(0))
+        release_free_memory()
     return jobs
 
 
@@ -164,8 +179,19 @@ def _calibration(
     model: CausalModel, source: Source, request: QuantizeOptions, tokenizer: Any
 ) -> Calibration:
     text_config = model.text_config
-    if tokenizer is None and not holds_token_ids(request.calibration):
-        tokenizer = load_tokenizer(source, trust_remote_code=request.trust_remote_code)
+    trusted = request.trust_remote_code
+    given = tokenizer if hasattr(tokenizer, "image_processor") else None
+    tokenizer = tokenizer if given is None else given.tokenizer
+    ready = holds_token_ids(request.calibration) or holds_inputs(request.calibration)
+    if tokenizer is None and not ready:
+        tokenizer = load_tokenizer(source, trust_remote_code=trusted)
+    images = None
+    if model.towers.takes_images:
+        images = ImageReader(
+            processor=lambda: given or load_processor(source, trust_remote_code=trusted),
+            takes=tuple(model.towers.takes),
+            placeholders=model.towers.placeholders(),
+        )
     return load_calibration(
         request.calibration,
         tokenizer=tokenizer,
@@ -174,6 +200,7 @@ def _calibration(
         seed=request.seed,
         max_length=positions_of(text_config),
         vocab_size=text_config.vocab_size,
+        images=images,
     )
 
 

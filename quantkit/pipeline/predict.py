@@ -41,6 +41,9 @@ _STEP_COPIES, _HIDDEN_COPIES = 4, 12
 _LOGIT_COPIES = 8
 # Square matrices beside the Gram matrix while it is factorised.
 _FACTOR_COPIES = 3
+# Numbers that a tower holds at once for each pixel's: at 14 x 14 pixels to a patch of 1152 numbers
+# and 4304 inside, a layer's input, its three projections, both sides of its MLP.
+_ACTIVATIONS_PER_PIXEL = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,7 @@ class Prediction:
     solve       float32 working copies of the group of weights that needs most
     heal        training of scales beside a block: activations, logits, the head, what is learned
     resident    all blocks at once, if they are to stay in memory meanwhile
+    towers      towers for images with the activations of one sequence, before the first block
     seconds     at the speeds measured now
     note        what to know about them, or None
     """
@@ -70,17 +74,19 @@ class Prediction:
     disk: int
     seconds: float
     note: str | None = None
+    towers: int = 0
 
     @property
     def smallest(self) -> int:
         """Peak resident bytes with statistics gathered in as many passes as there are inputs."""
         solving = max(self.forward + self.gram, self.gram + self.solve)
-        return self.base + self.block + max(solving, self.heal)
+        return self.base + self.block + max(solving, self.heal, self.towers)
 
     @property
     def largest(self) -> int:
         """Peak resident bytes with a block's statistics gathered in one pass."""
-        return self.base + self.block + max(max(self.forward, self.solve) + self.grams, self.heal)
+        work = max(self.forward, self.solve) + self.grams
+        return self.base + self.block + max(work, self.heal, self.towers)
 
     def peak(self, max_ram: int | None) -> int:
         """The predicted peak under a budget."""
@@ -128,8 +134,9 @@ class Prediction:
                 f"--max-ram {format_size(max_ram)} is too small: this needs "
                 f"{format_size(self.smallest)} (process {format_size(self.base)}, one block "
                 f"{format_size(self.block)}, activations {format_size(self.forward)}, statistics "
-                f"{format_size(self.gram)}, solving {format_size(self.solve)}); the smallest "
-                f"that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
+                f"{format_size(self.gram)}, solving {format_size(self.solve)}"
+                + (f", towers {format_size(self.towers)}" if self.towers else "")
+                + f"); the smallest that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
             )
 
 
@@ -165,10 +172,16 @@ def predict(
                 solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
         grams = max(grams, block_grams)
         inputs = max(inputs, sum(inputs_seen.values()))
-    forward, tokens = 0, 0
+    forward, tokens, towers, calls = 0, 0, 0, 0
     if calibration is not None:
         samples, length = calibration.ids.shape
         tokens = samples * length
+        if (pictured := calibration.pictured) is not None:
+            wide = pictured.largest * _ACTIVATIONS_PER_PIXEL
+            towers = model.towers.num_bytes + wide * model.dtype.itemsize // 4
+            # Masks of up to two kinds, rotary tables, and what is added between blocks.
+            wanted = 2 * length + 4 * model.text_config.hidden_size
+            calls = tokens * wanted * model.dtype.itemsize
         batch = max(BATCH_TOKENS[device.split(":")[0]], length)
         width = max(max(ref.shape) for refs in plan.refs for ref in refs)
         # A gated MLP holds three activations of its width, statistics two float32 copies of one.
@@ -193,7 +206,8 @@ def predict(
     if calibration is not None and recipe.heals:
         held = held_layout(model, held_weights(model, plan))[0].num_bytes
         resident = model.num_blocks * block + held
-        heal = _healing_bytes(model, plan, batch)
+        # Towers make what enters the first block anew in every step.
+        heal = _healing_bytes(model, plan, batch) + towers
     speeds = Speeds.measure(model.dtype, device=device)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     hidden *= 1 + (needs.drift or recipe.heals)
@@ -209,9 +223,10 @@ def predict(
         solve=solve,
         heal=heal,
         resident=resident,
-        disk=plan.layout.num_bytes + beside + hidden + spill + held,
+        disk=plan.layout.num_bytes + beside + hidden + spill + held + calls,
         seconds=duration(model, plan, calibration, speeds),
         note=speeds.note,
+        towers=towers,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,8 +11,13 @@ from torch import nn
 
 from quantkit.checkpoint.source import Source
 from quantkit.errors import ModelError, NumericsError
-from quantkit.model.passes import Passes
+from quantkit.model.passes import Inputs, Passes
 from quantkit.model.refs import BlockCall
+
+_TASK = {
+    False: "quantized block by block",
+    True: "calibrated on images block by block; calibrate it on text alone",
+}
 
 
 class Replayed(Protocol):
@@ -28,7 +34,10 @@ class Replayed(Protocol):
         ...
 
     def calls(
-        self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None = None
+        self,
+        ids_BT: torch.Tensor,
+        mask_BT: torch.Tensor | None = None,
+        inputs: Inputs | None = None,
     ) -> tuple[torch.Tensor, tuple[BlockCall, ...]]:
         """What enters the first block, and every block's other arguments."""
         ...
@@ -39,11 +48,16 @@ class Replayed(Protocol):
 
 
 def check_replay(
-    model: Replayed, passes: Passes, signatures: Sequence[str], ids_BT: torch.Tensor | None
+    model: Replayed,
+    passes: Passes,
+    signatures: Sequence[str],
+    ids_BT: torch.Tensor | None,
+    inputs: Inputs | None = None,
 ) -> None:
     """Raises ModelError unless running block by block equals the model's own forward.
 
     Computes the first two blocks and the first of each kind; the others hand their input on.
+    With `inputs` what reaches the head is compared too.
     """
     if ids_BT is None:
         vocabulary = model.source.info(passes.embedding_name).shape[0]
@@ -68,14 +82,27 @@ def check_replay(
             return hidden_BTH
         return model.run(model.load_block(index), hidden_BTH, call)
 
-    passes.run(ids_BT, None, compute)
-    hidden, calls = model.calls(ids_BT)
+    headed: list[torch.Tensor] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        headed.append(x)
+        return x[..., :1]
+
+    passes.run(ids_BT, None, compute, keep, inputs=inputs)
+    hidden, calls = model.calls(ids_BT, inputs=inputs)
     for index, call in enumerate(calls):
-        if not torch.equal(hidden, entered[index]):
+        entering = hidden if call.added is None else hidden + call.added
+        if not torch.equal(entering, entered[index]):
             raise ModelError(
                 f"{model.block_path(index)}: replaying block by block differs from the model's "
                 "own forward here: blocks of this model share more than hidden states, so it "
-                "cannot be quantized block by block"
+                f"cannot be {_TASK[inputs is not None]}"
             )
+        hidden = entering
         if index in computed:
-            hidden = model.run(model.load_block(index), hidden, call)
+            hidden = model.run(model.load_block(index), hidden, replace(call, added=None))
+    if inputs is not None and not torch.equal(passes.head_hidden(hidden), headed[0]):
+        raise ModelError(
+            f"{passes.head_path}: what reads the last block's output differs from the model's own "
+            f"forward, so it cannot be {_TASK[True]}"
+        )

@@ -1,0 +1,1 @@
+"""What stands beside the stack of blocks: towers for images and sound, and their projectors."""

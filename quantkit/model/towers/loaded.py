@@ -1,0 +1,103 @@
+"""Towers beside the text's blocks: empty in the skeleton, and filled while images pass them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint.source import Source
+from quantkit.errors import ModelError
+from quantkit.model import skeleton
+from quantkit.model.names import NameMap, load_into
+
+# What forwards call the pixels of images, whatever else they take.
+_PIXELS = "pixel_values"
+
+
+class Towers:
+    """The parts of a model that text never passes: its towers and projectors.
+
+    `paths` are those of their parameters and stored buffers.
+    """
+
+    def __init__(
+        self, model: Any, names: NameMap, source: Source, blocks: str, device: torch.device
+    ) -> None:
+        self._model, self._names, self._source, self._device = model, names, source, device
+        text = set(skeleton.outside_paths(model, blocks))
+        self.paths = tuple(
+            path
+            for path in model.state_dict()
+            if path not in text and not path.startswith(f"{blocks}.")
+        )
+
+    @property
+    def takes(self) -> Mapping[str, inspect.Parameter]:
+        """What the model's forward takes by name."""
+        return inspect.signature(self._model.forward).parameters
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model's class reads images."""
+        return bool(self.paths) and _PIXELS in self.takes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all towers in the model's dtype."""
+        state = self._model.state_dict()
+        return sum(state[path].numel() * state[path].element_size() for path in self.paths)
+
+    def placeholders(self) -> frozenset[int]:
+        """Token ids that stand for images and the like in texts; the vocabulary may lack them."""
+        fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        found = (getattr(self._model.config, field, None) for field in fields)
+        return frozenset(value for value in found if isinstance(value, int))
+
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[None]:
+        """While active the towers hold their weights, on the model's device.
+
+        Raises CheckpointError for one that the checkpoint lacks, NumericsError for NaN.
+        """
+        filled: list[tuple[dict[str, Any], str, Tensor]] = []
+        moved: list[tuple[dict[str, Any], str, Tensor]] = []
+        modules = {path.rpartition(".")[0] for path in self.paths}
+        try:
+            for path in self.paths:
+                owner, _, leaf = path.rpartition(".")
+                module = self._model.get_submodule(owner)
+                held = module._parameters if leaf in module._parameters else module._buffers
+                if (old := held[leaf]) is None or not old.is_meta:
+                    continue
+                load_into(module, owner, self._names, self._source, self._device, only=leaf)
+                filled.append((held, leaf, old))
+            for name in modules:
+                # Small tables that were computed on the CPU.
+                buffers = self._model.get_submodule(name)._buffers
+                for key, value in buffers.items():
+                    if value is not None and value.device != self._device:
+                        moved.append((buffers, key, value))
+                        buffers[key] = value.to(self._device)
+            with torch.no_grad():
+                yield
+        finally:
+            for held, leaf, old in itertools.chain(moved, filled):
+                held[leaf] = old
+
+    def check_images(self) -> None:
+        """Raises ModelError unless the model's class reads images."""
+        if not self.takes_images:
+            raise ModelError(
+                f"{type(self._model).__name__} reads no images; calibrate it on text alone"
+            )
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Path and module of everything in the towers that holds parameters of its own."""
+        owners = dict.fromkeys(path.rpartition(".")[0] for path in self.paths)
+        return ((path, self._model.get_submodule(path)) for path in owners)

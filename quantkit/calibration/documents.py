@@ -12,13 +12,13 @@ from quantkit_kernels.lazy import torch
 
 from quantkit.calibration.talks import (
     IMAGE_COLUMNS,
-    Talk,
     holds_images,
     renamed,
     rows_of_structs,
     to_talk,
     undecoded,
 )
+from quantkit.checkpoint.processor import Talk
 from quantkit.errors import CalibrationError
 
 T = TypeVar("T")

@@ -6,22 +6,17 @@ Letters: N sequences, T tokens.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.calibration.documents import Corpus, Document, first_line
-from quantkit.calibration.talks import Talk
-from quantkit.checkpoint.door import read_plain
+from quantkit.calibration.documents import Corpus, Document
+from quantkit.checkpoint.processor import MASK, Processor, Talk, processed
 from quantkit.errors import CalibrationError
 
-# Larger than any photograph.
-IMAGE_BYTES = 256 * 2**20
-_IDS, _MASK = "input_ids", "attention_mask"
+_IDS = "input_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,98 +60,6 @@ class Sequences:
     pictured: Pictured
     notes: tuple[str, ...] = ()
     documents: int = 0
-
-
-class Processor(Protocol):
-    """A processor of transformers: text and images to a model's inputs."""
-
-    chat_template: Any
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The inputs of a conversation."""
-        ...
-
-    def __call__(self, **given: Any) -> Any:
-        """The inputs of texts and images."""
-        ...
-
-
-def open_image(given: Any, where: str) -> Any:
-    """The image in RGB of a file's path, its bytes or an image of PIL.  Raises CalibrationError."""
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise CalibrationError(
-            f"{where}: images need the package pillow (pip install pillow)"
-        ) from error
-    if isinstance(given, Path):
-        shown = str(given)
-        given = read_plain(given, largest=IMAGE_BYTES, error=CalibrationError)
-    else:
-        shown = "an image"
-    try:
-        image = PIL.Image.open(io.BytesIO(given)) if isinstance(given, bytes) else given
-        return image.convert("RGB")
-    # Decoders of many kinds of files fail in as many ways.
-    except Exception as error:
-        raise CalibrationError(
-            f"{where}: {shown} cannot be read as an image: {first_line(error)}"
-        ) from error
-
-
-def processed(
-    processor: Processor, talk: Talk, takes: Collection[str], where: str, *, reply: bool = False
-) -> dict[str, torch.Tensor]:
-    """The model's inputs [1, T] and further ones for a conversation, by its processor and template.
-
-    takes   what the model's forward takes by name: else is left out, and so is the mask, as there
-            is no padding
-    reply   the text ends where an answer would begin
-    Raises CalibrationError for images that cannot be read and whatever the processor refuses.
-    """
-    talk = Talk(
-        messages=[
-            {
-                **message,
-                "content": [
-                    part
-                    if part["type"] == "text"
-                    else {"type": "image", "image": open_image(part["image"], where)}
-                    for part in message["content"]
-                ],
-            }
-            for message in talk.messages
-        ]
-    )
-    try:
-        if processor.chat_template:
-            given = processor.apply_chat_template(
-                talk.messages,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                add_generation_prompt=reply,
-            )
-        else:
-            text, images = _plain(processor, talk), talk.images
-            given = processor(text=[text], images=[images] if images else None, return_tensors="pt")
-    # Processors and templates are programs that come with the model.
-    except Exception as error:
-        raise CalibrationError(
-            f"{where}: the model's processor refuses a conversation with {len(talk.images)} "
-            f"images: {first_line(error)}"
-        ) from error
-    found = {
-        name: value
-        for name, value in given.items()
-        if isinstance(value, torch.Tensor) and name in takes and name not in (_MASK, "labels")
-    }
-    if talk.images and not any(value.is_floating_point() for value in found.values()):
-        raise CalibrationError(
-            f"{where}: the model's processor makes {', '.join(given)} of images, and its forward "
-            "takes no pixels of that; calibrate on text alone"
-        )
-    return found
 
 
 def pack_talks(
@@ -245,7 +148,7 @@ def pack_inputs(
             {
                 name: value
                 for name, value in given.items()
-                if isinstance(value, torch.Tensor) and name in takes and name not in (_IDS, _MASK)
+                if isinstance(value, torch.Tensor) and name in takes and name not in (_IDS, MASK)
             }
         )
     largest = max(sum(value.nbytes for value in one.values()) for one in kept)
@@ -282,16 +185,6 @@ def _notes(longer: int, seq_len: int) -> tuple[str, ...]:
     if not longer:
         return ()
     return (f"{longer} conversations of more than {seq_len} tokens left out",)
-
-
-def _plain(processor: Any, talk: Talk) -> str:
-    """The text of a conversation for a processor without a chat template, with its image tokens."""
-    mark = getattr(processor, "image_token", "<image>")
-    parts = (
-        "".join(part["text"] if part["type"] == "text" else mark for part in message["content"])
-        for message in talk.messages
-    )
-    return "\n".join(parts)
 
 
 def _hash(inputs: Mapping[str, torch.Tensor]) -> str:

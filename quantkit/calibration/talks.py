@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.processor import Talk
 from quantkit.errors import CalibrationError
 
 IMAGE_COLUMNS = ("images", "image")
 # How texts of a dataset mark the place of an image that lies in a column beside them.
 _IMAGE_MARK = "<image>"
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Talk:
-    """A conversation whose messages are lists of parts, of text and of images.
-
-    An image part holds in "image" what `images.open_image` takes.
-    """
-
-    messages: list[dict[str, Any]]
-
-    @property
-    def images(self) -> list[Any]:
-        """The images in their order."""
-        parts = (part for message in self.messages for part in message["content"])
-        return [part["image"] for part in parts if part["type"] == "image"]
 
 
 def holds_images(value: Any) -> bool:

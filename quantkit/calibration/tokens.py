@@ -21,14 +21,13 @@ from quantkit.calibration.corpora import open_corpus
 from quantkit.calibration.documents import Message, Origin
 from quantkit.calibration.images import (
     Pictured,
-    Processor,
     Sequences,
     holds_inputs,
     pack_inputs,
     pack_talks,
 )
-from quantkit.calibration.talks import Talk
 from quantkit.calibration.windows import Packed, pack, pack_token_rows, padded
+from quantkit.checkpoint.processor import Processor, Talk
 from quantkit.errors import CalibrationError
 from quantkit.methods.recipe import check_size
 

@@ -1,8 +1,7 @@
-"""The tokenizer, and the processor of images, that belong to a checkpoint."""
+"""The tokenizer that belongs to a checkpoint."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,6 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import CalibrationError
 
 _CONFIG, _TEMPLATES = "tokenizer_config.json", "additional_chat_templates/"
-_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
-_MOST_SHOWN = 300
 _WEIGHTS = (".safetensors", ".bin")
 
 
@@ -27,11 +24,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    contents = _contents(source)
+    contents = tokenizer_files(source)
     code = _own_code(contents)
     # A file that holds its vocabulary itself is read by transformers.
     held = getattr(source, "path", None) if source.tokens() is not None else None
-    with _folder(contents) as folder:
+    with folder_of(contents) as folder:
         try:
             if held is not None:
                 found = AutoTokenizer.from_pretrained(held.parent, gguf_file=held.name)
@@ -58,42 +55,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
             ) from error
 
 
-def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The transformers processor of a checkpoint, which makes a model's inputs of text and images.
-
-    Raises CalibrationError if there is none that works, a package that it needs is missing, or it
-    has code of its own that is not trusted.
-    """
-    from transformers import AutoProcessor
-
-    contents = _contents(source)
-    if not any(name in contents for name in _PROCESSORS):
-        raise CalibrationError(
-            f"{source.home or 'the model'} has no processor for images ({' or '.join(_PROCESSORS)})"
-            "; put its files beside config.json, or give text alone"
-        )
-    # Of which class it is, the model's configuration may have to say.
-    contents["config.json"] = json.dumps(source.config).encode()
-    with _folder(contents) as folder:
-        try:
-            found = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        # Files from outside bring out any error; one for a missing package has many lines.
-        except Exception as error:
-            reason = " ".join(str(error).split()).replace(folder, str(source.home or "the model"))
-            raise CalibrationError(
-                f"the model's processor for images cannot be loaded ({reason[:_MOST_SHOWN]}); "
-                "install what it asks for (pip install pillow torchvision), put its files beside "
-                "config.json, or give text alone"
-            ) from error
-    if not hasattr(found, "image_processor"):
-        raise CalibrationError(
-            f"the model's processor is a {type(found).__name__}, which reads no images; give text "
-            "alone"
-        )
-    return found
-
-
-def _contents(source: Source) -> dict[str, bytes]:
+def tokenizer_files(source: Source) -> dict[str, bytes]:
     """The side files that a tokenizer or a processor may read."""
     return {
         name: read_plain(content, largest=TOKENIZER_BYTES) if isinstance(content, Path) else content
@@ -103,7 +65,7 @@ def _contents(source: Source) -> dict[str, bytes]:
 
 
 @contextmanager
-def _folder(contents: Mapping[str, bytes]) -> Iterator[str]:
+def folder_of(contents: Mapping[str, bytes]) -> Iterator[str]:
     """A folder that holds these files, for a while."""
     with TemporaryDirectory() as folder:
         for name, content in contents.items():

@@ -161,6 +161,10 @@ def verify(
 def generate(
     path: Checkpoint,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", help="Image file that the prompt speaks of; repeatable."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     backend: Annotated[
         str, typer.Option("--backend", help="auto, triton, cpu, cpu-int8 or reference.")
@@ -191,6 +195,7 @@ def generate(
     text = generate_text(
         path, prompt, max_new_tokens,
         backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled, kv=kv,
+        images=image or (),
     )  # fmt: skip
     typer.echo(text)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CompileConfig
 
+from quantkit.checkpoint.processor import Talk, load_processor, open_image, processed
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import ModelError
 from quantkit.formats.open import open_source
@@ -30,12 +33,15 @@ def generate_text(
     dtype: str | None = None,
     compiled: bool = False,
     kv: str | None = None,
+    images: Sequence[Path] = (),
 ) -> str:
     """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one.
 
-    `dtype` names what the model computes in, None is the config's; `compiled` as in
-    `decoding_options`; `kv` packs keys and values, see `packed_cache`.  Raises ModelError for
-    another dtype than float32, bfloat16 and float16, and for what cannot be packed.
+    With `images` the prompt is what a user says about them, through the model's own processor and
+    chat template, and the answer comes alone.  `dtype` names what the model computes in, None is
+    the config's; `compiled` as in `decoding_options`; `kv` packs keys and values, see
+    `packed_cache`.  Raises ModelError for another dtype than float32, bfloat16 and float16, for
+    what cannot be packed and for images that the model does not read.
     """
     if kv is not None:
         check_packed(kv)
@@ -49,26 +55,55 @@ def generate_text(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise ModelError(f"the prompt {ascii(prompt)[:60]} is no valid text: {error}") from error
+    talk = _talk(images, prompt) if images else None
     device = choose_device(device)
     wanted = None if dtype is None else _DTYPES[dtype]
     model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
     tokenizer = load_tokenizer(open_source(path))
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if not inputs["input_ids"].numel():
+    if talk is None:
+        inputs = dict(tokenizer(prompt, return_tensors="pt"))
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    else:
+        inputs = _pictured(model, load_processor(open_source(path)), talk)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    length = inputs["input_ids"].shape[-1]
+    if not length:
         raise ModelError("the prompt holds no tokens; write what the model shall continue")
     cache = {} if kv is None else {"past_key_values": packed_cache(model.config, kv)}
     with torch.no_grad():
         ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
+            **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             **decoding_options(compiled=compiled),
             **cache,
         )
-    text: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+    told = ids[0] if talk is None else ids[0][length:]
+    text: str = tokenizer.decode(told, skip_special_tokens=True)
     return text
+
+
+def _talk(images: Sequence[Path], prompt: str) -> Talk:
+    """What a user says about images.  Raises CalibrationError for one that cannot be read."""
+    parts = [{"type": "image", "image": open_image(Path(image), "--image")} for image in images]
+    return Talk(messages=[{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}])
+
+
+def _pictured(model: Any, processor: Any, talk: Talk) -> dict[str, torch.Tensor]:
+    """The model's inputs for a conversation with images.
+
+    Raises ModelError for a class that reads none.
+    """
+    takes = inspect.signature(model.forward).parameters
+    if "pixel_values" not in takes:
+        raise ModelError(f"--image: {type(model).__name__} reads no images; leave it out")
+    found = processed(processor, talk, tuple(takes), "--image", reply=True)
+    found = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in found.items()
+    }
+    return {**found, "attention_mask": torch.ones_like(found["input_ids"])}
 
 
 def decoding_options(*, compiled: bool) -> dict[str, Any]:

@@ -48,11 +48,12 @@ _KEYS = (
     "mtp",
     "recurrent",
     "experts",
+    "towers",
     "kv",
     "calibration",
 )
 _RULE_KEYS = ("match", "scheme", "keep")
-# What `recurrent` says in place of a scheme.
+# What `recurrent` and `towers` say in place of a scheme.
 KEEP: Literal["keep"] = "keep"
 _CALIBRATION_KEYS = ("samples", "seq_len")
 # A thousand times the default; their ids alone take 2 GiB.
@@ -129,6 +130,7 @@ class Recipe:
     mtp: Scheme | None = None
     recurrent: Scheme | Literal["keep"] | None = None
     experts: Literal["routed", "all"] = "routed"
+    towers: Scheme | None = None
     kv: CacheScheme | None = None
     samples: int = 128
     seq_len: int = 2048
@@ -164,7 +166,7 @@ class Recipe:
             raise RecipeError(f"{where}: calibration takes {', '.join(_CALIBRATION_KEYS)} only")
         head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
         kv, recurrent = data.get("kv"), data.get("recurrent")
-        refine, heal = data.get("refine"), data.get("heal")
+        refine, heal, towers = data.get("refine"), data.get("heal"), data.get("towers")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -191,6 +193,7 @@ class Recipe:
             mtp=None if mtp is None else Scheme.parse(str(mtp)),
             recurrent=None if recurrent is None else _scheme_or_keep(str(recurrent)),
             experts="all" if experts == "all" else "routed",
+            towers=None if towers in (None, KEEP) else Scheme.parse(str(towers)),
             kv=None if kv is None else CacheScheme.parse(str(kv)),
             samples=_count(calibration, "samples", 128, where),
             seq_len=_count(calibration, "seq_len", 2048, where),
@@ -225,6 +228,8 @@ class Recipe:
             data["recurrent"] = self.recurrent_name
         if self.experts != "routed":
             data["experts"] = self.experts
+        if self.towers is not None:
+            data["towers"] = self.towers.name
         if self.kv is not None:
             data["kv"] = self.kv.name
         return data
@@ -374,6 +379,7 @@ def load_recipe(
     mtp: str | None = None,
     recurrent: str | None = None,
     experts: str | None = None,
+    towers: str | None = None,
     kv: str | None = None,
     samples: int | None = None,
     seq_len: int | None = None,
@@ -414,6 +420,8 @@ def load_recipe(
         data["recurrent"] = recurrent
     if experts is not None:
         data["experts"] = experts
+    if towers is not None:
+        data["towers"] = towers
     if kv is not None:
         data["kv"] = kv
     recipe = Recipe.from_dict(data, str(path.name))

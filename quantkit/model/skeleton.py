@@ -391,11 +391,11 @@ def _tower(parent: str, blocks: str) -> str:
 
 def owner_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
     """The innermost PreTrainedModel around a module path."""
-    owner, module = model, model
+    found, module = model, model
     for part in path.split("."):
         module = getattr(module, part, None)
         if module is None:
             break
         if isinstance(module, PreTrainedModel):
-            owner = module
-    return owner
+            found = module
+    return found

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence, Set
 
 from quantkit.checkpoint.memory import format_size
+from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import ModelError, RecipeError, SchemeError
 from quantkit.formats.format import Container, Format, PlannedWeight
 from quantkit.formats.registry import default_format, make_format
@@ -208,6 +209,17 @@ def check_shared(refs: Sequence[WeightRef], schemes: Mapping[str, Scheme | None]
 
 def _spelled(scheme: Scheme | None) -> str:
     return "kept" if scheme is None else scheme.name
+
+
+def kept_reason(model: CausalModel, info: TensorInfo, in_block: bool) -> str:
+    """Why a tensor stays of which nothing else is known."""
+    if info.name in model.towers.names:
+        return "in a tower beside the text"
+    if info.name in model.tables:
+        return "embedding"
+    if len(info.shape) < 2:
+        return "norm or bias"
+    return "not a matrix product's weight" if in_block else "outside of the blocks that run on text"
 
 
 def planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> PlannedWeight:

@@ -1,10 +1,12 @@
-"""What becomes of layers that predict further tokens, which transformers' class does not have."""
+"""What becomes of weights outside the stack of blocks, which are rounded without data if asked for:
+layers that predict further tokens, which transformers' class does not have, and towers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from quantkit.errors import RecipeError
+from quantkit.formats.format import Format, PlannedWeight
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.extra_layers import announced
@@ -43,6 +45,54 @@ def decide_extra(
         name: (recipe.mtp, "--mtp") if why == f"method {recipe.method}" else (scheme, why)
         for name, (scheme, why) in found.items()
     }
+
+
+def decide_towers(
+    recipe: Recipe, model: CausalModel, whole: bool
+) -> dict[str, tuple[Scheme | None, str]]:
+    """Name -> scheme and reason of towers' weights that --towers quantizes.
+
+    `whole` says that the format is a container of the model.  Raises RecipeError where there are
+    none, the container has no place for them, or the scheme needs data.
+    """
+    if recipe.towers is None:
+        return {}
+    asked = f"--towers {recipe.towers.name}"
+    if not model.towers.weights:
+        raise RecipeError(f"{asked}: the model has no tower with linear layers; leave it out")
+    if whole:
+        raise RecipeError(f"{asked}: a gguf holds no towers; choose another --format")
+    if recipe.towers.static_input:
+        raise RecipeError(
+            f"{asked}: inputs of towers are not calibrated, and the scheme rounds them by a scale "
+            "that is; choose one without static activations"
+        )
+    found = {ref.name: decide(recipe, ref) for ref in model.towers.weights}
+    return {
+        name: (recipe.towers, "--towers") if why == f"method {recipe.method}" else (scheme, why)
+        for name, (scheme, why) in found.items()
+    }
+
+
+def towers_unread(
+    model: CausalModel, fmt: Format, weights: Sequence[PlannedWeight]
+) -> dict[str, str]:
+    """Runtime -> why it does not read quantized towers, where it does not."""
+    paths = {ref.name: ref.parameter.removesuffix(".weight") for ref in model.towers.weights}
+    found: dict[str, str] = {}
+    for weight in weights:
+        if weight.scheme is None or weight.name not in paths:
+            continue
+        found["vllm"] = "it was not tried whether it reads quantized towers"
+        stored = fmt.layout(weight, model.source.info(weight.name).dtype)
+        if all(info.name != weight.name for info in stored):
+            kind = model.towers.initialises(paths[weight.name])
+            if kind is not None:
+                found["transformers"] = (
+                    f"its {kind} sets the weight of every linear layer before loading, and one "
+                    f"packed as {weight.scheme.name} has none; --towers w8a8_row has one"
+                )
+    return found
 
 
 def extra_reason(model: CausalModel, name: str) -> str | None:

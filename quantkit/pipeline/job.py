@@ -23,8 +23,9 @@ from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import earlier_fingerprint
+from quantkit.checkpoint.processor import load_processor
 from quantkit.checkpoint.source import Reader, Source
-from quantkit.checkpoint.tokenizer import load_processor, load_tokenizer
+from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import Format

@@ -127,7 +127,8 @@ class QuantizeOptions:
         metadata=_told(
             "--calib",
             (
-                "calibration text: `demo`, a Hub dataset, a file or a saved dataset; see "
+                "calibration text, or conversations with images for models that read these: "
+                "`demo`, a Hub dataset, a file or a saved dataset; see "
                 "[calibration](calibration.md)"
             ),
             shown="`demo`",
@@ -202,6 +203,18 @@ class QuantizeOptions:
                 "[calibration](calibration.md#experts)"
             ),
             shown="`routed`",
+        ),
+    )
+    towers: str | None = field(
+        default=None,
+        metadata=_told(
+            "--towers",
+            (
+                "scheme for linear layers of towers and projectors that turn images or sound into "
+                "embeddings, as in `w8a16_row`; they are rounded without data; `keep` leaves them "
+                "as they are"
+            ),
+            shown="`keep`",
         ),
     )
     kv: str | None = field(
@@ -341,6 +354,7 @@ class QuantizeOptions:
             mtp=self.mtp,
             recurrent=self.recurrent,
             experts=self.experts,
+            towers=self.towers,
             kv=self.kv,
             samples=self.samples,
             seq_len=self.seq_len,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,12 +33,20 @@ from quantkit.pipeline.decide import (
     decide_fed,
     fit,
     head_name,
+    kept_reason,
     planned,
     spread,
     unquantizable,
     whole_notes,
 )
-from quantkit.pipeline.extra import decide_extra, extra_notes, extra_reason, extra_weights
+from quantkit.pipeline.extra import (
+    decide_extra,
+    decide_towers,
+    extra_notes,
+    extra_reason,
+    extra_weights,
+    towers_unread,
+)
 
 _UNUSED = "no parameter of the model class takes it"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -86,7 +95,7 @@ class Plan:
     folds       length of each vector that records what transforms did, per block
     quantization_config  what config.json says of it
     embedding   the table of embeddings, where it is quantized and is not the head
-    extra       the quantized weights of layers that predict further tokens
+    extra       the quantized weights of layers that predict further tokens, and of towers
     notes       what the format's reader will do otherwise
     cache       scales for a cache of keys and values, if they are asked for
     """
@@ -145,7 +154,7 @@ class Plan:
         return self._by_input(self.refs[index])
 
     def extra_groups(self) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
-        """The same of extra layers."""
+        """The same of extra layers and towers."""
         return self._by_input(self.extra)
 
     def _by_input(self, refs: Sequence[WeightRef]) -> Iterator[tuple[str, tuple[WeightRef, ...]]]:
@@ -205,6 +214,7 @@ def make_plan(
         head = model.head.name if container is not None else head_name(model)
         decisions[head] = recipe.head, "--lm-head"
     decisions |= decide_extra(recipe, model, container is not None)
+    decisions |= decide_towers(recipe, model, container is not None)
     if container is None:
         # A container says itself what it keeps in one tensor, and its reader fuses nothing.
         if recipe.fit:
@@ -266,12 +276,14 @@ def lay_out(
     )
     if embedding is not None:
         weights.append(planned(model, embedding, schemes[embedding.name]))
-    extra = tuple(
-        ref for layer in extra_weights(model) for ref in layer if schemes.get(ref.name) is not None
+    extra, towers = (
+        tuple(ref for ref in many if schemes.get(ref.name) is not None)
+        for many in (chain.from_iterable(extra_weights(model)), model.towers.weights)
     )
     # transformers puts them into no fused parameter.
     weights += [
-        dataclasses.replace(planned(model, ref, schemes[ref.name]), expert=False) for ref in extra
+        dataclasses.replace(planned(model, ref, schemes[ref.name]), expert=False)
+        for ref in (*extra, *towers)
     ]
     planned_head = planned(model, model.head, head_scheme)
     weights.append(dataclasses.replace(planned_head, name=head_is))
@@ -284,7 +296,7 @@ def lay_out(
     fmt = fmt or make_format(default_format(quantized[0].scheme or recipe.scheme))
     check_supported(fmt, weights)
     model_type = str(model.source.config.get("model_type", ""))
-    readers = fmt.readers(weights, model_type)
+    readers = {**fmt.readers(weights, model_type), **towers_unread(model, fmt, weights)}
     if not allow_unreadable and all(reason is not None for reason in readers.values()):
         listed = "; ".join(f"{runtime}: {reason}" for runtime, reason in readers.items())
         raise FormatError(
@@ -352,7 +364,7 @@ def lay_out(
         quantization_config=config,
         cache=cache,
         embedding=embedding,
-        extra=extra,
+        extra=(*extra, *towers),
         notes=tuple(notes),
     )
 
@@ -419,10 +431,8 @@ def _fates(
         elif weight is not None and name != head_is:
             reason = reasons.get(name, "as stored")
         else:
-            table = name in model.tables
-            reason = (
-                "output head" if name == head_is else _kept_reason(info, table, name in block_of)
-            )
+            reason = reasons.get(name) or kept_reason(model, info, name in block_of)
+            reason = "output head" if name == head_is else reason
         found.append(
             TensorFate(
                 name=name,
@@ -481,11 +491,3 @@ def _others(
             if ref.parameter.removesuffix(".weight") not in skipped
         ]
     )
-
-
-def _kept_reason(info: TensorInfo, table: bool, in_block: bool) -> str:
-    if table:
-        return "embedding"
-    if len(info.shape) < 2:
-        return "norm or bias"
-    return "not a matrix product's weight" if in_block else "outside of the blocks that run on text"

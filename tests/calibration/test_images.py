@@ -18,7 +18,7 @@ from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.calibration.tokens import Calibration, ImageReader, load_calibration
 from quantkit.checkpoint.files import FileSource
-from quantkit.checkpoint.tokenizer import load_processor
+from quantkit.checkpoint.processor import load_processor
 from quantkit.errors import CalibrationError, ModelError, NumericsError
 from quantkit.methods.stats import Needs
 from quantkit.model.causal import CausalModel

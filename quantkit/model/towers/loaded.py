@@ -6,15 +6,17 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint.source import Source
-from quantkit.errors import ModelError
 from quantkit.model import skeleton
 from quantkit.model.names import NameMap, load_into
+from quantkit.model.refs import WeightRef
+from quantkit.model.towers.linears import tower_weights
 
 # What forwards call the pixels of images, whatever else they take.
 _PIXELS = "pixel_values"
@@ -46,6 +48,29 @@ class Towers:
     def takes_images(self) -> bool:
         """Whether the model's class reads images."""
         return bool(self.paths) and _PIXELS in self.takes
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Checkpoint names of what fills them."""
+        known = [path for path in self.paths if path in self._names.pieces]
+        return frozenset(piece.name for path in known for piece in self._names.of(path))
+
+    @cached_property
+    def weights(self) -> tuple[WeightRef, ...]:
+        """Every matrix of a linear layer in the towers; reads nothing."""
+        return tower_weights(self._model, self._names, self.paths)
+
+    def initialises(self, path: str) -> str | None:
+        """The class that would set the weight of a linear layer at `path` while transformers loads
+        the model, even where a packed layer has none; None if none does."""
+        owner = skeleton.owner_of(self._model, path)
+        packed = nn.Linear(1, 1)
+        del packed._parameters["weight"]
+        try:
+            owner._init_weights(packed)
+        except AttributeError:
+            return type(owner).__name__
+        return None
 
     @property
     def num_bytes(self) -> int:
@@ -89,13 +114,6 @@ class Towers:
         finally:
             for held, leaf, old in itertools.chain(moved, filled):
                 held[leaf] = old
-
-    def check_images(self) -> None:
-        """Raises ModelError unless the model's class reads images."""
-        if not self.takes_images:
-            raise ModelError(
-                f"{type(self._model).__name__} reads no images; calibrate it on text alone"
-            )
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Path and module of everything in the towers that holds parameters of its own."""

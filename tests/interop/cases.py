@@ -113,3 +113,14 @@ EXPORTS = (
     Export(name="fp8_native", source="fp8_blocks", format="fp8"),
     Export(name="int8_rows", source="w8a8", format="bitsandbytes"),
 )
+
+# Image-text types that are calibrated on images.
+PICTURES = (
+    "gemma3", "llava_onevision", "paligemma", "aya_vision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
+    "idefics3", "smolvlm", "mistral3", "internvl", "llava",
+)  # fmt: skip
+# Those of them whose quantized towers transformers reads, and in which scheme.
+TOWERS = dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl"),
+    "w8a16_row",
+)

@@ -11,6 +11,7 @@ the embedded demo model.  For each case and export of cases.py:
     ROOT/NAME-dense/names.json   which of them are quantized in ROOT/NAME
     ROOT/NAME-logits.safetensors input_ids and float32 logits of `quantkit.load(ROOT/NAME)`
     ROOT/KIND-kept, -mtp         models with an extra layer, see tiny_extra.py
+    ROOT/KIND-pictures, -towers  models calibrated on images, whose logits are of an image too
     ROOT/samples                 single weights, see make_samples.py
 """
 
@@ -43,8 +44,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_extra
+import tiny_images
 import tiny_models
-from cases import CASES, EXPORTS, IMAGES, PROMPTS
+from cases import CASES, EXPORTS, IMAGES, PICTURES, PROMPTS, TOWERS
 from make_samples import write_samples
 
 _MOE_SIZES = {
@@ -69,6 +71,27 @@ def main() -> None:
         write(root, export.name, "export", root / export.source, ("--format", export.format))
     for kind in tiny_extra.LAYOUTS:
         write_extra(root, tiny_extra.build(kind, root / "source" / kind), kind)
+    for kind in PICTURES:
+        write_pictured(root, tiny_images.build(kind, root / "source" / f"{kind}-pictures"), kind)
+
+
+def write_pictured(root: Path, source: Path, kind: str) -> None:
+    """A model that was calibrated on images, with its tower as it is, or rounded too."""
+    count = 4
+    given = [tiny_images.inputs(kind, number) for number in range(count)]
+    for name, towers in (("pictures", None), ("towers", TOWERS.get(kind))):
+        out = root / f"{kind}-{name}"
+        if name == "towers" and towers is None:
+            continue
+        quantkit.quantize(
+            str(source), "gptq", scheme="w4a16_g32", out=out, calibration=given, samples=count,
+            seq_len=256, towers=towers, progress=False,
+        )  # fmt: skip
+        asked = tiny_images.inputs(kind, count)
+        with torch.no_grad():
+            values = quantkit.load(out, dtype=torch.float32)(**asked).logits
+        save_file({**asked, "logits": values.contiguous()}, root / f"{out.name}-logits.safetensors")
+        print(f"{out.name}: written", flush=True)
 
 
 def write_extra(root: Path, source: Path, kind: str) -> None:

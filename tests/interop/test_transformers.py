@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CACHED, IMAGES
+from cases import CACHED, IMAGES, PICTURES, TOWERS
 from compressed_tensors.quantization import disable_quantization
 from dense import Float8Cache, dense_model, int8_tokens, loaded, logits, quantized_weights
 from safetensors.torch import load_file
@@ -154,6 +154,18 @@ def test_image_models_give_the_logits_of_quantkit_and_keep_their_towers(
             assert torch.equal(found[path], tensor), path
     assert any(path.endswith("head.attention.out_proj.weight") for path in found)
     assert max_difference(model.eval(), root, name) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"{kind}-pictures" for kind in PICTURES), *(f"{kind}-towers" for kind in TOWERS)]
+)
+def test_image_models_give_the_logits_of_quantkit_for_an_image(root: Path, name: str) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(root / name, dtype=torch.float32)
+    given = load_file(root / f"{name}-logits.safetensors")
+    expected = given.pop("logits")
+    with torch.no_grad():
+        found = model.eval()(**given).logits
+    assert (found - expected).abs().max().item() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "w8a8"])

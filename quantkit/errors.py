@@ -1,4 +1,5 @@
-"""The errors a user can cause: exit code 2, `VerifyError` 1; `UnsoundError`: 70, `StoppedError`: 3.
+"""The errors a user can cause: exit code 2, `VerifyError` 1; `UnsoundError`: 70, `StoppedError`
+and `LostError`: 3.
 
 QuantkitError
 ├── SchemeError        a scheme name or field that is not allowed
@@ -15,6 +16,8 @@ QuantkitError
 ├── BackendError       a kernel backend that is unknown or cannot run here
 ├── VerifyError        a finished checkpoint that fails a check
 ├── UnsoundError       what a run wrote fails a check, before anything is finished
+├── RanksError         processes that do not go together, or cannot find each other
+├── LostError          another process of the run that ended or was lost
 └── StoppedError       a run that ended at --until, to be gone on with
 """
 
@@ -91,3 +94,17 @@ class StoppedError(QuantkitError):
     """A run that ended at its `--until`: no mistake, and the same command goes on."""
 
     exit_code = 3
+
+
+class RanksError(QuantkitError):
+    """Processes started to share a run that do not go together, or cannot find each other."""
+
+
+class LostError(QuantkitError):
+    """Another process of the run ended or was lost; its own code if it told one."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, *, exit_code: int = 3) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.block_loss import repeatable
+from quantkit.calibration.gather import Batch
 from quantkit.calibration.held_blocks import Held, HeldBlocks
 from quantkit.calibration.spans import phase
-from quantkit.calibration.stream import Batch, CalibrationStream
+from quantkit.calibration.stream import CalibrationStream
 from quantkit.methods.descent import LearnedScales
 from quantkit.methods.parts import Heal
 from quantkit.model.refs import BlockCall, WeightRef, part_view, weight_view

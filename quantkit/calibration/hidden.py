@@ -42,7 +42,9 @@ class HiddenStore:
         name: str = "hidden",
         *,
         kept_on: str | None = None,
+        mine: int | None = None,
     ) -> None:
+        """mine: the sequences that this process has, if others have the rest."""
         self.shape, self.dtype = shape, dtype
         self._paths = tuple(directory / f"{name}-{parity}.bin" for parity in (0, 1))
         with disk_errors(directory, self.num_bytes):
@@ -59,7 +61,8 @@ class HiddenStore:
         self.saved: int | None = None
         self.keeps = False
         if kept_on is not None and kept_on.startswith("cuda"):
-            self.keeps = _SPARE * self.num_bytes < torch.cuda.mem_get_info(kept_on)[0]
+            held = 2 * self._stride * (shape[0] if mine is None else mine)
+            self.keeps = _SPARE * held < torch.cuda.mem_get_info(kept_on)[0]
 
     @property
     def num_bytes(self) -> int:

@@ -94,6 +94,14 @@ class SharedStats:
         return book
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedMethod:
+    """A method's part in statistics that several methods share."""
+
+    stats: SharedStats
+    number: int
+
+
 class MethodStats:
     """A method's own view of shared statistics: what it replaces, others do not see."""
 
@@ -103,6 +111,10 @@ class MethodStats:
 
     def __contains__(self, key: str) -> bool:
         return key in self._names
+
+    def holds(self, key: str) -> bool:
+        """Whether this rank has the statistics under a key."""
+        return self._book.holds(self._names[key])
 
     def put(self, key: str, stats: Stats) -> None:
         """Keeps a method's own statistics under a key."""

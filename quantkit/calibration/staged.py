@@ -39,7 +39,7 @@ def stages_of(keys: Sequence[tuple[str, bool]]) -> list[list[str]]:
 
 
 class Staged:
-    """Statistics of a block's inputs, gathered when the first of their stage is asked for."""
+    """Statistics of a block's inputs, gathered when their stage is reached."""
 
     def __init__(
         self,
@@ -54,27 +54,41 @@ class Staged:
         rounded: Mapping[str, InputRounding],
         write: bool,
         last: WeightRef | None,
+        owners: Mapping[str, int] | None = None,
     ) -> None:
         """original, block: the same weights; those of `block` are replaced between two stages.
 
         Parameters whose inputs are rounded from then on come into `rounded`.  With `write` what the
         original hands on is stored, in the end or with the last stage.  `last` is the block's last
         matrix if nothing else reads its input: it makes up for all that the block's output lacks,
-        where its own outputs are a part of that.
+        where its own outputs are a part of that.  `owners`: the rank that gets each input's.
         """
         self._stream, self._index, self._original, self._block = stream, index, original, block
         self._needs, self._features, self._stages = needs, features, stages
         self._rounded, self._write, self._last = rounded, write, last
-        self._done = -1
+        self._owners = owners
         self._book: StatsBook | None = None
 
     def __contains__(self, key: str) -> bool:
         return key in self._needs
 
+    def stage_of(self, key: str) -> int:
+        """The number of an input's stage."""
+        return next(n for n, keys in enumerate(self._stages) if key in keys)
+
+    def holds(self, key: str) -> bool:
+        """Whether this rank has the statistics under a key of the stage that was reached."""
+        assert self._book is not None
+        return self._book.holds(key)
+
     def get(self, key: str) -> Stats:
-        """The statistics under a key; keys come stage by stage."""
-        stage = next(n for n, keys in enumerate(self._stages) if key in keys)
-        if stage != self._done:
+        """The statistics under a key of the stage that was reached."""
+        assert self._book is not None
+        return self._book.get(key)
+
+    def reach(self, stage: int) -> None:
+        """Gathers the statistics of a stage: all ranks at once, stage by stage."""
+        if any(key in self._needs for key in self._stages[stage]):
             # The old stage's statistics go before the new one's come.
             self._book = None
             last = stage == len(self._stages) - 1
@@ -92,10 +106,9 @@ class Staged:
                 rounded=self._rounded,
                 write=self._write and last,
                 summand=summand,
+                owners=self._owners,
             )
-            self._write, self._done = self._write and not last, stage
-        assert self._book is not None
-        return self._book.get(key)
+            self._write = self._write and not last
 
     def close(self) -> None:
         """Stores what the original hands on, if no stage did."""

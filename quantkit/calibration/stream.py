@@ -8,20 +8,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantkit.calibration.gather import Forward, Seen, StatsBook, gather
+from quantkit.calibration.gather import Batch, Forward, Seen, Shares, StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.kept_calls import KeptCalls
+from quantkit.calibration.ranks import ALONE, World
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
 from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.tree import leaves_of
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.attention import KeysValues, keys_and_values
 from quantkit.model.causal import CausalModel, TapCallback
@@ -32,20 +33,6 @@ CacheSeen = Callable[[str, Tensor, Tensor], None]
 # Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
 # that the order of accumulation, and with it every bit of the result, stays the same.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Sequences start..stop of the calibration; mask None if all their tokens count.
-
-    `length` are the tokens of a sequence that comes alone with its images, None for others: it
-    runs unpadded.
-    """
-
-    start: int
-    stop: int
-    mask: Tensor | None
-    length: int | None = None
 
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
@@ -100,7 +87,9 @@ class _Told:
 class CalibrationStream:
     """Hidden states of all sequences in two generations of files; generation i enters block i.
 
-    With `original` those of the original model go along beside them, under that name.
+    Each rank of a `world` has its own sequences at their places in the same files, so that any
+    number of processes goes on with them.  With `original` those of the original model go along
+    beside them, under that name.
     """
 
     def __init__(
@@ -115,6 +104,7 @@ class CalibrationStream:
         original: bool = False,
         keep: bool = False,
         spread: bool = False,
+        world: World = ALONE,
     ) -> None:
         """keep: a GPU with room to spare holds the hidden states, and saves them now and then.
 
@@ -122,19 +112,26 @@ class CalibrationStream:
         """
         self.model, self.calibration, self.device = model, calibration, device
         self.scratch, self.gram_budget = scratch, gram_budget
+        self.world = world
+        leaves = leaves_of(list(batches_of(calibration, device)))
+        self.shares = Shares(world=world, leaves=leaves)
+        self.batches = self.shares.batches
         # Without their images some models refuse the tokens that stand for them.
         text = calibration.ids[:1] if calibration.pictured is None else calibration.ids[:1] * 0
         with torch.no_grad():
             first, _ = model.calls(text)
         shape = (len(calibration.ids), *first.shape[1:])
         kept_on = device if keep else None
-        self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype, kept_on=kept_on))
-        self.original: HiddenStore | None = None
-        if original:
-            self.original = stack.enter_context(
-                HiddenStore(scratch, shape, first.dtype, "original", kept_on=kept_on)
-            )
-        self.batches = list(batches_of(calibration, device))
+        mine = sum(batch.stop - batch.start for batch in self.batches)
+
+        def store(name: str) -> HiddenStore:
+            opened = HiddenStore(scratch, shape, first.dtype, name, kept_on=kept_on, mine=mine)
+            # What one has no room for, none keeps: they save together.
+            opened.keeps = all(world.gathered(opened.keeps))
+            return stack.enter_context(opened)
+
+        self.hidden = store("hidden")
+        self.original = store("original") if original else None
         # When hidden states were saved last, and the seconds it took.
         self._saved_at, self._saving = 0.0, 0.0
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
@@ -186,16 +183,22 @@ class CalibrationStream:
         last one was enough for that, and not over the one that is on the disk.
         """
         stores = [store for store in (self.hidden, self.original) if store is not None]
+        if any(store.keeps for store in stores) and not self.world.first(
+            lambda: self._is_time(generation, stores)
+        ):
+            return False
         began = time.monotonic()
-        if any(store.keeps for store in stores):
-            early = began - self._saved_at < _TIMES_SAVING * self._saving
-            if early or not all(store.has_file_for(generation) for store in stores):
-                return False
         for store in stores:
             store.sync(generation)
+        # Nobody says so before all have saved theirs.
+        self.world.gathered(None)
         self._saved_at = time.monotonic()
         self._saving = self._saved_at - began
         return True
+
+    def _is_time(self, generation: int, stores: Sequence[HiddenStore]) -> bool:
+        early = time.monotonic() - self._saved_at < _TIMES_SAVING * self._saving
+        return not early and all(store.has_file_for(generation) for store in stores)
 
     def gather(
         self,
@@ -207,17 +210,19 @@ class CalibrationStream:
         stream: Stream,
         write: bool,
         taps: Mapping[str, tuple[str, ...]] | None = None,
+        owners: Mapping[str, int] | None = None,
     ) -> StatsBook:
         """Statistics of the block's inputs; with `write`, the same pass stores its output.
 
+        `owners`: the rank that gets each input's.
         `taps`: input key -> the keys in `needs` that take its tokens (default: itself).
         """
 
-        def forward(first: bool, keys: Set[str], seen: Seen) -> None:
+        def forward(first: bool, keys: Set[str], seen: Seen, batches: Sequence[Batch]) -> None:
             tapped = seen if taps is None else _fan_out(seen, taps)
-            self.forward(index, block, tapped, write=write and first)
+            self.forward(index, block, tapped, write=write and first, batches=batches)
 
-        return self._gathered(index, needs, features, forward, stream)
+        return self._gathered(index, needs, features, forward, stream, owners)
 
     def forward(
         self,
@@ -228,13 +233,16 @@ class CalibrationStream:
         write: bool,
         rounded: Mapping[str, InputRounding] | None = None,
         cached: CacheSeen | None = None,
+        batches: Sequence[Batch] | None = None,
     ) -> None:
-        """Runs the block over all batches; with `write`, stores what enters the next one.
+        """Runs the block over this rank's batches, or some of them.
+
+        With `write` what enters the next one is stored.
 
         Inputs of the parameters named in `rounded` are rounded so.  `cached` is told of an
         attention module's path, and its keys and values [B, H, T, D] of tokens that count.
         """
-        for batch in self.batches:
+        for batch in self.batches if batches is None else batches:
             with contextlib.ExitStack() as modes:
                 if cached is not None:
                     modes.enter_context(keys_and_values(block, _counting(cached, batch.mask)))
@@ -250,12 +258,15 @@ class CalibrationStream:
         features: Mapping[str, int],
         forward: Forward,
         stream: Stream,
+        owners: Mapping[str, int] | None,
     ) -> StatsBook:
         return gather(
             needs,
             features,
             forward,
-            directory=self.scratch,
+            shares=self.shares,
+            owners=owners or {},
+            directory=self.scratch / f"rank-{self.world.rank}",
             budget=self.gram_budget,
             stream=stream,
             device=self.device,
@@ -315,6 +326,7 @@ class CalibrationStream:
         rounded: Mapping[str, InputRounding],
         write: bool,
         summand: str | None = None,
+        owners: Mapping[str, int] | None = None,
     ) -> StatsBook:
         """Statistics of the block's inputs beside those of its original on its own hidden states.
 
@@ -323,10 +335,10 @@ class CalibrationStream:
         output lacks, which takes both runs to their end.
         """
 
-        def forward(first: bool, keys: Set[str], seen: Seen) -> None:
+        def forward(first: bool, keys: Set[str], seen: Seen, batches: Sequence[Batch]) -> None:
             paired = {key for key in keys if needs[key].drift and key != summand}
             whole = summand in keys
-            for batch in self.batches:
+            for batch in batches:
                 kept, wanted = self._original_inputs(
                     index, original, batch, paired, write=write and first, whole=whole
                 )
@@ -336,10 +348,13 @@ class CalibrationStream:
                     if wanted is not None and whole:
                         told.release(self.rows(batch, wanted.float() - out.float()))
 
-        return self._gathered(index, needs, features, forward, "quantized")
+        return self._gathered(index, needs, features, forward, "quantized", owners)
 
     def adds_up(self, index: int, block: nn.Module, ref: WeightRef) -> bool:
         """Whether the outputs of a matrix are a summand of the block's, on the first batch."""
+        return self.world.first(lambda: self._adds_up(index, block, ref))
+
+    def _adds_up(self, index: int, block: nn.Module, ref: WeightRef) -> bool:
         batch, found = self.batches[0], {}
 
         def keep(key: str, x_TI: Tensor) -> None:
@@ -416,21 +431,33 @@ class CalibrationStream:
             return hidden_BTH[batch.mask.to(hidden_BTH.device).bool()]
         return hidden_BTH.flatten(0, -2)
 
-    def head_stats(self, features: int, needs: Needs, *, stream: Stream) -> Stats:
-        """Statistics of what the output head reads: after the final norm."""
-        stats = Stats.empty(features, needs, stream=stream, device=self.device)
+    def head_stats(self, features: int, needs: Needs, *, stream: Stream) -> Stats | None:
+        """Statistics of what the output head reads, after the final norm; rank 0 has them."""
 
         def read(store: HiddenStore, batch: Batch) -> Tensor:
             hidden = self.read(store, self.model.num_blocks, batch)
             return self.rows(batch, self.model.head_hidden(hidden))
 
-        for batch in self.batches:
-            original = None
-            if needs.drift and self.original is not None:
-                original = read(self.original, batch)
-            stats.update_(read(self.hidden, batch), name="head", original=original)
-        stats.finish_()
-        return stats
+        def forward(first: bool, keys: Set[str], seen: Seen, batches: Sequence[Batch]) -> None:
+            for batch in batches:
+                original = None
+                if needs.drift and self.original is not None:
+                    original = read(self.original, batch)
+                seen("input", read(self.hidden, batch), original)
+
+        book = gather(
+            {"input": needs},
+            {"input": features},
+            forward,
+            shares=self.shares,
+            owners={},
+            directory=self.scratch,
+            budget=None,
+            stream=stream,
+            device=self.device,
+            label="head",
+        )
+        return book.get("input") if book.holds("input") else None
 
     def _call(self, index: int, batch: Batch) -> BlockCall:
         """The block's other arguments; without padding they depend on the batch's shape only, but
@@ -480,7 +507,18 @@ def batches_of(calibration: Calibration, device: str) -> Iterator[Batch]:
         for start, length in enumerate(calibration.pictured.lengths):
             yield Batch(start=start, stop=start + 1, mask=None, length=length)
         return
-    size = max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])
+    size = _sequences_at_once(calibration, device)
     for start in range(0, len(calibration.ids), size):
         mask = calibration.mask[start : start + size]
         yield Batch(start=start, stop=start + len(mask), mask=None if bool(mask.all()) else mask)
+
+
+def num_batches(calibration: Calibration, device: str) -> int:
+    """How many those are."""
+    if calibration.pictured is not None:
+        return len(calibration.pictured.lengths)
+    return -(-len(calibration.ids) // _sequences_at_once(calibration, device))
+
+
+def _sequences_at_once(calibration: Calibration, device: str) -> int:
+    return max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])

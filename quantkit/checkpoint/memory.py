@@ -15,6 +15,8 @@ _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SPARE_MIB = 8
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT]?)(i?)B?", re.IGNORECASE | re.ASCII)
 _LARGEST = 2**60
+# Of what is free on a GPU: the rest is for hidden states and what lies scattered.
+_PLANNED = 0.75
 
 
 def parse_size(text: str) -> int:
@@ -56,6 +58,14 @@ def peak_vram(device: str) -> dict[str, int]:
     if torch is None or not device.startswith("cuda"):
         return {}
     return {"peak_vram_bytes": torch.cuda.max_memory_reserved(device)}
+
+
+def free_vram(device: str) -> int | None:
+    """Bytes of a GPU that a run may plan with, part of those free now; None for a CPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return None
+    return int(_PLANNED * torch.cuda.mem_get_info(device)[0])
 
 
 def current_rss() -> int:

@@ -55,6 +55,28 @@ class TensorWriter(Protocol):
         ...
 
 
+class Elsewhere:
+    """What stands in a writer's place in a process whose tensors another one writes."""
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Nothing: the other process has the tensor too."""
+
+    def copy(self, name: str, source: Source, source_name: str | None = None) -> None:
+        """Nothing: the other process copies it."""
+
+    def sync(self) -> None:
+        """Nothing: nothing was written here."""
+
+    def close(self) -> None:
+        """Nothing: the other process sees what is missing."""
+
+
 class Layout(Protocol):
     """Every file of an output and where each tensor lies in it, before anything is written."""
 

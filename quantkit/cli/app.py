@@ -1,21 +1,26 @@
 """The command line.  Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 3 stopped at --until, 70 an
-error of quantkit's own, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 3 stopped at --until or
+by another process's end, 70 an error of quantkit's own, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from quantkit.calibration.watch import is_first_process, refuse_several, several_processes
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_crash
@@ -25,6 +30,7 @@ from quantkit.errors import QuantkitError
 from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
+    from quantkit.calibration.ranks import World
     from quantkit.pipeline.session import Job
 
 app = typer.Typer(
@@ -63,26 +69,30 @@ def quantize(
     began = time.monotonic()
 
     try:
-        job = _job(model, options, out)
-        from quantkit.pipeline.session import run
+        with contextlib.ExitStack() as stack:
+            world = _joined(stack, model, options, out) if several_processes() else None
+            job = _job(model, options, out, world)
+            from quantkit.pipeline.session import run
 
-        if evaluate or fail_if:
-            cli_eval.check_wishes(
-                job, text=text, limits=fail_if or (), requantize=options.requantize
+            if evaluate or fail_if:
+                cli_eval.check_wishes(
+                    job, text=text, limits=fail_if or (), requantize=options.requantize
+                )
+            limit = options.until_seconds
+            outcome = run(
+                job,
+                out,
+                fresh=options.fresh,
+                profile=None if options.profile is None else Path(options.profile),
+                deadline=None if limit is None else began + limit,
             )
-        limit = options.until_seconds
-        outcome = run(
-            job,
-            out,
-            fresh=options.fresh,
-            profile=None if options.profile is None else Path(options.profile),
-            deadline=None if limit is None else began + limit,
-        )
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")
         kept = f"what is done is kept in {partial}: the same command goes on there"
         typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
+    if not is_first_process():
+        return
     from quantkit.cli.summary import outcome_json, outcome_text
 
     summary = outcome_json(job, outcome) if as_json else {}
@@ -256,23 +266,45 @@ app.command()(cli_compare.compare)
 app.command()(cli_eval.bench)
 
 
-def _job(model: str, options: QuantizeOptions, out: Path | None) -> Job:
+def _joined(stack: contextlib.ExitStack, model: str, options: QuantizeOptions, out: Path) -> World:
+    """This process among those that share the work, once all are asked for the same."""
+    from quantkit.calibration.ranks import joined, same_everywhere
+
+    world = stack.enter_context(joined())
+    fields = dataclasses.fields(QuantizeOptions)
+    asked = {f.metadata["flag"] or f.name: str(getattr(options, f.name)) for f in fields}
+    versions = {f"{name} version": version(name) for name in ("quantkit", "torch", "transformers")}
+    told = {"MODEL": model, **asked, "--out": os.path.abspath(out), **versions}
+    same_everywhere(world, told)
+    return world
+
+
+def _job(model: str, options: QuantizeOptions, out: Path | None, world: World | None = None) -> Job:
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.pipeline.asked import open_asked
 
     source = open_asked(model, [options])
+    from quantkit.calibration.ranks import ALONE
     from quantkit.pipeline.job import prepare
 
     if options.max_ram_bytes is not None:
         return_large_blocks()
-    return prepare(source, options, out=out)
+    return prepare(source, options, out=out, world=world or ALONE)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits."""
+    if several_processes():
+        # What goes with a process that is lost is told in one sentence.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not is_first_process():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=None if arguments is None else list(arguments))
+        if given[:1] != ["quantize"]:
+            refuse_several(f"quantkit {given[0] if given else ''}".rstrip())
+        app(args=None if arguments is None else given)
     except QuantkitError as error:
         typer.echo(f"quantkit: {error}", err=True)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""What calibration saw at one matmul input, kept as sums so that batches, ranks and runs add up.
+"""What calibration saw at one matmul input, kept as sums so that batches and processes add up.
 
 Shapes: T tokens, I in features, S sampled tokens.
 """
@@ -74,6 +74,7 @@ class Stats:
     lack         float32 [I, O] = XᵀR, R what the block's output lacks of the original's before the
                  last matrix is quantized, if that matrix adds to it; then there is no drift
     stream       whose activations: the original model's, or the ones carrying quantization error
+    base         position of the first token, for the hash: parts that are merged differ in it
     factor       what methods/feedback.py keeps of the Gram matrix between a range and a rounding
     """
 
@@ -88,16 +89,24 @@ class Stats:
     sample_keys: Tensor | None = None
     drift: Tensor | None = None
     lack: Tensor | None = None
+    base: int = 0
     factor: object | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def empty(
-        cls, features: int, needs: Needs, *, stream: Stream = "quantized", device: str = "cpu"
+        cls,
+        features: int,
+        needs: Needs,
+        *,
+        stream: Stream = "quantized",
+        device: str = "cpu",
+        base: int = 0,
     ) -> Stats:
         """Statistics of no tokens yet, with room for what `needs` names."""
         stats = cls(
             features=features,
             stream=stream,
+            base=base,
             sum_abs=torch.zeros(features, dtype=torch.float64, device=device),
             sum_sq=torch.zeros(features, dtype=torch.float64, device=device),
             max_abs=torch.zeros(features, dtype=torch.float32, device=device),
@@ -159,7 +168,8 @@ class Stats:
         self.count += x_TI.shape[0]
 
     def _update_sample_(self, x_TI: Tensor) -> None:
-        positions = torch.arange(self.count, self.count + x_TI.shape[0], device=x_TI.device)
+        first = self.base + self.count
+        positions = torch.arange(first, first + x_TI.shape[0], device=x_TI.device)
         self._keep_smallest_(_scramble(positions), x_TI)
 
     def _keep_smallest_(self, keys: Tensor, rows: Tensor) -> None:
@@ -170,7 +180,10 @@ class Stats:
         self.sample_keys, self.sample = keys[order], rows[order].clone()
 
     def merge_(self, other: Stats) -> None:
-        """Adds another part's sums.  Parts merge in rank order for reproducible rounding."""
+        """Adds another part's sums; calibration/tree.py has the order that keeps the bytes.
+
+        Both before `finish_`.
+        """
         assert self.features == other.features and self.stream == other.stream
         self.sum_abs += other.sum_abs
         self.sum_sq += other.sum_sq
@@ -181,7 +194,9 @@ class Stats:
             self.drift = None
         else:
             self.drift += other.drift
-        if self.lack is not None and other.lack is not None:
+        if self.lack is None:
+            self.lack = other.lack
+        elif other.lack is not None:
             self.lack += other.lack
         if other.sample is not None and other.sample_keys is not None:
             self._keep_smallest_(other.sample_keys, other.sample)

@@ -7,54 +7,50 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.ahead import BlocksAhead
-from quantkit.calibration.block_loss import BlockLoss
 from quantkit.calibration.gather import StatsBook
-from quantkit.calibration.shared import MethodStats, SharedStats
+from quantkit.calibration.ranks import ALONE, World
+from quantkit.calibration.shared import MethodStats, SharedMethod
 from quantkit.calibration.spans import phase
 from quantkit.calibration.staged import Staged, stages_of
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.work import work_owners
 from quantkit.checkpoint.disk import disk_errors
-from quantkit.checkpoint.shards import ShardWriter
+from quantkit.checkpoint.shards import Elsewhere, ShardWriter, TensorWriter
 from quantkit.formats.format import PlannedWeight
 from quantkit.methods.parts import Range, Rounding, Target
 from quantkit.methods.recipe import input_needs, load_recipe
 from quantkit.methods.stats import Stats, Stream
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold import in_dtype
-from quantkit.model.fold_vectors import FOLDS_FILE, FoldVectors
+from quantkit.model.fold_vectors import FOLDS_FILE
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.activations import InputRounding
-from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.cache import CacheRanges
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.records import Record, WeightRecord
-from quantkit.pipeline.solve import Solved, choose_scale, quantize_weights, refine_weights
+from quantkit.pipeline.solve import Solved, quantize_weights
+from quantkit.pipeline.work.fold import fold_block_
 from quantkit.pipeline.work.heal import HealWork
-from quantkit.pipeline.work.needs import block_needs, fitting
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedMethod:
-    """A method's part in statistics that several methods share."""
-
-    stats: SharedStats
-    number: int
-
+from quantkit.pipeline.work.needs import block_needs, fitting, stored_scheme
+from quantkit.pipeline.work.refine import refine_block_
 
 Book = StatsBook | MethodStats
 # A weight, and how many tokens reached its input.
 _Solved = tuple[Solved, int | None]
+# Input key -> the rank that has its statistics and solves what reads it.
+Owners = Mapping[str, int]
+# The weights of an input, and the tokens that were seen there.
+Answer = tuple[list[Solved], int | None]
 
 
 class BlockWork:
@@ -80,13 +76,16 @@ class BlockWork:
         keep_hidden: bool = False,
         ahead: bool = False,
         resident: bool = False,
+        world: World = ALONE,
     ) -> None:
         """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work;
         resident: hold all blocks in memory while they are healed.
 
+        world: whom calibration and solving are shared with; rank 0 alone writes tensors.
+
         Raises ResumeError if what `done` wrote is gone.
         """
-        self.tell = tell
+        self.tell, self.world = tell, world
         self._load: Callable[[int], nn.Module] = model.load_block
         if ahead:
             reader = BlocksAhead(model)
@@ -115,9 +114,11 @@ class BlockWork:
         if plan.extra:
             self.steps.append("extra")
         committed = [name for step in done for name in self._outputs(step)]
-        self.writer = stack.enter_context(plan.layout.writer(partial, committed=committed))
+        self.writer: TensorWriter = Elsewhere()
+        if world.rank == 0:
+            self.writer = stack.enter_context(plan.layout.writer(partial, committed=committed))
         self.folds: ShardWriter | None = None
-        if plan.folds_layout is not None:
+        if plan.folds_layout is not None and world.rank == 0:
             folds_directory = partial / Path(FOLDS_FILE).parent
             with disk_errors(folds_directory):
                 folds_directory.mkdir(exist_ok=True)
@@ -145,6 +146,7 @@ class BlockWork:
                 original=self.target is not None or self.heal is not None,
                 keep=keep_hidden,
                 spread=recipe.experts == "all",
+                world=world,
             )
 
     def run(self, step: str) -> Record:
@@ -160,9 +162,9 @@ class BlockWork:
             elif step == "head":
                 record = self._head()
             elif step == "embedding":
-                record = self._embedding()
+                record = self.world.first(self._embedding)
             elif step == "extra":
-                record = self._extra()
+                record = self.world.first(self._extra)
             else:
                 record = self._block(int(step.removeprefix("block ")))
         return record
@@ -208,19 +210,21 @@ class BlockWork:
         with phase("reading"):
             block = self._load(index)
         propagate = self.plan.recipe.propagate
-        book: Book | Staged | None = self._statistics(index, block)
+        plan = self.plan
+        owners = work_owners(plan.input_groups(index), plan.groups[index], self.world.size)
+        book: Book | Staged | None = self._statistics(index, block, owners)
         with phase("transform"):
-            folded = self._fold(index, block, book)
+            folded = self._fold(index, block, book, owners)
         rounded: dict[str, InputRounding] = {}
         if self.target is not None:
-            book = self._staged(index, block, rounded)
+            book = self._staged(index, block, rounded, owners)
         if self.stream is not None and self.target is None:
             if self.stream.original is not None:
                 self.stream.forward_original(index, block)
             elif self.refine is not None:
                 # What is wanted, until it is known what comes.
                 self.stream.forward(index, block, None, write=True)
-        solved: Iterable[_Solved] = self._quantize(index, block, book, rounded)
+        solved: Iterable[_Solved] = self._quantize(index, block, book, rounded, owners)
         refined = None
         if self.refine is not None:
             solved = list(solved)
@@ -243,8 +247,10 @@ class BlockWork:
             ranges = None if self.plan.cache is None else CacheRanges(self.plan.cache, index)
             see = None if ranges is None else ranges.see
             self.stream.forward(index, block, None, write=write, rounded=rounded, cached=see)
-            for name, scale in {} if ranges is None else ranges.scales().items():
-                self.writer.put(name, scale)
+            if ranges is not None:
+                ranges.merge_(self.world.gathered(ranges.largest))
+                for name, scale in ranges.scales().items():
+                    self.writer.put(name, scale)
         return Record(step=f"block {index}", weights=tuple(weights), folded=folded, refined=refined)
 
     def _handed_on(self, index: int) -> bool:
@@ -264,7 +270,7 @@ class BlockWork:
                 for info in fate.output:
                     self.writer.copy(info.name, self.model.source, fate.name)
 
-    def _statistics(self, index: int, block: nn.Module) -> Book | None:
+    def _statistics(self, index: int, block: nn.Module, owners: Owners) -> Book | None:
         """Statistics of the block's inputs: shared with other methods, or the run's own."""
         if self.stream is None:
             return None
@@ -281,10 +287,11 @@ class BlockWork:
             wanted.features,
             stream="quantized" if propagate else "original",
             write=not propagate,
+            owners=owners,
         )
 
     def _staged(
-        self, index: int, block: nn.Module, rounded: dict[str, InputRounding]
+        self, index: int, block: nn.Module, rounded: dict[str, InputRounding], owners: Owners
     ) -> Staged | None:
         """Statistics beside the original's, from a copy of the block as it is now."""
         if self.stream is None:
@@ -308,35 +315,23 @@ class BlockWork:
             rounded=rounded,
             write=self.refine is not None or self._handed_on(index),
             last=last,
+            owners=owners,
         )
 
-    def _fold(self, index: int, block: nn.Module, book: Book | Staged | None) -> tuple[str, ...]:
+    def _fold(
+        self, index: int, block: nn.Module, book: Book | Staged | None, owners: Owners
+    ) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
-        schemes = {
-            ref.name: None if scheme is None else self._stored(ref, scheme)
-            for ref in self.plan.refs[index]
-            for scheme in (self.plan.scheme(ref),)
-        }
-        vectors = FoldVectors(self.plan.folds[index])
-        changed: list[str] = []
-        for group in self.plan.groups[index]:
-            assert isinstance(book, Book), "transforms are calibrated"
-            for transform in self.transforms:
-                # All inputs carry the same channels; the one with most tokens knows them best.
-                key = max(group.inputs, key=book.count)
-                weights = {ref.name: self.model.weight(block, ref) for ref in group.readers}
-                scale_C = choose_scale(transform, group, weights, schemes, book.get(key))
-                if scale_C is None:
-                    continue
-                folded = self.model.fold_(block, group, scale_C)
-                vectors.multiply_(group, folded.scale_I, self.plan.refs[index])
-                for other in group.inputs:
-                    book.put(other, book.get(other).rescaled(folded.scale_I))
-                changed.append(group.producer_names[0])
+        if not self.plan.groups[index]:
+            return ()
+        assert isinstance(book, Book), "transforms are calibrated"
+        vectors, changed = fold_block_(
+            self.model, self.plan, self.transforms, block, index, book, owners, self.world
+        )
         if self.folds is not None:
             for name, vector in vectors.tensors.items():
                 self.folds.put(name, vector)
-        return tuple(dict.fromkeys(changed))
+        return changed
 
     def _quantize(
         self,
@@ -344,22 +339,39 @@ class BlockWork:
         block: nn.Module,
         book: Book | Staged | None,
         rounded: dict[str, InputRounding],
+        owners: Owners,
     ) -> Iterator[_Solved]:
         """Quantizes a block's weights, and tells how many tokens reached each; `rounded` receives
         parameters whose inputs are, and how."""
-        for key, refs in self.plan.input_groups(index):
-            stats = book.get(key) if book is not None and key in book else None
-            weights = [self.model.weight(block, ref) for ref in refs]
-            for solved in self._solve(refs, weights, stats):
-                self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
-                if solved.tensor.scheme.activation_bits != 16:
-                    rounded[solved.ref.parameter] = InputRounding(
-                        scheme=solved.tensor.scheme, scale=solved.tensor.input_scale
-                    )
-                self.tell(f"{solved.ref.parameter.removesuffix('.weight')} {solved.cost.error:.1e}")
+
+        def solving(key: str, refs: Sequence[WeightRef]) -> Callable[[], Answer]:
+            def solve() -> Answer:
+                stats = book.get(key) if book is not None and key in book else None
+                weights = [self.model.weight(block, ref) for ref in refs]
                 tokens = None if stats is None else stats.count
                 sent = None if self.stream is None else self.stream.sent(index, key)
-                yield solved, tokens if sent is None else sent
+                return self._solve(refs, weights, stats), tokens if sent is None else sent
+
+            return solve
+
+        staged = book if isinstance(book, Staged) else None
+        groups = list(self.plan.input_groups(index))
+        stages = itertools.groupby(groups, lambda g: 0 if staged is None else staged.stage_of(g[0]))
+        for stage, found in stages:
+            if staged is not None:
+                staged.reach(stage)
+            now = list(found)
+            tasks = [solving(key, refs) for key, refs in now]
+            for solution, count in self.world.spread([owners[key] for key, _ in now], tasks):
+                for solved in solution:
+                    self.model.set_weight_(block, solved.ref, solved.tensor.dequantize())
+                    if solved.tensor.scheme.activation_bits != 16:
+                        rounded[solved.ref.parameter] = InputRounding(
+                            scheme=solved.tensor.scheme, scale=solved.tensor.input_scale
+                        )
+                    name = solved.ref.parameter.removesuffix(".weight")
+                    self.tell(f"{name} {solved.cost.error:.1e}")
+                    yield solved, count
 
     def _finish(self, solved: Solved, tokens: int | None) -> WeightRecord:
         """Writes a weight of a block, unless its scales are still to be healed."""
@@ -377,19 +389,10 @@ class BlockWork:
         """A block's weights, moved for the sake of its outputs; their loss before and after."""
         assert self.refine is not None and self.stream is not None
         # A rounded input has no gradient.
-        takes = [] if rounded else [w for w, _ in solved if self.refine.takes(w.tensor.scheme)]
-        taken = {weight.ref.name: weight for weight in takes}
-        if not taken:
-            return list(solved), None
-        refs = [weight.ref for weight in taken.values()]
-        half = [self._stored(ref, taken[ref.name].tensor.scheme).half_scales for ref in refs]
-        wanted = self.stream.hidden if self.stream.original is None else self.stream.original
-        outputs = BlockLoss(self.stream, index, block, refs, wanted)
-        moved, loss = refine_weights(self.refine, list(taken.values()), half, outputs)
-        self.tell(f"refined {loss[0]:.2e} -> {loss[1]:.2e}")
-        for weight in moved:
-            taken[weight.ref.name] = weight
-            self.model.set_weight_(block, weight.ref, weight.tensor.dequantize())
+        weights = [] if rounded else [weight for weight, _ in solved]
+        taken, loss = refine_block_(self.refine, self.stream, self.plan, index, block, weights)
+        if loss is not None:
+            self.tell(f"refined {loss[0]:.2e} -> {loss[1]:.2e}")
         return [(taken.get(weight.ref.name, weight), count) for weight, count in solved], loss
 
     def _solve(
@@ -406,7 +409,7 @@ class BlockWork:
         return quantize_weights(
             refs,
             weights,
-            self._stored(refs[0], scheme),
+            stored_scheme(self.model, self.plan, refs[0], scheme),
             stats,
             target=target,
             range_part=range_part,
@@ -414,12 +417,9 @@ class BlockWork:
             dtype=torch.float32 if scheme.kind == "ggml" else stored,
         )
 
-    def _stored(self, ref: WeightRef, scheme: Scheme) -> Scheme:
-        """The weight's scheme, with what the format stores its scales in."""
-        dtype = self.plan.format.scale_dtype(self.model.source.info(ref.name).dtype)
-        return dataclasses.replace(scheme, half_scales=dtype == torch.float16)
-
     def _put(self, weight: PlannedWeight, tensor: QuantizedTensor) -> None:
+        if self.world.rank != 0:
+            return
         with phase("writing"):
             for name, packed in self.plan.format.pack(weight, tensor).items():
                 self.writer.put(name, packed)
@@ -444,7 +444,8 @@ class BlockWork:
         if self.stream is not None and needs:
             stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
             stats = self.stream.head_stats(head.shape[1], needs, stream=stream)
-        return Record(step="head", weights=(self._outside_matrix(head, stats),))
+        weight = self.world.first(lambda: self._outside_matrix(head, stats))
+        return Record(step="head", weights=(weight,))
 
     def _embedding(self) -> Record:
         """Quantizes the table of embeddings, of whose use nothing is known."""

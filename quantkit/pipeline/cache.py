@@ -5,7 +5,7 @@ Letters: B sequences, H heads of keys and values, T tokens, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,26 +85,34 @@ class CacheRanges:
 
     def __init__(self, plan: CachePlan, index: int) -> None:
         self._scheme, self._infos = plan.scheme, plan.infos[index]
-        self._largest: dict[str, list[Tensor]] = {}
+        self.largest: dict[str, list[Tensor]] = {}
 
     def see(self, path: str, key_BHTD: Tensor, value_BHTD: Tensor) -> None:
         """Keys and values of tokens that count, as the attention at that path reads them."""
         if path not in self._infos:
             return
         found = [x.abs().amax(dim=(0, 2, 3)).float() for x in (key_BHTD, value_BHTD)]
-        before = self._largest.get(path, found)
-        self._largest[path] = [torch.maximum(a, b) for a, b in zip(before, found, strict=True)]
+        self.merge_([{path: found}])
+
+    def merge_(self, others: Sequence[Mapping[str, list[Tensor]]]) -> None:
+        """Takes in what other processes saw, `largest` of each."""
+        for other in others:
+            for path, found in other.items():
+                before = self.largest.get(path, found)
+                self.largest[path] = [
+                    torch.maximum(a, b) for a, b in zip(before, found, strict=True)
+                ]
 
     def scales(self) -> dict[str, Tensor]:
         """Tensor name -> scale.  Raises NumericsError if attention never ran or overflowed."""
         made: dict[str, Tensor] = {}
         for path, infos in self._infos.items():
-            if path not in self._largest:
+            if path not in self.largest:
                 raise NumericsError(
                     f"{infos[0].name}: calibration never reached the attention of this layer; "
                     "calibrate on more text, or leave --kv out"
                 )
-            for info, largest in zip(infos, self._largest[path], strict=True):
+            for info, largest in zip(infos, self.largest[path], strict=True):
                 if not bool(torch.isfinite(largest).all()):
                     raise NumericsError(
                         f"{info.name}: a key or value is NaN or infinite; the model overflows on "

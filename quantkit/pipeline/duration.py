@@ -74,9 +74,14 @@ class Speeds:
 
 
 def duration(
-    model: CausalModel, plan: Plan, calibration: Calibration | None, speeds: Speeds
+    model: CausalModel,
+    plan: Plan,
+    calibration: Calibration | None,
+    speeds: Speeds,
+    *,
+    processes: int = 1,
 ) -> float:
-    """Seconds that a plan's run takes at these speeds."""
+    """Seconds that a plan's run takes at these speeds, arithmetic being shared out evenly."""
     recipe = plan.recipe
     parts = (recipe.make_target(), recipe.make_range(), recipe.make_rounding())
     transforms = recipe.make_transforms()
@@ -126,11 +131,11 @@ def duration(
             head = 2.0 * model.head.shape[0] * model.head.shape[1]
             own += head * _batches(model, calibration)[1] * (4 * gradients + 2 * judged)
     fitting = sum(count * seconds_per_weight(scheme) for scheme, count in fitted.items())
+    arithmetic = (
+        own / speeds.own + work.products / speeds.wide + work.passes / speeds.passes + fitting
+    )
     return (
-        own / speeds.own
-        + work.products / speeds.wide
-        + work.passes / speeds.passes
-        + fitting
+        arithmetic / processes
         + plan.layout.num_bytes / _BYTES_PER_SECOND
         + model.num_blocks * _BLOCK_SECONDS
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.calibration.images import holds_inputs
+from quantkit.calibration.ranks import ALONE, World
 from quantkit.calibration.tokens import (
     Calibration,
     ImageReader,
@@ -55,14 +56,16 @@ def prepare(
     *,
     tokenizer: Any = None,
     out: Path | None = None,
+    world: World = ALONE,
 ) -> Job:
     """The job for a request; reads configuration and calibration text, weights for `bits` only.
 
-    With `bits`, what an earlier run to `out` chose is taken again.
+    With `bits`, what an earlier run to `out` chose is taken again.  `world`: who will share the
+    work; each rank prepares the same job.
 
     Raises the QuantkitError of whatever does not work out, before anything is written.
     """
-    (job,) = prepare_all(given, [request], tokenizer=tokenizer, out=out)
+    (job,) = prepare_all(given, [request], tokenizer=tokenizer, out=out, world=world)
     return job
 
 
@@ -72,6 +75,7 @@ def prepare_all(
     *,
     tokenizer: Any = None,
     out: Path | None = None,
+    world: World = ALONE,
 ) -> list[Job]:
     """The jobs of several requests that differ in recipe and format only.
 
@@ -88,7 +92,7 @@ def prepare_all(
         source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
     refuse_quantized(source)
     source = split_experts(source, trust_remote_code=first.trust_remote_code)
-    device = device_of(requests)
+    device = world.device(device_of(requests))
     model = CausalModel.open(
         source,
         trust_remote_code=first.trust_remote_code,
@@ -140,7 +144,7 @@ def prepare_all(
         if request.reader is not None and (reason := plan.readers[request.reader]) is not None:
             raise FormatError(f"--for {request.reader}: {reason}")
         calibration = shared if request.loaded.calibrated else None
-        prediction = predict(model, plan, calibration, device=device)
+        prediction = predict(model, plan, calibration, device=device, processes=world.size)
         prediction.check(request.max_ram_bytes)
         max_vram = request.max_vram_bytes if device.startswith("cuda") else None
         prediction.check_vram(max_vram)
@@ -158,6 +162,7 @@ def prepare_all(
                 max_ram=request.max_ram_bytes,
                 max_vram=max_vram,
                 device=device,
+                world=world,
             )
         )
     if shared is not None and shared.pictured is not None:

@@ -14,8 +14,9 @@ import torch
 from quantkit.calibration.gather import gram_bytes
 from quantkit.calibration.healing import LOGITS
 from quantkit.calibration.held_blocks import held_layout
-from quantkit.calibration.stream import BATCH_TOKENS
+from quantkit.calibration.stream import BATCH_TOKENS, num_batches
 from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.tree import num_leaves, sums_at_once
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.checkpoint.sidefiles import side_bytes
 from quantkit.errors import BudgetError
@@ -48,13 +49,14 @@ _ACTIVATIONS_PER_PIXEL = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What a run needs at most, in bytes, phase by phase.
+    """What a process of a run needs at most, in bytes, phase by phase.
 
     base        the process before work starts: imports, configuration, small tensors
     block       one block in the model's dtype
     forward     activations of one batch inside a block
     gram        statistics of the input group that needs most; they are gathered in passes that fit
     grams       statistics of a whole block, if they are to be gathered in one pass
+    sums        partial sums of them that are held at once while they are gathered
     solve       float32 working copies of the group of weights that needs most
     heal        training of scales beside a block: activations, logits, the head, what is learned
     resident    all blocks at once, if they are to stay in memory meanwhile
@@ -75,18 +77,19 @@ class Prediction:
     seconds: float
     note: str | None = None
     towers: int = 0
+    sums: int = 1
 
     @property
     def smallest(self) -> int:
         """Peak resident bytes with statistics gathered in as many passes as there are inputs."""
-        solving = max(self.forward + self.gram, self.gram + self.solve)
-        return self.base + self.block + max(solving, self.heal, self.towers)
+        gathering, solving = self.forward + self.sums * self.gram, self.gram + self.solve
+        return self.base + self.block + max(gathering, solving, self.heal, self.towers)
 
     @property
     def largest(self) -> int:
         """Peak resident bytes with a block's statistics gathered in one pass."""
-        work = max(self.forward, self.solve) + self.grams
-        return self.base + self.block + max(work, self.heal, self.towers)
+        gathering, solving = self.forward + self.sums * self.grams, self.grams + self.solve
+        return self.base + self.block + max(gathering, solving, self.heal, self.towers)
 
     def peak(self, max_ram: int | None) -> int:
         """The predicted peak under a budget."""
@@ -97,14 +100,15 @@ class Prediction:
         return max(min(self.largest, max(max_ram, self.smallest)), healing)
 
     def gram_budget(self, max_ram: int | None, max_vram: int | None = None) -> int | None:
-        """Bytes of statistics that may be resident at once; None for no limit.
+        """Bytes of statistics that are gathered in one pass, finished; None for no limit.
 
         With a GPU, blocks and statistics live there and `max_vram` limits them instead.
         """
         limit, base = (max_ram, self.base) if max_vram is None else (max_vram, 0)
         if limit is None or base + self.largest - self.base <= limit:
             return None
-        return limit - base - self.block - max(self.forward, self.solve)
+        left = limit - base - self.block
+        return min((left - self.forward) // self.sums, left - self.solve)
 
     def heals_in_memory(self, max_ram: int | None, max_vram: int | None, device: str) -> bool:
         """Whether all blocks stay in memory while they are healed, which changes the time only:
@@ -134,16 +138,24 @@ class Prediction:
                 f"--max-ram {format_size(max_ram)} is too small: this needs "
                 f"{format_size(self.smallest)} (process {format_size(self.base)}, one block "
                 f"{format_size(self.block)}, activations {format_size(self.forward)}, statistics "
-                f"{format_size(self.gram)}, solving {format_size(self.solve)}"
+                f"{format_size(self.sums * self.gram)}, solving {format_size(self.solve)}"
                 + (f", towers {format_size(self.towers)}" if self.towers else "")
                 + f"); the smallest that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
             )
 
 
 def predict(
-    model: CausalModel, plan: Plan, calibration: Calibration | None, *, device: str = "cpu"
+    model: CausalModel,
+    plan: Plan,
+    calibration: Calibration | None,
+    *,
+    device: str = "cpu",
+    processes: int = 1,
 ) -> Prediction:
-    """The prediction for a plan.  Times a matrix product for a fraction of a second."""
+    """The prediction for a plan.  Times a matrix product for a fraction of a second.
+
+    Memory is that of each of the processes, disk of all together.
+    """
     recipe = plan.recipe
     needs = recipe.needs(recipe.scheme)
     block = max(model.block_bytes(index) for index in range(model.num_blocks))
@@ -172,10 +184,11 @@ def predict(
                 solve = max(solve, _SOLVE_COPIES * 4 * rows * columns + factor)
         grams = max(grams, block_grams)
         inputs = max(inputs, sum(inputs_seen.values()))
-    forward, tokens, towers, calls = 0, 0, 0, 0
+    forward, tokens, towers, calls, sums = 0, 0, 0, 0, 1
     if calibration is not None:
         samples, length = calibration.ids.shape
         tokens = samples * length
+        sums = sums_at_once(num_leaves(num_batches(calibration, device)), processes)
         if (pictured := calibration.pictured) is not None:
             wide = pictured.largest * _ACTIVATIONS_PER_PIXEL
             towers = model.towers.num_bytes + wide * model.dtype.itemsize // 4
@@ -208,6 +221,10 @@ def predict(
         resident = model.num_blocks * block + held
         # Towers make what enters the first block anew in every step.
         heal = _healing_bytes(model, plan, batch) + towers
+    if processes > 1:
+        # Sums of one input that come from others; what a process solved until it is told to them.
+        forward += 2 * gram
+        solve += block
     speeds = Speeds.measure(model.dtype, device=device)
     hidden = 2 * tokens * model.text_config.hidden_size * model.dtype.itemsize
     hidden *= 1 + (needs.drift or recipe.heals)
@@ -224,9 +241,10 @@ def predict(
         heal=heal,
         resident=resident,
         disk=plan.layout.num_bytes + beside + hidden + spill + held + calls,
-        seconds=duration(model, plan, calibration, speeds),
+        seconds=duration(model, plan, calibration, speeds, processes=processes),
         note=speeds.note,
         towers=towers,
+        sums=sums,
     )
 
 

@@ -7,26 +7,32 @@ packed tensors --> OUT.partial (synced) --> journal line --> ... --> manifest --
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import shutil
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
+from quantkit.calibration.ranks import ALONE, World, same_everywhere
+from quantkit.calibration.shared import SharedMethod
 from quantkit.calibration.spans import Timeline, phase
 from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
-from quantkit.checkpoint.memory import peak_rss, peak_vram, release_free_memory
+from quantkit.checkpoint.journal import Journal
+from quantkit.checkpoint.memory import free_vram, peak_rss, peak_vram, release_free_memory
 from quantkit.checkpoint.output import OutputDirectory, OutputState
 from quantkit.checks.verify import refuse_unsound
-from quantkit.errors import FormatError, StoppedError
+from quantkit.errors import FormatError, RanksError, StoppedError
 from quantkit.formats.format import BuiltFormat
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import keep_source_folds
-from quantkit.pipeline.blocks import BlockWork, SharedMethod
+from quantkit.pipeline.blocks import BlockWork
 from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.finish import write_finished_files
 from quantkit.pipeline.onnx_export import export_onnx, graph_fingerprint
@@ -38,6 +44,8 @@ from quantkit.pipeline.report import build_report
 
 # The first block warms caches up; from two on the time that is left is told.
 _BLOCKS_TO_TELL = 2
+# What rank 0 writes for the others to find.
+_SIGN = "shared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +61,7 @@ class Job:
     max_vram: int | None = None
     device: str = "cpu"
     budget: Choice | None = None
+    world: World = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,8 @@ def run(
     deadline  of `time.monotonic()`: no step is begun that would end later, but for the first
 
     Raises ResumeError if `out` or its unfinished state belongs to another job and not `fresh`,
-    StoppedError if the deadline came first.
+    StoppedError if the deadline came first.  With other ranks RanksError, on all of them, if they
+    were not asked for the same, and LostError if one is gone.
     """
     if isinstance(job.plan.format, BuiltFormat):
         return _run_built(
@@ -142,19 +152,24 @@ def _run(
     profile: Path | None,
     deadline: float | None,
 ) -> Outcome:
+    world = job.world
+    asked = {"--out": os.path.abspath(out), "--fresh": str(fresh), "--until": str(deadline is None)}
+    same_everywhere(world, {**job.fingerprint, **asked})
     timeline = Timeline(events=profile is not None)
     with contextlib.ExitStack() as stack:
         session = Session(job, out, fresh=fresh, stack=stack, timeline=timeline)
         if session.complete:
             return session.outcome
-        if profile is not None:
+        if profile is not None and world.rank == 0:
             stack.callback(_write_trace, profile, timeline)
         bar = stack.enter_context(tqdm(unit="step", disable=None if progress else True))
         session.begin(tell=bar.set_postfix_str)
         bar.reset(total=len(session.steps))
         bar.update(session.resumed_after)
         for step in session.pending:
-            if deadline is not None and time.monotonic() + session.longest > deadline:
+            if deadline is not None and world.first(
+                lambda: time.monotonic() + session.longest > deadline
+            ):
                 done = session.settled
                 if done > session.resumed_after:
                     raise StoppedError(
@@ -191,35 +206,49 @@ class Session:
         self.timeline = Timeline() if timeline is None else timeline
         self._began = time.monotonic()
         self._job, self._fresh, self._stack = job, fresh, stack
-        self._output = stack.enter_context(OutputDirectory(out))
+        self._world = job.world
+        # Rank 0's alone, as the journal.
+        self._output: OutputDirectory | None = None
+        self._journal: Journal | None = None
         self._done: dict[str, Record] = {}
         # Steps that are done, but not yet so that a run could go on from there.
         self._unsettled: list[Record] = []
         self.resumed_after = 0
-        self.complete = self._output.state is OutputState.COMPLETE and not fresh
-        if self.complete:
-            self._output.check_complete(job.fingerprint)
+        self._out, self.complete = self._world.first(lambda: self._open(out))
+
+    def _open(self, out: Path) -> tuple[Path, bool]:
+        """Locks the output; returns where it is and whether it is complete."""
+        self._output = self._stack.enter_context(OutputDirectory(out))
+        complete = self._output.state is OutputState.COMPLETE and not self._fresh
+        if complete:
+            self._output.check_complete(self._job.fingerprint)
+        return self._output.out, complete
 
     @property
     def outcome(self) -> Outcome:
         """Where the result is, for an output that was complete before."""
         seconds = time.monotonic() - self._began
-        return Outcome(out=self._output.out, written=False, seconds=seconds)
+        return Outcome(out=self._out, written=False, seconds=seconds)
 
     def begin(self, *, tell: Callable[[str], object], shared: SharedMethod | None = None) -> None:
         """Opens the journal and what steps work with.  Raises ResumeError for another job's."""
-        job, output = self._job, self._output
-        self._journal = output.begin(job.fingerprint, fresh=self._fresh)
-        self._done = {str(e["step"]): Record.from_dict(e) for e in self._journal.records()}
+        job, world = self._job, self._world
+        partial, scratch, records = world.first(self._begin)
+        self._done = {str(e["step"]): Record.from_dict(e) for e in records}
+        self._check_shared(scratch)
+        # The ranks make as many passes; each weighs a little more or less.
+        vram = free_vram(job.device) if job.max_vram is None else job.max_vram
+        budgets = world.gathered(job.prediction.gram_budget(job.max_ram, vram))
+        limits = [budget for budget in budgets if budget is not None]
         self.resumed_after = len(self._done)
         self._work = BlockWork(
             model=job.model,
             plan=job.plan,
             calibration=job.calibration,
-            gram_budget=job.prediction.gram_budget(job.max_ram, job.max_vram),
+            gram_budget=min(limits, default=None),
             device=job.device,
-            partial=output.partial,
-            scratch=output.scratch,
+            partial=partial,
+            scratch=scratch,
             done=set(self._done),
             stack=self._stack,
             tell=tell,
@@ -228,7 +257,35 @@ class Session:
             keep_hidden=job.max_vram is None,
             ahead=job.device.startswith("cuda") and job.max_ram is None,
             resident=job.prediction.heals_in_memory(job.max_ram, job.max_vram, job.device),
+            world=world,
         )
+
+    def _begin(self) -> tuple[Path, Path, tuple[dict[str, Any], ...]]:
+        """Opens the journal; returns the directories to work in and what is done."""
+        assert self._output is not None
+        self._journal = self._output.begin(self._job.fingerprint, fresh=self._fresh)
+        return self._output.partial, self._output.scratch, self._journal.records()
+
+    def _check_shared(self, scratch: Path) -> None:
+        """Raises RanksError, on all ranks, if one of them does not see what rank 0 writes."""
+
+        def write() -> str:
+            sign = secrets.token_hex(8)
+            with disk_errors(scratch):
+                (scratch / _SIGN).write_text(sign)
+            return sign
+
+        def sees(sign: str) -> bool:
+            with contextlib.suppress(OSError):
+                return (scratch / _SIGN).read_text() == sign
+            return False
+
+        seen = self._world.gathered(sees(self._world.first(write)))
+        if not all(seen):
+            raise RanksError(
+                f"{scratch.parent}: rank {seen.index(False)} does not see what rank 0 writes; "
+                "--out has to lie on a disk that all machines share"
+            )
 
     @property
     def steps(self) -> list[str]:
@@ -267,13 +324,19 @@ class Session:
             self._unsettled.append(record)
             if self._work.settle():
                 with phase("fsync"):
-                    for record in self._unsettled:
-                        self._journal.append(record.to_dict())
+                    if self._journal is not None:
+                        for record in self._unsettled:
+                            self._journal.append(record.to_dict())
                 self._unsettled.clear()
             release_free_memory()
 
     def finish(self) -> Outcome:
         """Writes the files around the weights and puts the output in its place."""
+        peaks = self._world.gathered(peak_rss())
+        return self._world.first(lambda: self._finish(max(peaks)))
+
+    def _finish(self, peak: int) -> Outcome:
+        assert self._output is not None
         job = self._job
         self._work.close()
         write_finished_files(
@@ -291,7 +354,8 @@ class Session:
             run={
                 "seconds": round(time.monotonic() - self._began, 3),
                 "predicted_seconds": round(job.prediction.seconds, 1),
-                "peak_rss_bytes": peak_rss(),
+                "processes": self._world.size,
+                "peak_rss_bytes": peak,
                 **peak_vram(job.device),
                 "predicted_peak_bytes": job.prediction.peak(job.max_ram),
                 "max_ram_bytes": job.max_ram,

@@ -14,12 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from quantkit.calibration.shared import SharedStats
+from quantkit.calibration.shared import SharedMethod, SharedStats
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
 from quantkit.methods.recipe import Recipe, load_recipe
 from quantkit.numbers.scheme import Scheme
-from quantkit.pipeline.blocks import SharedMethod
 from quantkit.pipeline.session import Job, Outcome, Session
 from quantkit.pipeline.work.needs import block_needs
 

@@ -1,12 +1,17 @@
-"""The statistics that a plan's method reads, input by input."""
+"""What a plan's method needs at each input and weight: statistics, and the scheme as stored."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from quantkit.calibration.shared import BlockNeeds
 from quantkit.methods.recipe import input_needs
 from quantkit.methods.stats import Needs
+from quantkit.model.causal import CausalModel
+from quantkit.model.refs import WeightRef
+from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.plan import Plan
 
 
@@ -44,3 +49,9 @@ def fitting(needs: Needs, features: int) -> Needs:
     if needs.gram > 0 and features % needs.gram:
         return dataclasses.replace(needs, gram=0, moments=True)
     return needs
+
+
+def stored_scheme(model: CausalModel, plan: Plan, ref: WeightRef, scheme: Scheme) -> Scheme:
+    """A weight's scheme, with what the format stores its scales in."""
+    dtype = plan.format.scale_dtype(model.source.info(ref.name).dtype)
+    return dataclasses.replace(scheme, half_scales=dtype == torch.float16)

@@ -9,9 +9,9 @@ CHECKPOINTS := $(INTEROP)/checkpoints$(if $(QUANTKIT_INTEROP_MODEL),-$(notdir $(
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(CHECKPOINTS)
 
 READERS := transformers gptqmodel vllm llama onnx tasks
-.PHONY: interop interop-environments interop-checkpoints $(READERS:%=interop-%)
+.PHONY: interop interop-environments interop-checkpoints interop-launchers $(READERS:%=interop-%)
 
-interop: $(READERS:%=interop-%)
+interop: $(READERS:%=interop-%) interop-launchers
 
 interop-environments: $(READERS:%=$(INTEROP)/%/.installed)
 
@@ -52,6 +52,10 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 	$(@D)/bin/python -m pip install -q -c $< torch
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps -r $<
 	touch $@
+
+# Several processes, started as people start them: each imports everything.
+interop-launchers: $(VENV)/.installed
+	$(VENV)/bin/python -P $(INTEROP_PYTEST) tests/interop/test_launchers.py
 
 # llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
 interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed

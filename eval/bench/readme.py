@@ -13,6 +13,7 @@ from typing import Any
 
 import common
 import kernel_figures
+import scaling_figures
 
 # Labels in accuracy.json that the README shows, in its order, and what they are called there.
 _SHOWN = {
@@ -62,6 +63,12 @@ def main() -> None:
         changed.append(_rewrite("docs/kernels.md", name, text.strip()))
     caches = "\n".join(_cache(name) for name in ("cache", "cache_smollm2")).strip()
     changed.append(_rewrite("docs/cache.md", "cache", caches))
+    if (figures := _figures("scaling")) is not None:
+        for name, write in (
+            ("measured", scaling_figures.measured),
+            ("paper", scaling_figures.paper),
+        ):
+            changed.append(_rewrite("docs/scaling.md", name, write(figures)))
     if "--check" in sys.argv[1:]:
         sys.exit(int(any(changed)))
 

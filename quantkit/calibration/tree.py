@@ -20,6 +20,8 @@ T = TypeVar("T")
 # calibration is shared out over.
 LEAVES = 16
 _CHILDREN = 4
+# What a run's bytes depend on, for its fingerprint.
+ORDER = f"{LEAVES} leaves, {_CHILDREN} to a node"
 
 
 def num_leaves(batches: int) -> int:

@@ -20,6 +20,7 @@ from quantkit.calibration.tokens import (
     holds_token_ids,
     load_calibration,
 )
+from quantkit.calibration.tree import ORDER
 from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.memory import release_free_memory
@@ -265,6 +266,7 @@ def _fingerprint(
         "requantize": str(request.requantize),
         "device": device.split(":")[0],
         "hardware": hardware,
+        "sums": ORDER,
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "quantkit version": __version__,

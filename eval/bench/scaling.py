@@ -1,12 +1,13 @@
 """Several processes against one with as many threads, and what larger machines would take on paper.
 
     scaling.py MODEL --calib FILE [--method gptq] [--samples 32] [--seq-len 256] [--runs 3]
+               [--settings 1x1 1x2 2x1]
     scaling.py --paper
 
-The first form measures: one process of one thread, one of two threads, and two of one thread each,
-in turn, whole commands.  Two processes of one thread must write the bytes of one.  Wall seconds
-depend on what else the machine does; processor seconds of rank 0 in blocks do not, and say what of
-a process's work the other one takes over.
+The first form measures: one process of one thread, one of two threads, and two of one thread each
+(or other --settings, processes x threads), in turn, whole commands.  Two processes of one thread
+must write the bytes of one.  Wall seconds depend on what else the machine does; processor seconds
+of rank 0 in blocks do not, and say what of a process's work the other one takes over.
 
 `--paper` computes docs/scaling.md's model again and leaves what was measured.
 """
@@ -27,9 +28,6 @@ import common
 
 from quantkit.calibration.stream import BATCH_TOKENS
 from quantkit.calibration.tree import held_by, num_leaves, sums_at_once
-
-# Processes and threads of each.
-_SETTINGS = ((1, 1), (1, 2), (2, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +73,9 @@ def main() -> None:
 
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     runs = []
+    settings = [tuple(map(int, text.split("x"))) for text in options.settings]
     for number in range(options.runs):
-        for processes, threads in _SETTINGS:
+        for processes, threads in settings:
             runs.append(_run(processes, threads, options))
             told = f"{processes} x {threads} thread(s): {runs[-1].seconds:.1f} s"
             print(f"run {number}: {told}", file=sys.stderr)
@@ -91,9 +90,8 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
             )
             for name in ("seconds", "block_seconds", "block_cpu_seconds")
         }
-        for processes, threads in _SETTINGS
+        for processes, threads in settings
     }
-    one, two = medians["1 x 1"], medians["2 x 1"]
     return {
         "model": Path(options.model).name,
         "method": options.method,
@@ -102,10 +100,6 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
         "runs": runs,
         "medians": medians,
         "same_bytes": len({run.weights_sha256 for run in runs if run.threads == 1}) == 1,
-        "work_per_process": two["block_cpu_seconds"] / one["block_cpu_seconds"],
-        "two_processes_over_two_threads": (
-            two["block_seconds"] / medians["1 x 2"]["block_seconds"]
-        ),
     }
 
 
@@ -267,6 +261,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("model", nargs="?")
     common.calibration_arguments(parser, samples=32, seq_len=256, default="demo")
     parser.add_argument("--method", default="gptq")
+    parser.add_argument("--settings", nargs="+", default=["1x1", "1x2", "2x1"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--paper", action="store_true", help="only the model on paper anew")
     options = parser.parse_args()

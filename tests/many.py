@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from quantkit.calibration.ranks import World, joined
+from quantkit.calibration.processes.ranks import World, joined
 from quantkit.errors import QuantkitError
 
 # Longer than any of them takes.

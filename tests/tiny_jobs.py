@@ -86,6 +86,8 @@ def make_job(
     head: str | None = None,
     skip: tuple[str, ...] = (),
     overrides: tuple[str, ...] = (),
+    kv: str | None = None,
+    experts: str | None = None,
     **request: Any,
 ) -> Job:
     """The planned job of a method on a tiny model."""
@@ -98,6 +100,8 @@ def make_job(
             head=head,
             skip=skip,
             overrides=overrides,
+            kv=kv,
+            experts=experts,
         )
     source = model if isinstance(model, PreTrainedModel) else str(model)
     if text is None and isinstance(model, Path):

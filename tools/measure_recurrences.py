@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantkit
 from quantkit.formats.open import open_source
-from quantkit.methods.recipe import KEEP, Recipe, Rule, load_recipe
+from quantkit.methods.recipe import KEEP, Recipe, load_recipe
+from quantkit.methods.rules import Rule
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import shared_inputs
 from quantkit.numbers.scheme import Scheme

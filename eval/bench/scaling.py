@@ -26,8 +26,8 @@ from typing import Any
 
 import common
 
-from quantkit.calibration.stream import BATCH_TOKENS
-from quantkit.calibration.tree import held_by, num_leaves, sums_at_once
+from quantkit.calibration.batches import BATCH_TOKENS
+from quantkit.calibration.processes.tree import held_by, num_leaves, sums_at_once
 
 
 @dataclass(frozen=True, kw_only=True)

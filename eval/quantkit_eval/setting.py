@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantkit.calibration.tokens import check_seed
+from quantkit.calibration.data.tokens import check_seed
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.open import open_source

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quantkit.calibration.corpora import open_corpus
-from quantkit.calibration.documents import Corpus, Document
+from quantkit.calibration.data.corpora import open_corpus
+from quantkit.calibration.data.documents import Corpus, Document
 from quantkit.errors import CalibrationError
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.windows import DOCUMENT_SEPARATOR

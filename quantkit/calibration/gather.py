@@ -1,8 +1,8 @@
 """Statistics of one block: gathered over all batches, in as many passes as the memory allows.
 
 Every pass runs the block on the same hidden states in the same batches, and sums are added up along
-a tree (`calibration/tree.py`), so neither the number of passes nor that of processes changes
-anything in the result.
+a tree (`processes/tree.py`), so neither the number of passes nor that of processes changes anything
+in the result.
 """
 
 from __future__ import annotations
@@ -16,29 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quantkit.calibration.ranks import World
+from quantkit.calibration.batches import Batch
+from quantkit.calibration.processes.ranks import World
+from quantkit.calibration.processes.tree import Sums, held_by, share_of
 from quantkit.calibration.spans import phase
-from quantkit.calibration.tree import Sums, held_by, share_of
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.methods.stats import Needs, Stats, Stream
 
 _GRAM_BYTES = 4
 # Tokens of an input in one leaf, at most: where the hash of the next leaf's tokens begins.
 _LEAF_TOKENS = 1 << 40
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Sequences start..stop of the calibration; mask None if all their tokens count.
-
-    `length` are the tokens of a sequence that comes alone with its images, None for others: it
-    runs unpadded.
-    """
-
-    start: int
-    stop: int
-    mask: Tensor | None
-    length: int | None = None
 
 
 def gram_bytes(features: int, needs: Needs) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.batches import Batch
 from quantkit.calibration.block_loss import repeatable
-from quantkit.calibration.gather import Batch
 from quantkit.calibration.held_blocks import Held, HeldBlocks
 from quantkit.calibration.spans import phase
 from quantkit.calibration.stream import CalibrationStream

@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantkit.calibration.gather import Batch, Forward, Seen, Shares, StatsBook, gather
+from quantkit.calibration.batches import Batch, batches_of
+from quantkit.calibration.data.tokens import Calibration
+from quantkit.calibration.gather import Forward, Seen, Shares, StatsBook, gather
 from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.kept_calls import KeptCalls
-from quantkit.calibration.ranks import ALONE, World
+from quantkit.calibration.processes.ranks import ALONE, World
+from quantkit.calibration.processes.tree import leaves_of
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
-from quantkit.calibration.tokens import Calibration
-from quantkit.calibration.tree import leaves_of
 from quantkit.methods.stats import Needs, Stats, Stream
 from quantkit.model.attention import KeysValues, keys_and_values
 from quantkit.model.causal import CausalModel, TapCallback
@@ -30,9 +31,6 @@ from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.activations import InputRounding
 
 CacheSeen = Callable[[str, Tensor, Tensor], None]
-# Tokens in one forward batch: a function of the device kind only, never of the memory budget, so
-# that the order of accumulation, and with it every bit of the result, stays the same.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
@@ -496,29 +494,3 @@ def _fan_out(callback: TapCallback, taps: Mapping[str, tuple[str, ...]]) -> TapC
             callback(name, x_TI)
 
     return tell
-
-
-def batches_of(calibration: Calibration, device: str) -> Iterator[Batch]:
-    """All sequences in their order, as many at a time as the kind of device takes.
-
-    Those with images come one by one, each at its own length: they share no shape.
-    """
-    if calibration.pictured is not None:
-        for start, length in enumerate(calibration.pictured.lengths):
-            yield Batch(start=start, stop=start + 1, mask=None, length=length)
-        return
-    size = _sequences_at_once(calibration, device)
-    for start in range(0, len(calibration.ids), size):
-        mask = calibration.mask[start : start + size]
-        yield Batch(start=start, stop=start + len(mask), mask=None if bool(mask.all()) else mask)
-
-
-def num_batches(calibration: Calibration, device: str) -> int:
-    """How many those are."""
-    if calibration.pictured is not None:
-        return len(calibration.pictured.lengths)
-    return -(-len(calibration.ids) // _sequences_at_once(calibration, device))
-
-
-def _sequences_at_once(calibration: Calibration, device: str) -> int:
-    return max(1, BATCH_TOKENS[device.split(":")[0]] // calibration.ids.shape[1])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from quantkit.calibration.watch import is_first_process, refuse_several, several_processes
+from quantkit.calibration.processes.watch import is_first_process, refuse_several, several_processes
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_crash
@@ -30,7 +30,7 @@ from quantkit.errors import QuantkitError
 from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
-    from quantkit.calibration.ranks import World
+    from quantkit.calibration.processes.ranks import World
     from quantkit.pipeline.session import Job
 
 app = typer.Typer(
@@ -268,7 +268,7 @@ app.command()(cli_eval.bench)
 
 def _joined(stack: contextlib.ExitStack, model: str, options: QuantizeOptions, out: Path) -> World:
     """This process among those that share the work, once all are asked for the same."""
-    from quantkit.calibration.ranks import joined, same_everywhere
+    from quantkit.calibration.processes.ranks import joined, same_everywhere
 
     world = stack.enter_context(joined())
     fields = dataclasses.fields(QuantizeOptions)
@@ -284,7 +284,7 @@ def _job(model: str, options: QuantizeOptions, out: Path | None, world: World | 
     from quantkit.pipeline.asked import open_asked
 
     source = open_asked(model, [options])
-    from quantkit.calibration.ranks import ALONE
+    from quantkit.calibration.processes.ranks import ALONE
     from quantkit.pipeline.job import prepare
 
     if options.max_ram_bytes is not None:

@@ -9,9 +9,8 @@ from typing import Any
 
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.files import FileSource
-from quantkit.checkpoint.hub import download
+from quantkit.checkpoint.hub import REMOTE, HubSource, download
 from quantkit.checkpoint.live import LiveSource
-from quantkit.checkpoint.remote import REMOTE, HubSource
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
 from quantkit.formats.gguf.file import is_gguf

@@ -6,7 +6,6 @@ A method is a recipe: transforms, then a range, then a rounding, on the grid of 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -27,6 +26,7 @@ from quantkit.methods.parts import (
     make_part,
 )
 from quantkit.methods.plain_yaml import parse_yaml
+from quantkit.methods.rules import PartSpec, Rule, rules_of
 from quantkit.methods.stats import Needs
 from quantkit.numbers.cache import CacheScheme
 from quantkit.numbers.scheme import Scheme
@@ -52,56 +52,11 @@ _KEYS = (
     "kv",
     "calibration",
 )
-_RULE_KEYS = ("match", "scheme", "keep")
 # What `recurrent` and `towers` say in place of a scheme.
 KEEP: Literal["keep"] = "keep"
 _CALIBRATION_KEYS = ("samples", "seq_len")
 # A thousand times the default; their ids alone take 2 GiB.
 MOST_TOKENS = 2**28
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartSpec:
-    """A part's name and options as the recipe writes them."""
-
-    name: str
-    options: tuple[tuple[str, object], ...] = ()
-
-    @classmethod
-    def from_value(cls, kind: PartKind, value: object) -> PartSpec:
-        """From `gptq` or `{name: gptq, damp: 0.01}`; unknown options raise RecipeError."""
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise RecipeError(
-                f"{kind}: {value!r} given; write a name, or {{name: ..., option: ...}}"
-            )
-        options = tuple((str(k), _frozen(v)) for k, v in value.items() if k != "name")
-        make_part(kind, value["name"], dict(options))
-        return cls(name=value["name"], options=options)
-
-    def to_value(self) -> dict[str, object]:
-        """What the YAML file would say."""
-        return {"name": self.name, **{k: _thawed(v) for k, v in self.options}}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """For weights whose checkpoint name matches the glob: a scheme, or keep (scheme None)."""
-
-    match: str
-    scheme: Scheme | None
-
-    def to_value(self) -> dict[str, object]:
-        """What the YAML file would say."""
-        if self.scheme is None:
-            return {"match": self.match, "keep": True}
-        return {"match": self.match, "scheme": self.scheme.name}
-
-    def matches(self, name: str) -> bool:
-        """True if the glob matches the checkpoint name, with or without its `.weight`."""
-        stem = name.removesuffix(".weight")
-        return any(fnmatch.fnmatchcase(n, self.match) for n in (name, stem))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +143,7 @@ class Recipe:
             heal=None if heal is None else PartSpec.from_value("heal", heal),
             transforms=tuple(PartSpec.from_value("transform", t) for t in transforms),
             propagate=propagate,
-            rules=tuple(_rule(r, where) for r in _rule_list(data.get("rules"), where)),
+            rules=rules_of(data.get("rules"), where),
             head=None if head is None else Scheme.parse(str(head)),
             mtp=None if mtp is None else Scheme.parse(str(mtp)),
             recurrent=None if recurrent is None else _scheme_or_keep(str(recurrent)),
@@ -489,33 +444,3 @@ def _count(calibration: Mapping[object, object], key: str, default: int, where: 
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RecipeError(f"{where}: calibration.{key} is {value!r}; give a number of at least 1")
     return value
-
-
-def _rule_list(value: object, where: str) -> Sequence[object]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise RecipeError(f"{where}: rules must be a list")
-    return value
-
-
-def _rule(value: object, where: str) -> Rule:
-    if not isinstance(value, Mapping) or set(value) - set(_RULE_KEYS) or "match" not in value:
-        raise RecipeError(
-            f"{where}: rule {value!r}; "
-            "write {match: GLOB, scheme: NAME} or {match: GLOB, keep: true}"
-        )
-    if ("scheme" in value) == ("keep" in value) or value.get("keep", True) is not True:
-        raise RecipeError(
-            f"{where}: rule {value['match']!r} needs either `scheme: NAME` or `keep: true`"
-        )
-    scheme = Scheme.parse(str(value["scheme"])) if "scheme" in value else None
-    return Rule(match=str(value["match"]), scheme=scheme)
-
-
-def _frozen(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _thawed(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value

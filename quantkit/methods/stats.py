@@ -180,7 +180,7 @@ class Stats:
         self.sample_keys, self.sample = keys[order], rows[order].clone()
 
     def merge_(self, other: Stats) -> None:
-        """Adds another part's sums; calibration/tree.py has the order that keeps the bytes.
+        """Adds another part's sums; the order that keeps the bytes is that of a tree.
 
         Both before `finish_`.
         """

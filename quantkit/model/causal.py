@@ -28,15 +28,7 @@ from quantkit.model.probes.scales import Found
 from quantkit.model.refs import BlockCall, Folded, Role, ScaleGroup, WeightRef, weight_view
 from quantkit.model.spread import Routed, SpreadTap
 from quantkit.model.towers.loaded import Towers
-from quantkit.model.trace import (
-    SHARED,
-    UNNAMED,
-    Tap,
-    TapCallback,
-    discover,
-    noise_like,
-    sketch_,
-)
+from quantkit.model.trace import SHARED, UNNAMED, Tap, TapCallback, discover, noise_like, sketch_
 from quantkit.model.uses import BlockTrace
 from quantkit.model.views import converted, under_owners
 from quantkit.model.watched import watched

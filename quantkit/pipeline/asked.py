@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantkit.calibration.tokens import check_seed
+from quantkit.calibration.data.tokens import check_seed
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Reader

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibration.ahead import BlocksAhead
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import StatsBook
-from quantkit.calibration.ranks import ALONE, World
+from quantkit.calibration.processes.ranks import ALONE, World
+from quantkit.calibration.processes.work import work_owners
 from quantkit.calibration.shared import MethodStats, SharedMethod
 from quantkit.calibration.spans import phase
 from quantkit.calibration.staged import Staged, stages_of
 from quantkit.calibration.stream import CalibrationStream
-from quantkit.calibration.tokens import Calibration
-from quantkit.calibration.work import work_owners
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.shards import Elsewhere, ShardWriter, TensorWriter
 from quantkit.formats.format import PlannedWeight
@@ -209,7 +209,6 @@ class BlockWork:
     def _block(self, index: int) -> Record:
         with phase("reading"):
             block = self._load(index)
-        propagate = self.plan.recipe.propagate
         plan = self.plan
         owners = work_owners(plan.input_groups(index), plan.groups[index], self.world.size)
         book: Book | Staged | None = self._statistics(index, block, owners)
@@ -242,7 +241,7 @@ class BlockWork:
             self._write_kept(index, block)
         go_on = self._handed_on(index) and self.shared is None
         self._generation = index + 1 if go_on else None
-        write = self._generation is not None and propagate
+        write = self._generation is not None and plan.recipe.propagate
         if self.stream is not None and (write or self.plan.cache is not None):
             ranges = None if self.plan.cache is None else CacheRanges(self.plan.cache, index)
             see = None if ranges is None else ranges.see

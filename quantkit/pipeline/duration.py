@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.calibration.stream import BATCH_TOKENS
-from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.batches import BATCH_TOKENS
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.methods.parts import Estimated, Learning, Work
 from quantkit.methods.superblock import seconds_per_weight
 from quantkit.model.causal import CausalModel

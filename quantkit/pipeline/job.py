@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantkit.calibration.images import holds_inputs
-from quantkit.calibration.ranks import ALONE, World
-from quantkit.calibration.tokens import (
+from quantkit.calibration.data.images import holds_inputs
+from quantkit.calibration.data.tokens import (
     Calibration,
     ImageReader,
     holds_token_ids,
     load_calibration,
 )
-from quantkit.calibration.tree import ORDER
+from quantkit.calibration.processes.ranks import ALONE, World
+from quantkit.calibration.processes.tree import ORDER
 from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.memory import release_free_memory

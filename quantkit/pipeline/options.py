@@ -20,7 +20,7 @@ from quantkit.numbers.scheme import Scheme
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from quantkit.calibration.tokens import CalibrationSource
+    from quantkit.calibration.data.tokens import CalibrationSource
     from quantkit.methods.recipe import Recipe
 
 DEFAULT_METHOD = "awq"

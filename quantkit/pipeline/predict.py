@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from quantkit.calibration.batches import BATCH_TOKENS, num_batches
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import gram_bytes
 from quantkit.calibration.healing import LOGITS
 from quantkit.calibration.held_blocks import held_layout
-from quantkit.calibration.stream import BATCH_TOKENS, num_batches
-from quantkit.calibration.tokens import Calibration
-from quantkit.calibration.tree import num_leaves, sums_at_once
+from quantkit.calibration.processes.tree import num_leaves, sums_at_once
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.checkpoint.sidefiles import side_bytes
 from quantkit.errors import BudgetError

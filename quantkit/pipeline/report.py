@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.record import FATES
 from quantkit.pipeline.budget.choose import Choice

@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantkit.calibration.ranks import ALONE, World, same_everywhere
+from quantkit.calibration.data.tokens import Calibration
+from quantkit.calibration.processes.ranks import ALONE, World, same_everywhere
 from quantkit.calibration.shared import SharedMethod
 from quantkit.calibration.spans import Timeline, phase
-from quantkit.calibration.tokens import Calibration
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.memory import free_vram, peak_rss, peak_vram, release_free_memory
@@ -91,11 +91,33 @@ def run(
     StoppedError if the deadline came first.  With other ranks RanksError, on all of them, if they
     were not asked for the same, and LostError if one is gone.
     """
+    if job.world.size > 1:
+        _check_shareable(job)
     if isinstance(job.plan.format, BuiltFormat):
         return _run_built(
             job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline
         )
     return _run(job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
+
+
+def _check_shareable(job: Job) -> None:
+    """Raises RanksError for what one process does by itself."""
+    recipe, calibration = job.plan.recipe, job.calibration
+    reason = None
+    if isinstance(job.plan.format, BuiltFormat):
+        reason = f"--format {job.plan.format.name} is built"
+    elif recipe.refines or recipe.heals:
+        bits = recipe.scheme.bits
+        reason = f"scales of {bits} bits are learned (see `refine` and `heal` of the recipe)"
+    elif recipe.experts == "all":
+        reason = "--experts all counts tokens"
+    elif calibration is not None and calibration.pictured is not None:
+        reason = "images are calibrated on"
+    if reason is not None:
+        raise RanksError(
+            f"{reason} in one process, not in {job.world.size}; start the command without a "
+            "launcher"
+        )
 
 
 def checkpoint_beside(out: Path) -> Path:

@@ -14,9 +14,9 @@ import tiny_images as images
 import torch
 from transformers import AutoModelForImageTextToText
 
+from quantkit.calibration.data.tokens import Calibration, ImageReader, load_calibration
 from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.stream import CalibrationStream
-from quantkit.calibration.tokens import Calibration, ImageReader, load_calibration
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.processor import load_processor
 from quantkit.errors import CalibrationError, ModelError, NumericsError

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from quantkit.calibration.tokens import Calibration, load_calibration
-from quantkit.calibration.windows import first_tokens
+from quantkit.calibration.data.tokens import Calibration, load_calibration
+from quantkit.calibration.data.windows import first_tokens
 from quantkit.errors import CalibrationError
 
 WORDS = ["weight", "scale", "code", "group", "column", "row", "block", "token", "error", "bits"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quantkit.calibration.tree import (
+from quantkit.calibration.processes.tree import (
     LEAVES,
     Sums,
     held_by,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantkit.calibration.ranks import owners_of
-from quantkit.calibration.work import apart, work_owners
+from quantkit.calibration.processes.ranks import owners_of
+from quantkit.calibration.processes.work import apart, work_owners
 from quantkit.model.refs import ScaleGroup, WeightRef
 
 

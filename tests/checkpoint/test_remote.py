@@ -15,9 +15,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from quantkit.checkpoint import remote
+from quantkit.checkpoint import hub as hub_module
 from quantkit.checkpoint.files import FileSource
-from quantkit.checkpoint.remote import HubSource
+from quantkit.checkpoint.hub import HubSource
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import open_source
 
@@ -54,8 +54,8 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def test_every_tensor_is_that_of_the_files_and_no_weight_is_stored(
     hub: FakeHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_WINDOW", 1000)
-    monkeypatch.setattr(remote, "_PIECE", 3000)
+    monkeypatch.setattr(hub_module, "_WINDOW", 1000)
+    monkeypatch.setattr(hub_module, "_PIECE", 3000)
     source, own = open_source(f"hub://{NAME}"), FileSource(model)
     assert isinstance(source, HubSource)
     assert source.address == f"hub://{NAME}@{COMMIT}"
@@ -117,7 +117,7 @@ def test_what_the_hub_does_not_give_is_an_error_that_names_it(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(remote, "_WINDOW", 1000)
+    monkeypatch.setattr(hub_module, "_WINDOW", 1000)
     source = open_source(f"hub://{NAME}")
     hub.failures = 10_000
     with pytest.raises(CheckpointError, match=r"model-.*safetensors: the Hub does not give it: "):

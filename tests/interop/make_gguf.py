@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quantkit
-from quantkit.calibration.tokens import load_calibration
+from quantkit.calibration.data.tokens import load_calibration
 from quantkit.demo import demo_path
 from quantkit.demo.corpus import heldout_text
 from quantkit.formats.gguf.families import family_of

@@ -10,7 +10,8 @@ import yaml
 
 from quantkit.errors import RecipeError
 from quantkit.methods.parts import available, make_part
-from quantkit.methods.recipe import PartSpec, Recipe, Rule, builtin_recipes, load_recipe
+from quantkit.methods.recipe import Recipe, builtin_recipes, load_recipe
+from quantkit.methods.rules import PartSpec, Rule
 from quantkit.numbers.scheme import Scheme
 
 MINE = {"method": "mine", "scheme": "w4a16_g32", "range": "minmax", "rounding": "nearest"}

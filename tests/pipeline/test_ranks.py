@@ -15,8 +15,9 @@ import pytest
 import tiny_jobs as jobs
 from many import run_ranks
 
-from quantkit.calibration import stream, watch
-from quantkit.calibration.ranks import World
+from quantkit.calibration import batches
+from quantkit.calibration.processes import watch
+from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import NumericsError, RanksError
 from quantkit.pipeline import session
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def small_and_fast() -> Iterator[None]:
     """A sequence in a batch: eight leaves, which take two levels of the tree."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stream.BATCH_TOKENS, "cpu", jobs.SEQ_LEN)
+        patch.setitem(batches.BATCH_TOKENS, "cpu", jobs.SEQ_LEN)
         # What is gone is noticed in seconds.
         patch.setattr(watch, "_BEAT", 0.2)
         yield
@@ -43,7 +44,7 @@ def shared(job: Job, out: Path, **options: Any) -> Callable[[World], object]:
 CASES = {
     "gptq and a cache": ("llama", "gptq", "w4a16_g32", {"kv": "fp8", "head": "w8a16_row"}),
     "awq": ("qwen2", "awq", "w4a16_g32_asym", {}),
-    "a second stream": ("llama", "best", "w3a16_g32_asym", {}),
+    "a second stream": ("llama", "best", "w4a16_g32_asym", {}),
     "experts": ("qwen3_moe", "awq", "w4a16_g32", {"overrides": ("rounding.name=gptq",)}),
     "no statistics": ("llama", "rtn", "w4a16_g32", {}),
 }
@@ -71,6 +72,23 @@ def test_the_bytes_are_those_of_one_process(
         assert told == [(0, "")] * size
         assert jobs.hashes(out) == alone
         assert json.loads((out / "quantkit/run.json").read_bytes())["processes"] == size
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "scheme", "options", "sentence"),
+    [
+        ("llama", "best", "w3a16_g32", {}, "scales of 3 bits are learned"),
+        ("llama", "rtn", "w4a16_g32", {"format": "onnx"}, "--format onnx is built"),
+        ("qwen3_moe", "gptq", "w4a16_g32", {"experts": "all"}, "--experts all counts tokens"),
+    ],
+)
+def test_what_one_process_does_by_itself_is_refused_by_name(
+    kind: str, method: str, scheme: str, options: Any, sentence: str, tmp_path: Path
+) -> None:
+    job = jobs.make_job(jobs.build(kind, tmp_path / "model"), method, scheme, **options)
+    for code, told in run_ranks(2, shared(job, tmp_path / "out"), tmp_path / "told"):
+        assert code == 2 and sentence in told
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.fixture(scope="module")

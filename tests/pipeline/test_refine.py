@@ -14,7 +14,8 @@ import torch
 from quantkit.calibration.block_loss import BlockLoss
 from quantkit.checkpoint.files import FileSource
 from quantkit.formats.format import format_of
-from quantkit.methods.recipe import Rule, load_recipe
+from quantkit.methods.recipe import load_recipe
+from quantkit.methods.rules import Rule
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import run

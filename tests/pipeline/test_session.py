@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import quantkit
 from quantkit.calibration import stream as calibrated
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import split_passes
 from quantkit.calibration.hidden import HiddenStore
-from quantkit.calibration.tokens import Calibration
 from quantkit.checks.verify import verify
 from quantkit.methods.recipe import builtin_recipes
 from quantkit.pipeline.session import Job

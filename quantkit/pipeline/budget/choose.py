@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import BudgetError, RecipeError
 from quantkit.formats.registry import make_format
-from quantkit.methods.recipe import Recipe, Rule
+from quantkit.methods.recipe import Recipe
+from quantkit.methods.rules import Rule
 from quantkit.model.causal import CausalModel
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.budget.allocate import Option, allocate

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quantkit.calibration.batches import batches_of
+from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.hidden import HiddenStore
-from quantkit.calibration.stream import CalibrationStream, batches_of
-from quantkit.calibration.tokens import Calibration
+from quantkit.calibration.stream import CalibrationStream
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.methods.parts import Range, Rounding, make_part
 from quantkit.methods.recipe import Recipe, input_needs

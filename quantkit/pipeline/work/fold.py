@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from quantkit.calibration.gather import StatsBook
-from quantkit.calibration.ranks import World
+from quantkit.calibration.processes.ranks import World
+from quantkit.calibration.processes.work import apart
 from quantkit.calibration.shared import MethodStats
-from quantkit.calibration.work import apart
 from quantkit.methods.parts import Transform
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import FoldVectors

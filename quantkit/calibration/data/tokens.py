@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.calibration.corpora import open_corpus
-from quantkit.calibration.documents import Message, Origin
-from quantkit.calibration.images import (
+from quantkit.calibration.data.corpora import open_corpus
+from quantkit.calibration.data.documents import Message, Origin
+from quantkit.calibration.data.images import (
     Pictured,
     Sequences,
     holds_inputs,
     pack_inputs,
     pack_talks,
 )
-from quantkit.calibration.windows import Packed, pack, pack_token_rows, padded
+from quantkit.calibration.data.windows import Packed, pack, pack_token_rows, padded
 from quantkit.checkpoint.processor import Processor, Talk
 from quantkit.errors import CalibrationError
 from quantkit.methods.recipe import check_size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from quantkit.calibration.ranks import owners_of
+from quantkit.calibration.processes.ranks import owners_of
 from quantkit.model.refs import ScaleGroup, WeightRef
 
 # Passes over a weight that a search for a scale group's vector takes, at least.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration.documents import (
+from quantkit.calibration.data.documents import (
     Corpus,
     Origin,
     Wanted,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from quantkit.calibration.watch import SEVERAL, Watch, several_processes
+from quantkit.calibration.processes.watch import SEVERAL, Watch, several_processes
 from quantkit.errors import RanksError
 
 T = TypeVar("T")

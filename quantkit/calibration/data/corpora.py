@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantkit.calibration.documents import (
+from quantkit.calibration.data.documents import (
     Corpus,
     Document,
     Origin,
@@ -18,14 +18,14 @@ from quantkit.calibration.documents import (
     shuffled,
     to_document,
 )
-from quantkit.calibration.tables import (
+from quantkit.calibration.data.tables import (
     BUILDERS,
     dataset_fingerprint,
     named_dataset,
     saved_dataset,
     table_file,
 )
-from quantkit.calibration.talks import holds_images, to_talk
+from quantkit.calibration.data.talks import holds_images, to_talk
 from quantkit.checkpoint.door import TEXT_BYTES, file_sha256, given_path, open_plain
 from quantkit.errors import CalibrationError
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.calibration.documents import Corpus, Document
+from quantkit.calibration.data.documents import Corpus, Document
 from quantkit.checkpoint.processor import MASK, Processor, Talk, processed
 from quantkit.errors import CalibrationError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.calibration.documents import Corpus, Document
+from quantkit.calibration.data.documents import Corpus, Document
 from quantkit.errors import CalibrationError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.calibration.talks import (
+from quantkit.calibration.data.talks import (
     IMAGE_COLUMNS,
     holds_images,
     renamed,

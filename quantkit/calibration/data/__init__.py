@@ -1,0 +1,1 @@
+"""What is calibrated on: documents, conversations with images, windows of tokens."""

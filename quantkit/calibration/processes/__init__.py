@@ -1,0 +1,1 @@
+"""The processes that share a run: who has which sequences, sums and tasks."""

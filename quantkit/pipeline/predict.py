@@ -71,11 +71,11 @@ class Prediction:
     gram: int
     grams: int
     solve: int
-    heal: int
-    resident: int
     disk: int
     seconds: float
     note: str | None = None
+    heal: int = 0
+    resident: int = 0
     towers: int = 0
     sums: int = 1
 

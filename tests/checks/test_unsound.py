@@ -175,8 +175,8 @@ def test_an_onnx_graph_whose_data_is_spoiled_is_not_announced(
     monkeypatch.setattr(onnx_export, "require_builder", lambda: {"onnx": "1"})
     right = onnx_export._copy_provenance
 
-    def cut(source: Any, partial: Path, fingerprint: Any) -> None:
-        right(source, partial, fingerprint)
+    def cut(source: Any, partial: Path, fingerprint: Any, **options: Any) -> None:
+        right(source, partial, fingerprint, **options)
         data = (partial / "model.onnx.data").read_bytes()
         (partial / "model.onnx.data").write_bytes(data[: len(data) // 2])
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.calibration.healing import Healing
 from quantkit.checkpoint.files import FileSource
-from quantkit.formats.format import format_of
+from quantkit.formats.registry import format_of
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import run

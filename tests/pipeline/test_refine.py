@@ -13,7 +13,7 @@ import torch
 
 from quantkit.calibration.block_loss import BlockLoss
 from quantkit.checkpoint.files import FileSource
-from quantkit.formats.format import format_of
+from quantkit.formats.registry import format_of
 from quantkit.methods.recipe import load_recipe
 from quantkit.methods.rules import Rule
 from quantkit.numbers.scheme import Scheme

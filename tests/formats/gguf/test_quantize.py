@@ -221,7 +221,9 @@ def test_a_memory_limit_means_more_passes_and_the_same_bytes(
 
     def counted(sizes: Any, budget: int | None) -> Any:
         found = original(sizes, budget)
-        passes.append(len(found))
+        # The head reads one input, which is never divided.
+        if len(sizes) > 1:
+            passes.append(len(found))
         return found
 
     monkeypatch.setattr(quantkit.calibration.gather, "split_passes", counted)

@@ -72,7 +72,7 @@ def test_the_owner_rounds_inputs_to_the_same_numbers(root: Path) -> None:
         found = fake_quantize(x[None], scale, zero, args, global_scale=divisor)[0]
         assert torch.equal(found, tensors["rounded"]), path.name
         seen.add(path.name.split("-")[0])
-    assert len(seen) == 6
+    assert len(seen) == 7
 
 
 def without_inputs(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -79,7 +79,8 @@ def test_tokens_agree_with_transformers(
                 .topk(2)
                 .values.tolist()
             )
-            assert best - second < TIE
+            # See below: a key on the border between two numbers of float8 is no tie of logits.
+            assert best - second < (4 if name in CACHED else 1) * TIE
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -26,7 +26,7 @@ from quantkit.calibration.spans import Timeline, phase
 from quantkit.checkpoint.disk import disk_errors
 from quantkit.checkpoint.journal import Journal
 from quantkit.checkpoint.memory import free_vram, peak_rss, peak_vram, release_free_memory
-from quantkit.checkpoint.output import OutputDirectory, OutputState
+from quantkit.checkpoint.output import OutputDirectory, OutputState, earlier_fingerprint
 from quantkit.checks.verify import refuse_unsound
 from quantkit.errors import FormatError, RanksError, StoppedError
 from quantkit.formats.format import BuiltFormat
@@ -159,7 +159,8 @@ def _run_built(
             )
         except FormatError as error:
             raise FormatError(f"{error}. The quantized checkpoint is kept in {beside}") from error
-    if beside.exists():
+    # Found beside a graph that was there before, it may be anybody's.
+    if written or earlier_fingerprint(beside) == job.fingerprint:
         with disk_errors(beside):
             shutil.rmtree(beside)
     return Outcome(out=output.out, written=written, seconds=time.monotonic() - began)

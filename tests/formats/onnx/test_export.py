@@ -174,11 +174,14 @@ def test_any_method_quantizes_to_onnx_in_one_command(
     assert not (tmp_path / "out.checkpoint").exists()
     pages = ("report.html", "report.md", "run.json", "recipe.yaml")
     assert all((out / "quantkit" / name).is_file() for name in pages)
-    # The same command again finds it done, another one does not.
+    # The same command again finds it done, another one does not; what is not its own stays.
     before = jobs.hashes(out)
+    (tmp_path / "out.checkpoint").mkdir()
+    (tmp_path / "out.checkpoint" / "mine.txt").write_text("mine")
     assert jobs.command(*line, *sizes, "--format", "onnx", "--out", out) == 0
     assert jobs.hashes(out) == before and builder.precisions == ["int4"]
     assert jobs.command(*line, "--samples", "3", "--format", "onnx", "--out", out) == 2
+    assert (tmp_path / "out.checkpoint" / "mine.txt").read_text() == "mine"
 
 
 @needs_onnx

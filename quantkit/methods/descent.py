@@ -61,3 +61,16 @@ class LearnedScales:
     def scale(self) -> PlainScale:
         """The scales as they are now."""
         return PlainScale(tensor=self.values.clone())
+
+
+def judging_batches(held_out: float, batches: int) -> int:
+    """How many of the batches, the last ones, judge.  With a single one it does both."""
+    return min(max(1, round(held_out * batches)), max(1, batches - 1))
+
+
+def check_descent(iterations: int, looks: int, held_out: float) -> None:
+    """Raises ValueError for options that no descent has."""
+    if iterations < 1 or looks < 1:
+        raise ValueError(f"iterations {iterations}, looks {looks}: must be at least 1")
+    if not 0 < held_out <= 0.5:
+        raise ValueError(f"held_out {held_out}: must lie in 0..0.5 and not be 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quantkit.methods.descent import check_descent, judging_batches
 from quantkit.methods.parts import Work
 from quantkit.numbers.scheme import Scheme
 
@@ -32,14 +33,9 @@ class Scales:
     looks: int = 3
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.looks < 1:
-            raise ValueError(
-                f"iterations {self.iterations}, looks {self.looks}: must be at least 1"
-            )
+        check_descent(self.iterations, self.looks, self.held_out)
         if self.rate <= 0:
             raise ValueError(f"rate {self.rate}: must be above 0")
-        if not 0 < self.held_out <= 0.5:
-            raise ValueError(f"held_out {self.held_out}: must lie in 0..0.5 and not be 0")
 
     def takes(self, scheme: Scheme) -> bool:
         """Integers of at most `bits` whose inputs are not rounded."""
@@ -48,7 +44,7 @@ class Scales:
 
     def judges(self, batches: int) -> int:
         """How many of the batches, the last ones, judge.  With a single one it does both."""
-        return min(max(1, round(self.held_out * batches)), max(1, batches - 1))
+        return judging_batches(self.held_out, batches)
 
     def looks_after(self, step: int) -> bool:
         """Whether what is held out is looked at after a step, the first being 0."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.methods.descent import Adam, LearnedScales
+from quantkit.methods.descent import Adam, LearnedScales, check_descent, judging_batches
 from quantkit.methods.parts import Outputs, Refined, Work
 from quantkit.numbers.grid import IntegerGrid, grid_of
 from quantkit.numbers.scheme import Scheme
@@ -55,14 +55,9 @@ class Learned:
     looks: int = 4
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.looks < 1:
-            raise ValueError(
-                f"iterations {self.iterations}, looks {self.looks}: must be at least 1"
-            )
+        check_descent(self.iterations, self.looks, self.held_out)
         if self.codes < 0 or self.scales < 0:
             raise ValueError(f"codes {self.codes}, scales {self.scales}: must be 0 or more")
-        if not 0 < self.held_out <= 0.5:
-            raise ValueError(f"held_out {self.held_out}: must lie in 0..0.5 and not be 0")
 
     def takes(self, scheme: Scheme) -> bool:
         """Integers of at most `bits` whose inputs are not rounded."""
@@ -71,7 +66,7 @@ class Learned:
 
     def judges(self, batches: int) -> int:
         """How many of the batches, the last ones, judge.  With a single one it does both."""
-        return min(max(1, round(self.held_out * batches)), max(1, batches - 1))
+        return judging_batches(self.held_out, batches)
 
     def steps(self, batches: int) -> tuple[int, int]:
         """A gradient for each iteration; the batches that judge at the start and at each look."""

@@ -38,10 +38,11 @@ def split_passes(sizes: Mapping[str, int], budget: int | None) -> list[list[str]
     """Input keys in passes whose Gram matrices fit the budget together; None is one pass."""
     if budget is None:
         return [list(sizes)]
-    passes: list[list[str]] = []
+    # The first is there without any input too: it may have to hand hidden states on.
+    passes: list[list[str]] = [[]]
     filled = 0
     for key, size in sizes.items():
-        if not passes or filled + size > budget:
+        if passes[-1] and filled + size > budget:
             passes.append([])
             filled = 0
         passes[-1].append(key)

@@ -147,7 +147,7 @@ class Healing:
         blocks = self._model.num_blocks
         wanted = self._stream.read(original, blocks, batch)
         total, slopes = 0.0, torch.zeros_like(hidden)
-        for part in self._pieces(hidden):
+        for part in self._pieces(hidden, batch):
             with phase("heal"), repeatable(self._stream.device), torch.enable_grad():
                 leaf = hidden[part].detach().requires_grad_(True)
                 # A sum: its gradient is far from where 16 bits end, which a mean's is not.
@@ -157,10 +157,11 @@ class Healing:
             slopes[part] = slope
         return total, slopes
 
-    def _pieces(self, hidden: Tensor) -> list[tuple[slice, slice]]:
+    def _pieces(self, hidden: Tensor, batch: Batch) -> list[tuple[slice, slice]]:
         """Parts of hidden states that are taken to logits together."""
         sequences, tokens = hidden.shape[:2]
-        if hidden.ndim > 3 or tokens != self._stream.calibration.ids.shape[1]:
+        length = batch.length or self._stream.calibration.ids.shape[1]
+        if hidden.ndim > 3 or tokens != length:
             # Models that do not have a row for each token.
             return [(slice(k, k + 1), slice(None)) for k in range(sequences)]
         step = max(1, LOGITS // (len(self._rows_VH) * sequences))

@@ -109,4 +109,6 @@ def _others(block: nn.Module, held: Held) -> list[str]:
     filled: dict[str, int] = {}
     for ref, _ in held.values():
         filled[ref.parameter] = filled.get(ref.parameter, 0) + ref.shape[0] * ref.shape[1]
-    return [path for path, value in block.named_parameters() if filled.get(path, 0) < value.numel()]
+    # A block that is loaded no longer shares what an empty one does: all paths, in both.
+    every = block.named_parameters(remove_duplicate=False)
+    return [path for path, value in every if filled.get(path, 0) < value.numel()]

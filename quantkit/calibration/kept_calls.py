@@ -1,6 +1,6 @@
 """What blocks are called with beside hidden states, kept on the disk: one file per sequence.
 
-Where images take part these arguments come from a tower, which shall run once only.
+Where images take part these arguments come from a tower, which shall not run for every block.
 """
 
 from __future__ import annotations

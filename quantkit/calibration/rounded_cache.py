@@ -1,9 +1,11 @@
-"""Attention on keys and values as a checkpoint's cache holds them.
+"""Keys and values on their way to attention: told of, or as a checkpoint's cache holds them.
 
 Letters: B sequences, H heads of keys and values, T tokens, D head size.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from quantkit.model.attention import KeysValues
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.numbers.cache import CacheScheme
+
+CacheSeen = Callable[[str, Tensor, Tensor], None]
 
 
 class RoundedCache:
@@ -37,3 +41,18 @@ class RoundedCache:
             return self.scheme.rounded(key, key_scale), self.scheme.rounded(value, value_scale)
 
         return rounded
+
+
+def counting(cached: CacheSeen, mask_BT: Tensor | None) -> KeysValues:
+    """Tells of keys and values of tokens that count, and changes none."""
+
+    def see(path: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        counts = [key, value]
+        if mask_BT is not None:
+            mask = mask_BT.to(key.device).bool()
+            # [tokens, H, D] as one sequence.
+            counts = [x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in counts]
+        cached(path, *counts)
+        return key, value
+
+    return see

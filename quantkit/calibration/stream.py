@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -22,16 +22,14 @@ from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.processes.tree import leaves_of
+from quantkit.calibration.rounded_cache import CacheSeen, counting
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.calibration.spans import phase
 from quantkit.methods.stats import Needs, Stats, Stream
-from quantkit.model.attention import KeysValues, keys_and_values
+from quantkit.model.attention import keys_and_values
 from quantkit.model.causal import CausalModel, TapCallback
 from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.activations import InputRounding
-
-CacheSeen = Callable[[str, Tensor, Tensor], None]
-
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
 _ROUNDED = 0.05
@@ -123,25 +121,31 @@ class CalibrationStream:
         mine = sum(batch.stop - batch.start for batch in self.batches)
 
         def store(name: str) -> HiddenStore:
-            opened = HiddenStore(scratch, shape, first.dtype, name, kept_on=kept_on, mine=mine)
-            # What one has no room for, none keeps: they save together.
-            opened.keeps = all(world.gathered(opened.keeps))
-            return stack.enter_context(opened)
+            made = HiddenStore(scratch, shape, first.dtype, name, kept_on=kept_on, mine=mine)
+            return stack.enter_context(made)
 
         self.hidden = store("hidden")
         self.original = store("original") if original else None
+        # What one has no room for, none keeps: they save together.
+        keeps = all(world.gathered(all(each.keeps for each in self._stores)))
+        for each in self._stores:
+            each.keeps = keeps
         # When hidden states were saved last, and the seconds it took.
         self._saved_at, self._saving = 0.0, 0.0
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
         self._spread = spread
-        # Block, input of an expert, first sequence of a batch -> tokens that the router sent.
-        self._sent: dict[tuple[int, str, int], int] = {}
+        # The block at work; input of an expert -> first sequence of a batch -> tokens sent there.
+        self._sent: tuple[int, dict[str, dict[int, int]]] = (-1, {})
         self._kept: KeptCalls | None = None
         if calibration.pictured is not None:
             self._kept = KeptCalls(scratch / "calls")
 
+    @property
+    def _stores(self) -> list[HiddenStore]:
+        return [self.hidden] if self.original is None else [self.hidden, self.original]
+
     def embed(self) -> None:
-        """Writes what enters the first block; images pass the towers here, and only here."""
+        """Writes what enters the first block; images pass the towers."""
         with contextlib.ExitStack() as stack:
             if self._kept is not None:
                 stack.enter_context(self.model.towers.loaded())
@@ -180,13 +184,13 @@ class CalibrationStream:
         Always, but where a GPU holds it: there it is saved when a small part of the time since the
         last one was enough for that, and not over the one that is on the disk.
         """
-        stores = [store for store in (self.hidden, self.original) if store is not None]
-        if any(store.keeps for store in stores) and not self.world.first(
-            lambda: self._is_time(generation, stores)
-        ):
-            return False
+        if any(store.keeps for store in self._stores):
+            if all(store.saved == generation for store in self._stores):
+                return True
+            if not self.world.first(lambda: self._is_time(generation)):
+                return False
         began = time.monotonic()
-        for store in stores:
+        for store in self._stores:
             store.sync(generation)
         # Nobody says so before all have saved theirs.
         self.world.gathered(None)
@@ -194,9 +198,9 @@ class CalibrationStream:
         self._saving = self._saved_at - began
         return True
 
-    def _is_time(self, generation: int, stores: Sequence[HiddenStore]) -> bool:
+    def _is_time(self, generation: int) -> bool:
         early = time.monotonic() - self._saved_at < _TIMES_SAVING * self._saving
-        return not early and all(store.has_file_for(generation) for store in stores)
+        return not early and all(store.has_file_for(generation) for store in self._stores)
 
     def gather(
         self,
@@ -243,7 +247,7 @@ class CalibrationStream:
         for batch in self.batches if batches is None else batches:
             with contextlib.ExitStack() as modes:
                 if cached is not None:
-                    modes.enter_context(keys_and_values(block, _counting(cached, batch.mask)))
+                    modes.enter_context(keys_and_values(block, counting(cached, batch.mask)))
                 out = self._run(index, block, batch, self.hidden, callback, rounded)
             if write:
                 with phase("writing"):
@@ -301,12 +305,14 @@ class CalibrationStream:
 
     def sent(self, index: int, key: str) -> int | None:
         """Tokens that the router sent to an expert's input, where statistics are of all tokens."""
-        counts = [n for (i, k, _), n in self._sent.items() if (i, k) == (index, key)]
-        return sum(counts) if counts else None
+        block, counts = self._sent
+        return sum(counts[key].values()) if block == index and key in counts else None
 
     def _note_sent(self, index: int, start: int, key: str, count: int) -> None:
+        if self._sent[0] != index:
+            self._sent = (index, {})
         # Blocks run several times over a batch, with the same tokens.
-        self._sent[index, key, start] = count
+        self._sent[1].setdefault(key, {})[start] = count
 
     def read(self, store: HiddenStore, index: int, batch: Batch) -> Tensor:
         """A batch's hidden states that enter block `index`, without what was padded."""
@@ -471,21 +477,6 @@ class CalibrationStream:
         if ids.shape[0] not in self._calls:
             self._calls[ids.shape[0]] = self.model.calls(ids, None)[1]
         return self._calls[ids.shape[0]][index]
-
-
-def _counting(cached: CacheSeen, mask_BT: Tensor | None) -> KeysValues:
-    """Tells of keys and values of tokens that count, and changes none."""
-
-    def see(path: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        counts = [key, value]
-        if mask_BT is not None:
-            mask = mask_BT.to(key.device).bool()
-            # [tokens, H, D] as one sequence.
-            counts = [x.transpose(1, 2)[mask].transpose(0, 1)[None] for x in counts]
-        cached(path, *counts)
-        return key, value
-
-    return see
 
 
 def _fan_out(callback: TapCallback, taps: Mapping[str, tuple[str, ...]]) -> TapCallback:

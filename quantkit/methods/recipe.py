@@ -260,30 +260,37 @@ class Recipe:
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """Every scheme the recipe can give to a weight."""
+        head = () if self.head is None else (self.head,)
+        return tuple(dict.fromkeys((*self.block_schemes, *head)))
+
+    @property
+    def block_schemes(self) -> tuple[Scheme, ...]:
+        """Those that it can give to a weight of a block."""
         found = [self.scheme, *(r.scheme for r in self.rules if r.scheme is not None)]
         if isinstance(self.recurrent, Scheme):
             found.append(self.recurrent)
-        return tuple(dict.fromkeys(found if self.head is None else [*found, self.head]))
+        return tuple(dict.fromkeys(found))
 
     @property
     def calibrated(self) -> bool:
-        """True if any weight needs statistics or is refined, or the cache scales: calibration text
-        is needed."""
-        return self.kv is not None or self._reads_statistics or self.refines
+        """True if any weight needs statistics, is refined or healed, or the cache scales:
+        calibration text is needed."""
+        learned = self.refines or self.heals
+        return self.kv is not None or self._reads_statistics or learned
 
     @property
     def refines(self) -> bool:
         """True if weights of any of its schemes are refined."""
         part = self.make_refine()
-        return part is not None and any(part.takes(scheme) for scheme in self.schemes)
+        return part is not None and any(part.takes(scheme) for scheme in self.block_schemes)
 
     @property
     def heals(self) -> bool:
         """True if scales of any of its schemes are trained: not where inputs are rounded."""
         part = self.make_heal()
-        if part is None or any(scheme.activation_bits != 16 for scheme in self.schemes):
+        if part is None or any(scheme.activation_bits != 16 for scheme in self.block_schemes):
             return False
-        return any(part.takes(scheme) for scheme in self.schemes)
+        return any(part.takes(scheme) for scheme in self.block_schemes)
 
     @property
     def _reads_statistics(self) -> bool:

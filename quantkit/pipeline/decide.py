@@ -59,14 +59,18 @@ def check_experts(recipe: Recipe, model: CausalModel) -> None:
         )
 
 
-def whole_notes(model: CausalModel) -> list[str]:
-    """What to know of a model that is one block."""
-    if not model.whole:
-        return []
-    return [
-        f"the model's layers do not simply follow one another, so {model.block_path(0)} is worked "
-        f"on as one block of {format_size(model.block_bytes(0))}"
-    ]
+def notes_on(model: CausalModel, recipe: Recipe) -> list[str]:
+    """What to know of a model that is one block, and of scales that a recipe cannot heal."""
+    notes = []
+    if model.whole:
+        notes.append(
+            f"the model's layers do not simply follow one another, so {model.block_path(0)} is "
+            f"worked on as one block of {format_size(model.block_bytes(0))}"
+        )
+    part = recipe.make_heal()
+    if part is not None and not recipe.heals and any(map(part.takes, recipe.block_schemes)):
+        notes.append("scales are not healed, as some weights of blocks round their inputs")
+    return notes
 
 
 def unquantizable(model: CausalModel) -> dict[str, str]:

@@ -306,8 +306,9 @@ class QuantizeOptions:
         metadata=_told(
             "--until",
             (
-                "end in time, as in `3h50m` from the start: no step is begun that would end later; "
-                "exit code 3, and the same command goes on"
+                "end in time, as in `3h50m` from the start: no step is begun that would end later "
+                "if it took as long as the longest so far; exit code 3, and the same command goes "
+                "on"
             ),
             shown="no limit",
         ),

@@ -34,10 +34,10 @@ from quantkit.pipeline.decide import (
     fit,
     head_name,
     kept_reason,
+    notes_on,
     planned,
     spread,
     unquantizable,
-    whole_notes,
 )
 from quantkit.pipeline.extra import (
     decide_extra,
@@ -335,7 +335,7 @@ def lay_out(
         else container.lay_out(recipe.scheme, {w.name: w.scheme for w in weights})
     )
     notes = [
-        *whole_notes(model),
+        *notes_on(model, recipe),
         *extra_notes(model, extra),
         *(() if container is None else container.notes),
     ]

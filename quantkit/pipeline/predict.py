@@ -140,6 +140,7 @@ class Prediction:
                 f"{format_size(self.block)}, activations {format_size(self.forward)}, statistics "
                 f"{format_size(self.sums * self.gram)}, solving {format_size(self.solve)}"
                 + (f", towers {format_size(self.towers)}" if self.towers else "")
+                + (f", healing {format_size(self.heal)}" if self.heal else "")
                 + f"); the smallest that works is --max-ram {with_spare(self.smallest) // 2**20}MiB"
             )
 

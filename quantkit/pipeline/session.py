@@ -107,8 +107,7 @@ def _check_shareable(job: Job) -> None:
     if isinstance(job.plan.format, BuiltFormat):
         reason = f"--format {job.plan.format.name} is built"
     elif recipe.refines or recipe.heals:
-        bits = recipe.scheme.bits
-        reason = f"scales of {bits} bits are learned (see `refine` and `heal` of the recipe)"
+        reason = "scales of few bits are learned (--set refine=null --set heal=null does without)"
     elif recipe.experts == "all":
         reason = "--experts all counts tokens"
     elif calibration is not None and calibration.pictured is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,6 +138,15 @@ def test_a_whole_body_is_one_block_and_the_plan_says_so(tmp_path: Path) -> None:
     assert {fate.reason for name, fate in told.items() if "embed_positions" in name} == {
         "embedding"
     }
+
+
+def test_tables_that_a_whole_body_shares_are_kept_while_it_is_healed(tmp_path: Path) -> None:
+    directory = built("bart", tmp_path / "bart", "encoder")
+    rows = torch.arange(3, 3 + 8 * 32).view(8, 32).remainder(50).add(3).tolist()
+    job = jobs.make_job(directory, "best", "w3a16_row", calibration=rows, allow_unreadable=True)
+    out = jobs.finish(job, tmp_path / "out").out
+    loss = json.loads((out / "quantkit/report.json").read_bytes())["refined"]["heal"]
+    assert 0 < loss["after"] <= loss["before"]
 
 
 def test_a_weight_that_runs_again_is_told_each_time(tmp_path: Path) -> None:

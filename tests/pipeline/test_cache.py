@@ -169,12 +169,12 @@ def test_damaged_scales_are_named(models: dict[str, Path], tmp_path: Path) -> No
 
 
 def test_padding_does_not_count(models: dict[str, Path]) -> None:
-    from quantkit.calibration.stream import _counting
+    from quantkit.calibration.rounded_cache import counting
 
     seen: list[torch.Tensor] = []
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     key = torch.arange(2 * 2 * 3.0).reshape(2, 2, 3, 1)
-    see = _counting(lambda _, k, v: seen.extend((k, v)), mask)
+    see = counting(lambda _, k, v: seen.extend((k, v)), mask)
     same, _ = see("self_attn", key, key)
     assert same is key
     assert seen[0].shape == (1, 2, 3, 1)

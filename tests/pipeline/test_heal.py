@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.calibration.healing import Healing
 from quantkit.checkpoint.files import FileSource
 from quantkit.formats.registry import format_of
+from quantkit.methods.recipe import load_recipe
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import run
@@ -130,13 +131,31 @@ def test_more_bits_are_as_without_it(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[n].scale.values(), other[n].scale.values()) for n in one)
 
 
-@pytest.mark.parametrize("overrides", [(), ("propagate=false",), ("refine=learned",)])
-def test_any_recipe_is_healed(overrides: tuple[str, ...], llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("gptq", ()),
+        ("gptq", ("propagate=false",)),
+        ("gptq", ("refine=learned",)),
+        # No statistics, but text all the same.
+        ("rtn", ()),
+    ],
+)
+def test_any_recipe_is_healed(
+    method: str, overrides: tuple[str, ...], llama: Path, tmp_path: Path
+) -> None:
     more = ("heal=scales", "heal.iterations=20", "heal.rate=0.002", *overrides)
-    job = jobs.make_job(llama, "gptq", SCHEME, overrides=more, allow_unreadable=True)
+    job = jobs.make_job(llama, method, SCHEME, overrides=more, allow_unreadable=True)
     jobs.finish(job, tmp_path / "out")
     loss = healed(tmp_path / "out")
     assert loss["after"] < loss["before"]
+
+
+def test_a_head_of_few_bits_alone_learns_nothing() -> None:
+    recipe = load_recipe("best", scheme="w4a16_g32", head="w3a16_g32")
+    assert not recipe.heals and not recipe.refines and recipe.calibrated
+    rounded = load_recipe("best", scheme="w3a16_g32", head="w8a8_row")
+    assert rounded.heals and rounded.refines
 
 
 def test_healing_is_predicted(llama: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_bytes_are_those_of_one_process(
 @pytest.mark.parametrize(
     ("kind", "method", "scheme", "options", "sentence"),
     [
-        ("llama", "best", "w3a16_g32", {}, "scales of 3 bits are learned"),
+        ("llama", "best", "w3a16_g32", {}, "scales of few bits are learned"),
         ("llama", "rtn", "w4a16_g32", {"format": "onnx"}, "--format onnx is built"),
         ("qwen3_moe", "gptq", "w4a16_g32", {"experts": "all"}, "--experts all counts tokens"),
     ],

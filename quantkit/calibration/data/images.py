@@ -143,6 +143,12 @@ def pack_inputs(
                 f"calibration entry {number}: {ids.shape[1]} tokens are more than the {seq_len} of "
                 "--seq-len, and tokens of images cannot be cut off"
             )
+        mask = given.get(MASK)
+        if isinstance(mask, torch.Tensor) and not bool(mask.all()):
+            raise CalibrationError(
+                f"calibration entry {number}: attention_mask has zeros; call the processor without "
+                "padding, one conversation at a time"
+            )
         rows.append(ids[0].tolist())
         kept.append(
             {

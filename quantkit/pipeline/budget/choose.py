@@ -140,7 +140,9 @@ def choose(
     )
     every = tuple(dict.fromkeys(scheme for mixed in families.values() for scheme in mixed))
     sizes = [sizes_of(model, fmt, group, every) for group in groups]
-    fixed = _Fixed.of(model, request, groups, sizes)
+    # What is measured is neither refined nor healed, and what is chosen may not be.
+    plain = dataclasses.replace(request.loaded, refine=None, heal=None)
+    fixed = _Fixed.of(model, dataclasses.replace(request, recipe=plain), groups, sizes)
     within = {
         reader: [{s: size for s, size in each.items() if s in mixed} for each in sizes]
         for reader, mixed in families.items()

@@ -148,6 +148,9 @@ class Watch:
         return found
 
     def _run(self) -> None:
+        # One that stops before it counts for the first time is missed all the same.
+        began = time.monotonic()
+        self._seen = {rank: (-1, began) for rank in range(self._size) if rank != self._rank}
         while not self._ended.is_set():
             ready, _, _ = select.select([self._read], [], [], _BEAT)
             if self._ended.is_set():
@@ -165,11 +168,11 @@ class Watch:
             told = self._failure()
             if told is not None:
                 self._end(_error(*told), wait=2 * _BEAT)
-            now = time.monotonic()
-            for rank, beat in self._beats().items():
-                if self._seen.get(rank, (-1, 0.0))[0] != beat:
+            now, beats = time.monotonic(), self._beats()
+            for rank, (before, since) in tuple(self._seen.items()):
+                if (beat := beats.get(rank, before)) != before:
                     self._seen[rank] = beat, now
-                elif now - self._seen[rank][1] > _LOST:
+                elif now - since > _LOST:
                     self._end(_error(rank, None, LostError.exit_code), wait=0.0)
 
     def _end(self, error: LostError, *, wait: float) -> None:

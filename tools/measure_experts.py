@@ -26,9 +26,16 @@ from quantkit.methods.recipe import load_recipe
 from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
-from tools.toys import LENGTH, heldout_windows, train, training_tokens
+from tools.toys import (
+    LENGTH,
+    divergence,
+    heldout_windows,
+    log_probabilities,
+    train,
+    training_tokens,
+)
 
-_WINDOWS, _BATCH = 16, 4
+_WINDOWS = 16
 _METHODS = (("gptq", "w4a16_g64"), ("best", "w3a16_g64"))
 # Calibration text, its windows and their length.  Tasks alone do not reach English's experts.
 _TEXTS = (
@@ -76,7 +83,7 @@ def measured(model_dir: Path) -> list[dict[str, Any]]:
         "tasks": training_tokens(tokenizer, seed=11, english=False),
     }
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    wanted = _log_probabilities(plain, ids)
+    wanted = log_probabilities(plain, ids)
     runs = []
     for method, scheme in _METHODS:
         for kind, windows, length in _TEXTS:
@@ -111,27 +118,16 @@ def _run(
         out = Path(name) / "out"
         run(prepare(str(model_dir), request), out, progress=False)
         report = json.loads((out / "quantkit/report.json").read_bytes())
-        found = _log_probabilities(
-            quantkit.load(out, dtype=torch.float32, backend="reference"), ids
-        )
-    kl_BT = (wanted.exp() * (wanted - found)).sum(-1)
+        found = log_probabilities(quantkit.load(out, dtype=torch.float32, backend="reference"), ids)
+    _, told = divergence(wanted, found)
     tokens = [count for layer in report["experts"] for count in layer["tokens"]]
     return {
-        "kl": float(f"{kl_BT.mean():.4g}"),
-        "standard_error": float(f"{kl_BT.mean(1).std() / len(kl_BT) ** 0.5:.2g}"),
+        **told,
         "experts_without_tokens": tokens.count(0),
         "least_tokens": min(tokens),
         "median_tokens": sorted(tokens)[len(tokens) // 2],
         "experts_in_all": len(tokens),
     }
-
-
-def _log_probabilities(model: Any, ids_BT: Tensor) -> Tensor:
-    parts = [
-        torch.log_softmax(model(input_ids=part, use_cache=False).logits.float(), -1)
-        for part in ids_BT.split(_BATCH)
-    ]
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.job import prepare
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.session import run
-from tools.toys import LENGTH, heldout_windows, train
+from tools.toys import LENGTH, divergence, heldout_windows, log_probabilities, train
 
 HYBRIDS = ("gated_delta", "mamba2")
-_WINDOWS, _BATCH = 24, 4
+_WINDOWS = 24
 _METHODS = (("rtn", "w4a16_g64"), ("best", "w4a16_g64"))
 # Tokens of a window from start to stop.
 _PLACES = ((0, 32), (32, 128), (128, 256), (256, 384), (384, LENGTH))
@@ -86,7 +86,7 @@ def _hybrid(kind: str, model_dir: Path, minutes: float) -> dict[str, Any]:
 def _measured(model_dir: Path) -> dict[str, Any]:
     ids = heldout_windows(AutoTokenizer.from_pretrained(model_dir), LENGTH, _WINDOWS)
     plain = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    wanted = _log_probabilities(plain, ids)
+    wanted = log_probabilities(plain, ids)
     loss = -wanted[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
     model = CausalModel.open(open_source(str(model_dir)))
     fed = {name for index in range(model.num_blocks) for name in model.fed(index)}
@@ -131,15 +131,12 @@ def _run(model_dir: Path, recipe: Recipe, ids: Tensor, wanted: Tensor) -> dict[s
         )
         job = prepare(str(model_dir), request)
         run(job, out, progress=False)
-        found = _log_probabilities(
-            quantkit.load(out, dtype=torch.float32, backend="reference"), ids
-        )
-    kl_BT = (wanted.exp() * (wanted - found)).sum(-1)
+        found = log_probabilities(quantkit.load(out, dtype=torch.float32, backend="reference"), ids)
+    kl_BT, told = divergence(wanted, found)
     by_place = {f"{a}-{b}": float(f"{kl_BT[:, a:b].mean():.4g}") for a, b in _PLACES}
     return {
         "bits_per_weight": round(_bits(job.plan.fates), 4),
-        "kl": float(f"{kl_BT.mean():.4g}"),
-        "standard_error": float(f"{kl_BT.mean(1).std() / len(kl_BT) ** 0.5:.2g}"),
+        **told,
         "kl_by_place": by_place,
     }
 
@@ -148,14 +145,6 @@ def _bits(fates: Sequence[Any]) -> float:
     """Stored bits per parameter of the blocks' matrices."""
     some = [f for f in fates if f.block is not None and len(f.shape) == 2]
     return 8 * sum(f.num_bytes for f in some) / sum(f.parameters for f in some)
-
-
-def _log_probabilities(model: Any, ids_BT: Tensor) -> Tensor:
-    parts = [
-        torch.log_softmax(model(input_ids=part, use_cache=False).logits.float(), -1)
-        for part in ids_BT.split(_BATCH)
-    ]
-    return torch.cat(parts)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from quantkit.demo import corpus, tasks
 from quantkit.demo.files import demo_path
 from tools.train_demo import Muon
 
+# Sequences whose logits are computed at once.
+_BATCH = 4
 _COMMON: dict[str, Any] = {
     "vocab_size": 2048,
     "hidden_size": 128,
@@ -79,6 +81,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTH, ROWS = 512, 4
 _RATE_MATRIX, _RATE_OTHER, _DECAY_FROM = 0.015, 0.004, 0.4
+
+
+def log_probabilities(model: Any, ids_BT: Tensor) -> Tensor:
+    """Of the model's next tokens, float32 [B, T, V]; some sequences at a time."""
+    parts = [
+        torch.log_softmax(model(input_ids=part, use_cache=False).logits.float(), -1)
+        for part in ids_BT.split(_BATCH)
+    ]
+    return torch.cat(parts)
+
+
+def divergence(wanted_BTV: Tensor, found_BTV: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """KL [B, T] of log-probabilities in nats, and its mean with the error over sequences."""
+    kl_BT = (wanted_BTV.exp() * (wanted_BTV - found_BTV)).sum(-1)
+    return kl_BT, {
+        "kl": float(f"{kl_BT.mean():.4g}"),
+        "standard_error": float(f"{kl_BT.mean(1).std() / len(kl_BT) ** 0.5:.2g}"),
+    }
 
 
 def main() -> None:

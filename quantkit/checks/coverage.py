@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.record import FATES, REPORT
 from quantkit.checks.result import Check
@@ -141,13 +143,12 @@ def _entry_problems(entry: Entry, view: Unpacked, weight: StoredWeight | None) -
         yield f"{entry.name}: stored in {weight.tensors}, the report says {entry.output}"
 
 
-def by_model(view: Unpacked, *, trust_remote_code: bool) -> Check:
+def by_model(view: Unpacked, model: PreTrainedModel) -> Check:
     """Every parameter of the model has a tensor, and every tensor of a file is one's.
 
     A directory of another tool may hold more than the model's class takes, as heads that predict
-    further tokens: those are counted.  Raises QuantkitError if the model cannot be built.
+    further tokens: those are counted.  `model` is the view's, without weights.
     """
-    model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=None)
     view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
     detail = f"{len(view.names())} tensors for the parameters of a {view.config['model_type']}"

@@ -6,10 +6,13 @@ they hold and what they were made from (`numbers`), and a runtime's own answer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
@@ -86,11 +89,9 @@ def _contents(
 ) -> list[Check]:
     """All checks but that of the manifest; `file` is the container at `path`, if it is one."""
     try:
-        opened = _Opened.at(path if file is None else file)
-        checks = [opened.headers(), opened.coverage(trust_remote_code)]
-        original = None
-        if reference is not None:
-            original = opened.reference(reference, trust_remote_code)
+        opened = _Opened.at(path if file is None else file, trust_remote_code)
+        checks = [opened.headers(), opened.coverage()]
+        original = None if reference is None else opened.reference(reference)
     except QuantkitError as error:
         return [Check(name="headers", detail="cannot be read", problems=(str(error),))]
     found = number_checks(
@@ -111,9 +112,10 @@ class _Opened:
     report: Mapping[str, Any]
     entries: tuple[Entry, ...]
     known: frozenset[str]
+    trust_remote_code: bool
 
     @classmethod
-    def at(cls, path: Path) -> _Opened:
+    def at(cls, path: Path, trust_remote_code: bool) -> _Opened:
         """The checkpoint in a directory, or in a file.  Raises QuantkitError."""
         source = open_source(path)
         # A file of floats alone is a model too; a directory of them is no output of anybody.
@@ -126,7 +128,13 @@ class _Opened:
             report=report,
             entries=respelled(entries, view),
             known=frozenset(entry.name for entry in entries) or frozenset(view.names()),
+            trust_remote_code=trust_remote_code,
         )
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The model without weights, asked where no report lists tensors.  Raises QuantkitError."""
+        return skeleton.build(self.view, trust_remote_code=self.trust_remote_code, dtype=None)
 
     def headers(self) -> Check:
         """What the headers tell."""
@@ -135,30 +143,29 @@ class _Opened:
         detail = f"{name}: {tensors} tensors, {weights} quantized weights"
         return Check(name="headers", detail=detail)
 
-    def coverage(self, trust_remote_code: bool) -> Check:
+    def coverage(self) -> Check:
         """Whether all tensors are there.  Raises QuantkitError if the model cannot be built."""
         if not self.entries:
-            return by_model(self.view, trust_remote_code=trust_remote_code)
+            return by_model(self.view, self.model)
         unties_head = bool(self.report.get("unties_head"))
         return by_report(self.view, self.entries, unties_head=unties_head)
 
-    def reference(self, source: Source, trust_remote_code: bool) -> Reference:
+    def reference(self, source: Source) -> Reference:
         """The model that this one was made from, as `quantize` saw it."""
         folds = folds_since(self.view.home, source.home)
         here = Spelling(self.view.names())
         codes = None
         if isinstance(source.config.get("quantization_config"), dict):
-            source = codes = Unpacked.open(source, trust_remote_code=trust_remote_code)
+            source = codes = Unpacked.open(source, trust_remote_code=self.trust_remote_code)
         optional: set[str] = set()
         if not self.entries:
-            model = skeleton.build(self.view, trust_remote_code=trust_remote_code, dtype=None)
-            optional |= set(map_names(model, source).unmapped)
-            if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+            optional |= set(map_names(self.model, source).unmapped)
+            if getattr(self.model.config.get_text_config(), "tie_word_embeddings", False):
                 optional.add(_HEAD)
         same = codes is not None and holds_numbers_of(self.view.home, codes.packed)
         degraded = self.report.get("degraded") or {}
         return Reference(
-            source=_original(source, self.known, trust_remote_code),
+            source=_original(source, self.known, self.trust_remote_code),
             codes=codes if same else None,
             rounded=frozenset(here(name) or name for name in degraded),
             vectors=Vectors(

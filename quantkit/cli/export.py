@@ -66,8 +66,7 @@ def export(
     target = _target(path, format_name, out, triton_repository)
     # What is wrong with the names shows before torch is imported.
     open_source(path)
-    if format_name != "onnx":
-        make_format(format_name)
+    make_format(format_name)
     if format_name == "onnx":
         from quantkit.pipeline.onnx_export import export_onnx
 

@@ -30,21 +30,15 @@ def decide_extra(
     """
     if recipe.mtp is None:
         return {}
-    asked = f"--mtp {recipe.mtp.name}"
-    if not model.extra_layers:
-        raise RecipeError(f"{asked}: {_none(model)}; leave it out")
-    if whole:
-        raise RecipeError(f"{asked}: a gguf holds no such layers; choose another --format")
-    if recipe.mtp.static_input:
-        raise RecipeError(
-            f"{asked}: inputs of extra layers are not calibrated, and the scheme rounds them by a "
-            "scale that is; choose one without static activations"
-        )
-    found = {ref.name: decide(recipe, ref) for layer in extra_weights(model) for ref in layer}
-    return {
-        name: (recipe.mtp, "--mtp") if why == f"method {recipe.method}" else (scheme, why)
-        for name, (scheme, why) in found.items()
-    }
+    weights = [ref for layer in extra_weights(model) for ref in layer]
+    return _by_option(
+        recipe,
+        weights,
+        ("--mtp", recipe.mtp),
+        kind="extra layers",
+        lacks=None if model.extra_layers else _none(model),
+        unheld="such layers" if whole else None,
+    )
 
 
 def decide_towers(
@@ -57,19 +51,44 @@ def decide_towers(
     """
     if recipe.towers is None:
         return {}
-    asked = f"--towers {recipe.towers.name}"
-    if not model.towers.weights:
-        raise RecipeError(f"{asked}: the model has no tower with linear layers; leave it out")
-    if whole:
-        raise RecipeError(f"{asked}: a gguf holds no towers; choose another --format")
-    if recipe.towers.static_input:
+    weights = model.towers.weights
+    return _by_option(
+        recipe,
+        weights,
+        ("--towers", recipe.towers),
+        kind="towers",
+        lacks=None if weights else "the model has no tower with linear layers",
+        unheld="towers" if whole else None,
+    )
+
+
+def _by_option(
+    recipe: Recipe,
+    weights: Sequence[WeightRef],
+    option: tuple[str, Scheme],
+    *,
+    kind: str,
+    lacks: str | None,
+    unheld: str | None,
+) -> dict[str, tuple[Scheme | None, str]]:
+    """Name -> scheme and reason of weights that an option has rounded without data.
+
+    lacks   why the model has none of the kind; unheld: what a gguf holds none of, if it is one
+    """
+    flag, given = option
+    asked = f"{flag} {given.name}"
+    if lacks is not None:
+        raise RecipeError(f"{asked}: {lacks}; leave it out")
+    if unheld is not None:
+        raise RecipeError(f"{asked}: a gguf holds no {unheld}; choose another --format")
+    if given.static_input:
         raise RecipeError(
-            f"{asked}: inputs of towers are not calibrated, and the scheme rounds them by a scale "
+            f"{asked}: inputs of {kind} are not calibrated, and the scheme rounds them by a scale "
             "that is; choose one without static activations"
         )
-    found = {ref.name: decide(recipe, ref) for ref in model.towers.weights}
+    found = {ref.name: decide(recipe, ref) for ref in weights}
     return {
-        name: (recipe.towers, "--towers") if why == f"method {recipe.method}" else (scheme, why)
+        name: (given, flag) if why == f"method {recipe.method}" else (scheme, why)
         for name, (scheme, why) in found.items()
     }
 

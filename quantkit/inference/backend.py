@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.errors import BackendError
 from quantkit.inference.kernels import RoundedInputKernel, kernel_class
 from quantkit.inference.reference import ReferenceKernel
-from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor, Scale
+from quantkit.numbers.tensor import QuantizedTensor, tensors_of, with_tensors
 
 Backend = Literal["auto", "triton", "cpu", "cpu-int8", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -102,24 +102,11 @@ def choose_kernel(tensor: QuantizedTensor, backend: Backend, dtype: torch.dtype)
 
 def moved(tensor: QuantizedTensor, move: Callable[[Tensor], Tensor]) -> QuantizedTensor:
     """The tensor with all its parts moved; dtypes stay."""
-    scale: Scale
-    if isinstance(tensor.scale, NestedScale):
-        scale = dataclasses.replace(
-            tensor.scale,
-            codes=move(tensor.scale.codes),
-            table=move(tensor.scale.table),
-            absmax=move(tensor.scale.absmax),
-            offset=move(tensor.scale.offset),
-        )
-    elif isinstance(tensor.scale, DividedScale):
-        scale = DividedScale(tensor=move(tensor.scale.tensor), divisor=move(tensor.scale.divisor))
-    else:
-        assert isinstance(tensor.scale, PlainScale), tensor.scheme.name
-        scale = PlainScale(tensor=move(tensor.scale.tensor))
+    parts = {name: move(part) for name, part in tensors_of(tensor.scale).items()}
     return dataclasses.replace(
         tensor,
         codes=move(tensor.codes),
-        scale=scale,
+        scale=with_tensors(tensor.scale, parts),
         zero=None if tensor.zero is None else move(tensor.zero),
         columns=None if tensor.columns is None else move(tensor.columns),
         input_scale=None if tensor.input_scale is None else move(tensor.input_scale),

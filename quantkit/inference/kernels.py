@@ -16,6 +16,7 @@ from quantkit.errors import BackendError
 from quantkit.inference.packed_kernel import PackedKernel, per_row
 from quantkit.numbers.activations import fake_quantize_activation
 from quantkit.numbers.grid import CodebookGrid, grid_of
+from quantkit.numbers.superblock import BlockScale
 from quantkit.numbers.tensor import (
     DividedScale,
     NestedScale,
@@ -34,7 +35,12 @@ class Int4Kernel(PackedKernel):
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
         weight = w4a16.pack(
-            tensor.codes, tensor.scale.values(), tensor.zero, tensor.scheme.group_size, device
+            tensor.codes,
+            tensor.scale.values(),
+            tensor.zero,
+            tensor.scheme.group_size,
+            device,
+            minimum_NG=tensor.minima,
         )
         self.group_size = weight.group_size
         self.register_buffer("packed", weight.packed)
@@ -56,6 +62,8 @@ class Int4Kernel(PackedKernel):
     @staticmethod
     def supported(tensor: QuantizedTensor, dtype: torch.dtype, device: Device) -> str | None:
         """Why the op cannot multiply x of `dtype` by this weight, or None."""
+        if device != "cpu" and tensor.minima is not None:
+            return f"{tensor.scheme.name}: blocks with minima have no kernel for GPUs"
         return w4a16.supported(
             bits=tensor.scheme.bits,
             group_size=tensor.scheme.group_size,
@@ -144,11 +152,16 @@ class RoundedInputKernel(PackedKernel):
     kernel_scale: Tensor
     kernel_zero: Tensor | None
     table: Tensor | None
+    offset: Tensor | None
 
     def __init__(self, tensor: QuantizedTensor, device: Device) -> None:
         super().__init__(tensor, device)
         scheme, scale = tensor.scheme, tensor.scale.values()
-        if scheme.kind == "int":
+        offset = tensor.minima
+        if scheme.kind in ("int", "ggml"):
+            if offset is not None:
+                # The op takes codes around their middle: smaller sums, which round less.
+                offset = offset + scale * 2 ** (scheme.bits - 1)
             group, bits = scheme.group_size, scheme.bits
             weight = int8_dot.pack(tensor.codes, scale, tensor.zero, group, bits)
         elif scheme.kind in ("fp8", "mxfp8"):
@@ -165,6 +178,8 @@ class RoundedInputKernel(PackedKernel):
         self.register_buffer("kernel_scale", weight.scale)
         self.register_buffer("kernel_zero", weight.zero)
         self.register_buffer("table", weight.table)
+        # What is added to the weights of each group [O, G] of a block type with minima.
+        self.register_buffer("offset", offset)
         self.forget_copies_()
 
     def kernel_scales(self) -> Tensor | None:
@@ -198,7 +213,12 @@ class RoundedInputKernel(PackedKernel):
         """The product with x, whose columns are in the order of the codes."""
         weight = (self.packed, self.kernel_scale, self.kernel_zero, self.table)
         numbers = (self.stored_bits, self.floats, self.group_size)
-        return int8_dot.product(x, *weight, bias, *numbers, self.shape[0])
+        if self.offset is None:
+            return int8_dot.product(x, *weight, bias, *numbers, self.shape[0])
+        wide = x.to(torch.float32)
+        out = int8_dot.product(wide, *weight, bias, *numbers, self.shape[0])
+        sums = wide.unflatten(-1, (-1, self.group_size)).sum(-1)
+        return (out + torch.nn.functional.linear(sums, self.offset)).to(x.dtype)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Another process may not have built the op, or cannot.
@@ -397,9 +417,9 @@ def kernel_class(tensor: QuantizedTensor) -> type[PackedKernel] | None:
     if scheme.kind in ("mxfp4", "nvfp4") and scheme.activation_bits == 16:
         return E2m1Kernel
     if (
-        scheme.kind not in ("int", "fp8")
+        scheme.kind not in ("int", "fp8", "ggml")
         or scheme.coarse_scales
-        or not isinstance(tensor.scale, PlainScale)
+        or not isinstance(tensor.scale, PlainScale | BlockScale)
     ):
         return None
     eight = scheme.activation_bits == 8

@@ -23,14 +23,14 @@ from quantkit.checkpoint.source import Source
 from quantkit.errors import CheckpointError, ModelError, ShapeError
 from quantkit.formats.format import Format, StoredWeight
 from quantkit.formats.open import open_source
-from quantkit.formats.registry import format_of
+from quantkit.formats.registry import reader_of
 from quantkit.inference.backend import Backend, check_backend, moved
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import fuse_
 from quantkit.inference.layers import QuantExperts, QuantLinear, RowParts
 from quantkit.inference.save import SavedTensors, attach_quantizer_, find_module
 from quantkit.model import skeleton, stacks
-from quantkit.model.decoded import Unpacked
+from quantkit.model.decoded import Decoded
 from quantkit.model.experts import uses_interface
 from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.names import NameMap, check_complete, map_names, read_parameter
@@ -68,10 +68,9 @@ def load(
     chosen = check_backend(backend, device)
     refuse_unfinished(path)
     source = open_source(path, revision=revision)
-    quantized = "quantization_config" in source.config
-    fmt = format_of(source) if quantized else None
+    fmt = reader_of(source)
     stored = fmt.weights(source) if fmt is not None else {}
-    view = Unpacked(source, fmt, stored)
+    view = Decoded(source, fmt, stored)
     model = skeleton.build(view, trust_remote_code=trust_remote_code, dtype=dtype)
     view.transposed = skeleton.conv1d_names(model, view.names())
     names = map_names(model, view)
@@ -85,7 +84,7 @@ def load(
     replace_modules_(
         model,
         names,
-        frozenset(stored),
+        frozenset(stored) - _tables(model, names),
         unpack,
         lambda path, old: _read(names, path, view, old),
         chosen,
@@ -101,7 +100,8 @@ def load(
         saved = SavedTensors(
             pieces=pieces_of(names), transposed=view.transposed, extra=extra, source=source
         )
-        attach_quantizer_(model, fmt, source.config["quantization_config"], saved)
+        told = source.config.get("quantization_config", {"quant_method": fmt.name})
+        attach_quantizer_(model, fmt, told, saved)
     _attach_generation_config_(model, source)
     model.config._name_or_path = os.fspath(path)
     model.name_or_path = os.fspath(path)
@@ -314,6 +314,18 @@ def _plain(weight: Tensor) -> nn.Linear:
 
 def _read(names: NameMap, path: str, source: Source, old: Tensor) -> Tensor:
     return read_parameter(names, path, source, old.dtype if old.is_floating_point() else None)
+
+
+def _tables(model: nn.Module, names: NameMap) -> frozenset[str]:
+    """The tensors of embeddings, from which rows are taken: those of a file of blocks are decoded.
+
+    A head that is tied to one reads it so too.
+    """
+    found: set[str] = set()
+    for parameter, pieces in names.pieces.items():
+        if isinstance(find_module(model, parameter.rpartition(".")[0]), nn.Embedding):
+            found.update(piece.name for piece in pieces)
+    return frozenset(found)
 
 
 def _fill_(model: PreTrainedModel, names: NameMap, source: Source) -> None:

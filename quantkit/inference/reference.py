@@ -17,7 +17,8 @@ from quantkit.numbers.activations import (
     quantize_activation,
 )
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import DividedScale, NestedScale, PlainScale, QuantizedTensor, Scale
+from quantkit.numbers.superblock import BlockScale
+from quantkit.numbers.tensor import PlainScale, QuantizedTensor, Scale, tensors_of, with_tensors
 
 # Weights decoded at a time: a head of 250,000 rows must not double the memory it saves.
 _ROWS_ELEMENTS = 1 << 24
@@ -39,41 +40,19 @@ class StoredModule(nn.Module):
 
 
 class StoredScale(StoredModule):
-    """The scales of a weight as stored: plain, nested or divided."""
+    """The scales of a weight as stored, whatever their kind."""
 
     def __init__(self, scale: Scale) -> None:
         super().__init__()
-        self._shape: tuple[int, ...] | None = None
-        self._block = 0
-        if isinstance(scale, NestedScale):
-            self._shape, self._block = scale.shape, scale.block
-            self.register_buffer("codes", scale.codes)
-            self.register_buffer("table", scale.table)
-            self.register_buffer("absmax", scale.absmax)
-            self.register_buffer("offset", scale.offset)
-        elif isinstance(scale, DividedScale):
-            self.register_buffer("numbers", scale.tensor)
-            self.register_buffer("divisor", scale.divisor)
-        else:
-            assert isinstance(scale, PlainScale), "files of blocks are decoded as they are loaded"
-            self.register_buffer("plain", scale.tensor)
+        parts = tensors_of(scale)
+        # The kind, and its numbers that are no tensors.
+        self._form = with_tensors(scale, dict.fromkeys(parts))
+        for name, part in parts.items():
+            self.register_buffer(name, part)
 
     def get(self) -> Scale:
         """The scale this was made of, on the same memory."""
-        if "divisor" in self._buffers:
-            return DividedScale(
-                tensor=self.get_buffer("numbers"), divisor=self.get_buffer("divisor")
-            )
-        if self._shape is None:
-            return PlainScale(tensor=self.get_buffer("plain"))
-        return NestedScale(
-            codes=self.get_buffer("codes"),
-            table=self.get_buffer("table"),
-            absmax=self.get_buffer("absmax"),
-            offset=self.get_buffer("offset"),
-            shape=self._shape,
-            block=self._block,
-        )
+        return with_tensors(self._form, self._buffers)
 
 
 class ReferenceKernel(StoredModule):
@@ -149,9 +128,11 @@ class ReferenceKernel(StoredModule):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _linear_rows(self, x: Tensor, values: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
+        stored = self.scale.get()
+        scale: Scale = PlainScale(tensor=values[rows] if values.ndim == 2 else values)
         part = QuantizedTensor(
             codes=_unpack(self.codes[rows], self._per_byte),
-            scale=PlainScale(tensor=values[rows] if values.ndim == 2 else values),
+            scale=stored.rows(rows) if isinstance(stored, BlockScale) else scale,
             zero=None if self.zero is None else self.zero[rows],
             scheme=self.scheme,
             dtype=self.weight_dtype,

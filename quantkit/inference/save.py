@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, ModelError
-from quantkit.formats.format import BuiltFormat, FormatReader, PlannedWeight
+from quantkit.formats.format import BuiltFormat, FormatReader, PlannedWeight, WholeFormat
 from quantkit.formats.registry import check_supported, demand_writer
 from quantkit.inference.experts import PackedExperts
 from quantkit.inference.fused import FusedLinear, SharedProduct
@@ -118,9 +118,10 @@ def canonical_tensors(
     or reads schemes that it does not write.
     """
     writer = demand_writer(fmt)
-    if isinstance(writer, BuiltFormat):
+    if isinstance(writer, BuiltFormat | WholeFormat):
+        made = writer.built_by if isinstance(writer, BuiltFormat) else "`quantkit quantize`"
         raise FormatError(
-            f"{writer.name}: {writer.built_by} makes its files, which are copied as they are; "
+            f"{writer.name}: {made} makes its files, which are copied as they are; "
             "`quantkit export` writes them in another format"
         )
     tensors: dict[str, Tensor] = {}

@@ -5,8 +5,10 @@ Shapes: O out features, I in features, G groups per row, N groups in all.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from quantkit_kernels.lazy import torch
 
@@ -82,6 +84,18 @@ class DividedScale:
 Scale = PlainScale | NestedScale | DividedScale | BlockScale
 
 
+def tensors_of(scale: Scale) -> dict[str, Tensor]:
+    """The tensors of a scale by the names of its fields, none of those that are None."""
+    found = {field.name: getattr(scale, field.name) for field in dataclasses.fields(scale)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def with_tensors(scale: Scale, parts: Mapping[str, Tensor | None]) -> Scale:
+    """The scale with other tensors in some fields."""
+    changed: Scale = dataclasses.replace(cast(Any, scale), **parts)
+    return changed
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuantizedTensor:
     """Codes uint8 [O, I] with their scales; `zero` uint8 [O, G] for asymmetric integer schemes.
@@ -113,6 +127,11 @@ class QuantizedTensor:
         """(O, I)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    @property
+    def minima(self) -> Tensor | None:
+        """What is added to the values of each group of a block type, float32 [O, G]; else None."""
+        return self.scale.minima() if isinstance(self.scale, BlockScale) else None
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [O, I]: decoded in float32, rounded once to `dtype` (default: its own)."""
         dtype = dtype or self.dtype
@@ -142,7 +161,7 @@ class QuantizedTensor:
         scale = self.scale.values()
         if not bool(torch.isfinite(scale).all()):
             raise NumericsError(f"{name}: a scale is NaN or infinite")
-        low = self.scale.minima() if isinstance(self.scale, BlockScale) else None
+        low = self.minima
         if low is not None and not bool(torch.isfinite(low).all()):
             raise NumericsError(f"{name}: a minimum is NaN or infinite")
         if isinstance(self.scale, DividedScale) and bool((scale <= 0).any()):
@@ -164,7 +183,7 @@ class QuantizedTensor:
 
     def _zero(self) -> Tensor | None:
         """Integer zeros, or the minima of a block type; None if there are none."""
-        return self.scale.minima() if isinstance(self.scale, BlockScale) else self.zero
+        return self.minima if self.zero is None else self.zero
 
     def _decode(self, rows: Tensor | slice, scale: Tensor, zero: Tensor | None) -> Tensor:
         zero = None if zero is None else zero[rows]

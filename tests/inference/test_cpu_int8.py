@@ -37,6 +37,8 @@ def available() -> None:
         "w4a16_row_asym",
         "w8a16_row",
         "w8a16_g32_asym",
+        "w5a16_g16_asym",
+        "nvfp4a16",
         "w8a8_row",
         "w4a8_g32",
         "w4afp8_g32",
@@ -121,9 +123,9 @@ def test_a_model_decodes_as_with_float_activations(family: str, tmp_path: Path) 
 def test_weights_that_rounding_does_not_suit_say_what_they_run_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_quantized(make_model("llama"), tmp_path / "out", "w8a16_g16", "compressed-tensors")
+    write_quantized(make_model("llama"), tmp_path / "out", "w8a16_g8", "compressed-tensors")
     load(tmp_path / "out", backend="cpu-int8")
-    assert "run on cpu Int8Kernel instead of cpu-int8, w8a16_g16: group size 16" in caplog.text
+    assert "run on cpu Int8Kernel instead of cpu-int8, w8a16_g8: group size 8" in caplog.text
     assert "decoded whole" not in caplog.text
 
 

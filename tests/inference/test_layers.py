@@ -16,6 +16,7 @@ from quantkit.numbers.tensor import (
     PlainScale,
     QuantizedTensor,
     Scale,
+    tensors_of,
 )
 
 SCHEMES = [
@@ -80,29 +81,23 @@ def make_tensor(
     )
 
 
+def _bytes(numbers: torch.Tensor) -> torch.Tensor:
+    """Of any dtype: torch compares no float8."""
+    return numbers.reshape(-1).contiguous().view(torch.uint8)
+
+
 def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     """Whether two tensors hold the same numbers, bit for bit."""
-    parts = [(a.codes, b.codes)]
+    found, wanted = tensors_of(a.scale), tensors_of(b.scale)
+    assert type(a.scale) is type(b.scale) and found.keys() == wanted.keys()
+    parts = [(a.codes, b.codes), *((found[name], wanted[name]) for name in found)]
     if isinstance(a.scale, NestedScale):
         assert isinstance(b.scale, NestedScale)
-        parts += [
-            (a.scale.codes, b.scale.codes),
-            (a.scale.table, b.scale.table),
-            (a.scale.absmax, b.scale.absmax),
-            (a.scale.offset, b.scale.offset),
-        ]
         assert (a.scale.shape, a.scale.block) == (b.scale.shape, b.scale.block)
-    elif isinstance(a.scale, DividedScale):
-        assert isinstance(b.scale, DividedScale)
-        parts += [(a.scale.divisor, b.scale.divisor)]
-        parts += [(a.scale.tensor.view(torch.uint8), b.scale.tensor.view(torch.uint8))]
-    else:
-        assert isinstance(b.scale, PlainScale)
-        parts.append((a.scale.tensor, b.scale.tensor))
     if a.zero is not None:
         assert b.zero is not None
         parts.append((a.zero, b.zero))
-    equal = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in parts)
+    equal = all(x.dtype == y.dtype and torch.equal(_bytes(x), _bytes(y)) for x, y in parts)
     return equal and (a.scheme, a.dtype) == (b.scheme, b.dtype)
 
 

@@ -49,29 +49,32 @@ static float rounded(const float* x, int64_t width, int8_t* codes) {
   return largest / 127.0f;
 }
 
-// out [m, n] in float32, without bias; group_blocks 0 means one group per row.
+// out [m, n] in float32, without bias; group 0 means one per row, 16 two in a block.
 void twin(const float* x, int64_t m, int64_t k, int kind, const uint8_t* packed, const float* scale,
-          const uint8_t* zero, const uint8_t* table, float middle, int64_t n, int64_t group_blocks,
+          const uint8_t* zero, const uint8_t* table, float middle, int64_t n, int64_t group,
           float* out) {
-  const int64_t blocks = (k + 31) / 32, per_group = group_blocks ? group_blocks : blocks;
-  const int64_t groups = (blocks + per_group - 1) / per_group;
-  const int64_t bytes = kind == INT8 || kind == FLOATS ? 256 : 128;
+  const int64_t blocks = (k + 31) / 32, bytes = kind == INT8 || kind == FLOATS ? 256 : 128;
+  const int64_t part = group == 16 ? 16 : 32, size = group ? group : 32 * blocks;
+  const int64_t groups = (32 * blocks + size - 1) / size;
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t row = 0; row < n; ++row) {
       const int64_t panel = row / 8, lane = row % 8;
       float total = 0;
       for (int64_t b = 0; b < blocks; ++b) {
         int8_t codes[32];
-        const int64_t left = k - 32 * b, at = (panel * groups + b / per_group) * 8 + lane;
+        const int64_t left = k - 32 * b;
         const float step = rounded(x + i * k + 32 * b, left < 32 ? left : 32, codes);
-        int32_t products = 0, sum = 0;
-        for (int c = 0; c < 32; ++c) {
-          const uint8_t* block = packed + (panel * blocks + b) * bytes;
-          products += number_of(code_of(block, kind, lane, c), kind, table) * codes[c];
-          sum += codes[c];
+        const uint8_t* block = packed + (panel * blocks + b) * bytes;
+        for (int64_t from = 0; from < 32; from += part) {
+          const int64_t at = (panel * groups + (32 * b + from) / size) * 8 + lane;
+          int32_t products = 0, sum = 0;
+          for (int64_t c = from; c < from + part; ++c) {
+            products += number_of(code_of(block, kind, lane, c), kind, table) * codes[c];
+            sum += codes[c];
+          }
+          const float centred = fmaf(-(zero ? zero[at] : middle), (float)sum, (float)products);
+          total = fmaf(centred, scale[at] * step, total);
         }
-        const float centred = fmaf(-(zero ? zero[at] : middle), (float)sum, (float)products);
-        total = fmaf(centred, scale[at] * step, total);
       }
       out[i * n + row] = total;
     }

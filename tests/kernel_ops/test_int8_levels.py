@@ -29,6 +29,8 @@ LEVELS = {
     "vnni_in_scalar": (("-march=haswell", "-DQUANTKIT_PLAIN_DOT"), "avx2 fma f16c"),
 }
 KINDS = ["int4", "int8", "digit", "codebook", "floats"]
+# Of these a block may have two scales.
+HALVES = ["int4", "int8", "digit"]
 SHAPE = (37, 333)
 
 
@@ -100,7 +102,7 @@ def twins_answer(run: Callable[..., None], x: Tensor, kind: str, weight: int8_do
         at(weight.table),
         ctypes.c_float(middle),
         ctypes.c_int64(SHAPE[0]),
-        ctypes.c_int64(weight.group_size // 32),
+        ctypes.c_int64(weight.group_size),
         at(out),
     )
     return out.to(x.dtype)
@@ -114,7 +116,7 @@ def test_a_level_gives_the_bits_of_the_scalar_twin(
     if lacking := missing(LEVELS[level][1]):
         pytest.skip(f"this processor lacks {lacking}")
     op = op_of(level)
-    for group in (32, 64, 128, None):
+    for group in (*((16,) if kind in HALVES else ()), 32, 64, 128, None):
         for asym in (False, True) if kind.startswith("int") else (False,):
             weight = weight_of(kind, group, asym)
             parts = (weight.packed, weight.scale, weight.zero, weight.table, None)

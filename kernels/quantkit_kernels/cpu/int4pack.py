@@ -40,10 +40,16 @@ def unpack(packed: Tensor) -> Tensor:
     return _split(_blocks(packed)).t().contiguous()
 
 
-def scales_and_offsets(scale_NG: Tensor, zero_NG: Tensor | None) -> Tensor:
-    """bfloat16 [G, N, 2] of scale and (8 - zero) · scale, as aten wants them."""
+def scales_and_offsets(
+    scale_NG: Tensor, zero_NG: Tensor | None, minimum_NG: Tensor | None = None
+) -> Tensor:
+    """bfloat16 [G, N, 2] of scale and (8 - zero) · scale, as aten wants them; with a minimum in the
+    place of zeros 8 · scale + minimum."""
     scale = scale_NG.to(torch.float32)
-    offset = torch.zeros_like(scale) if zero_NG is None else (8 - zero_NG.float()) * scale
+    if minimum_NG is not None:
+        offset = 8 * scale + minimum_NG
+    else:
+        offset = torch.zeros_like(scale) if zero_NG is None else (8 - zero_NG.float()) * scale
     return torch.stack((scale, offset), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 

@@ -1,7 +1,7 @@
 // quantkit::int8_dot on x86: codes of weights in 4 or 8 bits times activations rounded to int8.
 //
-// x is rounded in blocks of 32 columns, as int8_dot.py says.  Integer sums of a block are exact;
-// blocks are added in float32.  Eight rows of the weight, a panel, lie side by side, so that every
+// x is rounded in blocks of 32 columns, as int8_dot.py says.  Integer sums of a block, or of its
+// halves where each has a scale, are exact; they are added in float32.  Eight rows of the weight, a panel, lie side by side, so that every
 // 32-bit lane of a 256-bit register belongs to one row and holds four of its columns:
 //
 //   4 bit, 128 bytes a block   register j = 0..3, byte 4r+c: row r, columns 8j+c low, 8j+4+c high
@@ -75,10 +75,11 @@ inline void store(float value, BFloat16* to) {
   to->bits = nan ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// x [M, K] in whole blocks: codes, the scale of each block, and the sum of its codes.
+// x [M, K] in whole blocks: codes, the scale of each block, and the sum of its codes, of which
+// `half` is that of the first sixteen.
 struct Rounded {
   std::vector<int8_t> codes;
-  std::vector<float> scale, sum;
+  std::vector<float> scale, sum, half;
 
   template <class T>
   void block(const T* x, int64_t index) {
@@ -105,9 +106,9 @@ struct Rounded {
     const __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(ones, bytes), _mm256_set1_epi16(1));
     alignas(32) int32_t sums[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(sums), fours);
-    int32_t total = 0;
-    for (int32_t one : sums) total += one;
-    sum[index] = static_cast<float>(total);
+    const int32_t first = sums[0] + sums[1] + sums[2] + sums[3];
+    half[index] = static_cast<float>(first);
+    sum[index] = static_cast<float>(first + sums[4] + sums[5] + sums[6] + sums[7]);
   }
 
   // The last block of a row, filled up with zeros.
@@ -132,15 +133,19 @@ struct Many {
   Many<Block, kPanels - 1> others;
   Many(const Weight& w, const uint8_t* packed, int64_t next)
       : one(w, packed), others(w, packed + next, next) {}
+  template <int kPart>
   __m256i dot(int panel, const int8_t* x) const {
-    return panel == 0 ? one.dot(x) : others.dot(panel - 1, x);
+    return panel == 0 ? one.template dot<kPart>(x) : others.template dot<kPart>(panel - 1, x);
   }
 };
 
 template <class Block>
 struct Many<Block, 0> {
   Many(const Weight&, const uint8_t*, int64_t) {}
-  __m256i dot(int, const int8_t*) const { return _mm256_setzero_si256(); }
+  template <int>
+  __m256i dot(int, const int8_t*) const {
+    return _mm256_setzero_si256();
+  }
 };
 
 // kCount rows of x, from `first` on, times the rows of kPanels panels; out [panel, row of x].
@@ -148,16 +153,19 @@ template <class Block, class Scale, int kCount, int kPanels>
 void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, __m256* out) {
   const uint8_t* packed = w.packed + panel * w.blocks * Block::kBytes;
   const int64_t next = w.blocks * Block::kBytes;
+  constexpr int kParts = Block::kParts;
   __m256 total[kPanels][kCount];
   for (auto& row : total)
     for (__m256& one : row) one = _mm256_setzero_ps();
-  for (int64_t group = 0, block = 0; group < w.groups; ++group) {
-    __m256 scale[kPanels], zero[kPanels];
+  for (int64_t group = 0, block = 0; group < w.groups; group += kParts) {
+    __m256 scale[kPanels][kParts], zero[kPanels][kParts];
     for (int p = 0; p < kPanels; ++p) {
-      const int64_t at = ((panel + p) * w.groups + group) * kLanes;
-      scale[p] = load8(static_cast<const Scale*>(w.scale) + at);
-      zero[p] = w.zero ? load8(w.zero + at) : _mm256_set1_ps(w.middle);
-      zero[p] = _mm256_sub_ps(zero[p], _mm256_set1_ps(Block::kShift));
+      for (int part = 0; part < kParts; ++part) {
+        const int64_t at = ((panel + p) * w.groups + group + part) * kLanes;
+        scale[p][part] = load8(static_cast<const Scale*>(w.scale) + at);
+        const __m256 point = w.zero ? load8(w.zero + at) : _mm256_set1_ps(w.middle);
+        zero[p][part] = _mm256_sub_ps(point, _mm256_set1_ps(Block::kShift));
+      }
     }
     const int64_t end = std::min(block + w.group_blocks, w.blocks);
     for (; block < end; ++block, packed += Block::kBytes) {
@@ -169,11 +177,17 @@ void multiply(const Weight& w, int64_t panel, const Rounded& x, int64_t first, _
       for (int m = 0; m < kCount; ++m) {
         const int64_t where = (first + m) * w.blocks + block;
         const int8_t* codes = x.codes.data() + where * kBlock;
-        const __m256 sum = _mm256_set1_ps(x.sum[where]), step = _mm256_set1_ps(x.scale[where]);
+        const __m256 step = _mm256_set1_ps(x.scale[where]);
+        const auto add = [&](int p, int part, __m256i sum, float of_x) {
+          const __m256 products = _mm256_cvtepi32_ps(sum), shifted = _mm256_set1_ps(of_x);
+          const __m256 centred = _mm256_fnmadd_ps(zero[p][part], shifted, products);
+          const __m256 by = _mm256_mul_ps(scale[p][part], step);
+          total[p][m] = _mm256_fmadd_ps(centred, by, total[p][m]);
+        };
+        const float sum = x.sum[where], half = x.half[where];
         for (int p = 0; p < kPanels; ++p) {
-          const __m256 products = _mm256_cvtepi32_ps(weights.dot(p, codes));
-          const __m256 centred = _mm256_fnmadd_ps(zero[p], sum, products);
-          total[p][m] = _mm256_fmadd_ps(centred, _mm256_mul_ps(scale[p], step), total[p][m]);
+          add(p, 0, weights.template dot<0>(p, codes), kParts == 1 ? sum : half);
+          if constexpr (kParts == 2) add(p, 1, weights.template dot<1>(p, codes), sum - half);
         }
       }
     }
@@ -208,6 +222,11 @@ const Loops* by_scale(ScalarType scale) {
   return scale == ScalarType::Half ? by_count<Block, Half>() : by_count<Block, float>();
 }
 
+template <class Block>
+const Loops* by_digit(ScalarType scale, bool halves) {
+  return halves ? by_scale<Halves<Block>>(scale) : by_scale<Block>(scale);
+}
+
 template <class T>
 void run(const Weight& w, const Loops* loops, const void* x_data, int64_t rows,
          int64_t columns, const std::vector<float>& bias, void* out_data, int64_t n) {
@@ -218,6 +237,7 @@ void run(const Weight& w, const Loops* loops, const void* x_data, int64_t rows,
   rounded.codes.resize(rows * w.blocks * kBlock);
   rounded.scale.resize(rows * w.blocks);
   rounded.sum.resize(rows * w.blocks);
+  rounded.half.resize(rows * w.blocks);
   const int64_t whole = columns / kBlock;
   torch::stable::parallel_for(
       0, rows, std::max<int64_t>(1, kGrain / 8 / columns), [&](int64_t from, int64_t to) {
@@ -264,13 +284,15 @@ int64_t check_weight(const Tensor& packed, const Tensor& scale, const std::optio
   STD_TORCH_CHECK(packed.dim() == 3, "quantkit::int8_dot: packed has ", packed.dim(),
                   " dimensions, not 3");
   const int64_t panels = packed.size(0), blocks = packed.size(1);
-  STD_TORCH_CHECK((bits == 4 || bits == 8) && group_size >= 0 && group_size % kBlock == 0,
+  const bool halves = 2 * group_size == kBlock;
+  STD_TORCH_CHECK((bits == 4 || bits == 8) && group_size >= 0 &&
+                      (halves || group_size % kBlock == 0),
                   "quantkit::int8_dot: ", bits, " bits in groups of ", group_size);
   STD_TORCH_CHECK(bytes(packed) && packed.size(2) == kBlock * bits &&
                       n > (panels - 1) * kLanes && n <= panels * kLanes,
                   "quantkit::int8_dot: packed is not what int8_dot.pack gives for ", n, " rows");
-  const int64_t per_group = group_size ? group_size / kBlock : blocks;
-  const int64_t groups = (blocks + per_group - 1) / per_group;
+  const int64_t per_group = group_size ? std::max<int64_t>(1, group_size / kBlock) : blocks;
+  const int64_t groups = halves ? 2 * blocks : (blocks + per_group - 1) / per_group;
   const auto per_group_of = [&](const Tensor& t) {
     return t.dim() == 3 && t.size(0) == panels && t.size(1) == groups && t.size(2) == kLanes;
   };
@@ -287,6 +309,8 @@ int64_t check_weight(const Tensor& packed, const Tensor& scale, const std::optio
                   "quantkit::int8_dot: table must be contiguous bytes [1 or 2, 16], for 4 bits");
   STD_TORCH_CHECK(!floats || (bits == 8 && !zero),
                   "quantkit::int8_dot: floats have 8 bits and no zero");
+  STD_TORCH_CHECK(!halves || !(floats || (table && table->size(0) == 2)),
+                  "quantkit::int8_dot: groups of 16 are of integers or of codes for one digit");
   STD_TORCH_CHECK(!bias || bias->numel() == n, "quantkit::int8_dot: bias must have ", n,
                   " numbers");
   return groups;
@@ -320,7 +344,8 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
   const bool one_digit = table && table->size(0) == 1;
   const float middle = one_digit ? 12.0f : table ? 8192.0f : floats ? 0.0f : bits == 4 ? 8.0f : 128.0f;
   const Weight weight{bytes(packed), scale.const_data_ptr(), bytes(zero), bytes(table), middle,
-                      blocks, group_size ? group_size / kBlock : blocks, groups};
+                      blocks, group_size ? std::max<int64_t>(1, group_size / kBlock) : blocks,
+                      groups};
   std::vector<float> added;
   if (bias) {
     const Tensor wide = torch::stable::to(*bias, ScalarType::Float);
@@ -329,11 +354,12 @@ Tensor int8_dot(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zer
     added.assign(from, from + out_features);
   }
   const ScalarType scales = scale.scalar_type();
-  const Loops* loops = one_digit   ? by_scale<Digit>(scales)
-                             : table     ? by_scale<Codebook>(scales)
-                             : floats    ? by_scale<Floats>(scales)
-                             : bits == 4 ? by_scale<Integers<4>>(scales)
-                                         : by_scale<Integers<8>>(scales);
+  const bool halves = 2 * group_size == kBlock;
+  const Loops* loops = one_digit   ? by_digit<Digit>(scales, halves)
+                       : table     ? by_scale<Codebook>(scales)
+                       : floats    ? by_scale<Floats>(scales)
+                       : bits == 4 ? by_digit<Integers<4>>(scales, halves)
+                                   : by_digit<Integers<8>>(scales, halves);
   const void* data = flat.const_data_ptr();
   void* to = out.mutable_data_ptr();
   if (dtype == ScalarType::BFloat16)

@@ -49,11 +49,13 @@ struct Weight {
 };
 
 // Eight rows by 32 columns of the weight in registers; their products are with code - kShift.
-// kMost is the largest 4-bit code, or what it stands for.
+// kMost is the largest 4-bit code, or what it stands for.  A block has kParts scales, each of its
+// share of the columns: `dot` is the sum over one of them.
 template <int kBits, int kMost = 15>
 struct Integers {
   static constexpr int64_t kBytes = 32 * kBits;
   static constexpr int kPanels = kPair;
+  static constexpr int kParts = 1;
 #ifdef QUANTKIT_DOT
   static constexpr float kShift = 0;
 #else
@@ -77,10 +79,17 @@ struct Integers {
     }
   }
 
+  template <int>
   __m256i dot(const int8_t* x) const {
+    return sum<0, 8>(x);
+  }
+
+  // Over columns 4 · kFrom to 4 · kTo.
+  template <int kFrom, int kTo>
+  __m256i sum(const int8_t* x) const {
 #ifdef QUANTKIT_DOT
     __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) sum = QUANTKIT_DOT(sum, part[j], four_columns(x + 4 * j));
+    for (int j = kFrom; j < kTo; ++j) sum = QUANTKIT_DOT(sum, part[j], four_columns(x + 4 * j));
     return sum;
 #else
     // Pairs of products that can be added in 16 bits.
@@ -88,11 +97,11 @@ struct Integers {
     static_assert(kPairs * 2 * kMost * 127 < 32768);
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i sum = _mm256_setzero_si256(), pairs16 = _mm256_setzero_si256();
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFrom; j < kTo; ++j) {
       const __m256i four = four_columns(x + 4 * j);
       if constexpr (kBits == 4) {
         pairs16 = _mm256_add_epi16(pairs16, _mm256_maddubs_epi16(part[j], four));
-        if ((j + 1) % kPairs == 0) {
+        if ((j + 1) % kPairs == 0 || j + 1 == kTo) {
           sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs16, ones));
           pairs16 = _mm256_setzero_si256();
         }
@@ -116,10 +125,23 @@ struct Digit : Integers<4, 24> {
   }
 };
 
+// The same with a scale for each 16 columns.
+template <class Block>
+struct Halves : Block {
+  static constexpr int kParts = 2;
+  using Block::Block;
+
+  template <int kPart>
+  __m256i dot(const int8_t* x) const {
+    return this->template sum<4 * kPart, 4 * kPart + 4>(x);
+  }
+};
+
 // The same with codes that stand for sixteen values, which lie in 0..2^14 - 1.
 struct Codebook {
   static constexpr int64_t kBytes = Integers<4>::kBytes;
   static constexpr int kPanels = 1;
+  static constexpr int kParts = 1;
   static constexpr float kShift = 0;
   Integers<4> codes;
   __m256i high, low;
@@ -130,6 +152,7 @@ struct Codebook {
     low = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
   }
 
+  template <int>
   __m256i dot(const int8_t* x) const {
     __m256i highs = _mm256_setzero_si256(), lows = _mm256_setzero_si256();
     for (int j = 0; j < 8; ++j) {
@@ -153,6 +176,7 @@ struct Codebook {
 struct Floats {
   static constexpr int64_t kBytes = Integers<8>::kBytes;
   static constexpr int kPanels = 1;
+  static constexpr int kParts = 1;
   static constexpr float kShift = 0;
   __m256i even[8], odd[8];
 
@@ -184,6 +208,7 @@ struct Floats {
     }
   }
 
+  template <int>
   __m256i dot(const int8_t* x) const {
     __m256i sum = _mm256_setzero_si256();
     for (int j = 0; j < 8; ++j) {

@@ -25,6 +25,8 @@ from quantkit_kernels.ops import layout
 from quantkit_kernels.ops.product import Product
 
 BLOCK = 32
+# The smallest group: two of them share a scale of x.
+_HALF = BLOCK // 2
 # Rows of the weight side by side.
 _LANES = 8
 # A codebook's largest value in steps of its digits: of one, and at most of two.
@@ -72,8 +74,11 @@ def supported(*, bits: int, group_size: int | None, dtype: torch.dtype) -> str |
     """Why a weight cannot run here, or None if it can; group_size None is a whole row."""
     if not 2 <= bits <= 8:
         return f"{bits}-bit weights have no kernel"
-    if group_size is not None and group_size % BLOCK:
-        return f"group size {group_size}: int8 activations need multiples of {BLOCK} or whole rows"
+    if group_size is not None and group_size != _HALF and group_size % BLOCK:
+        return (
+            f"group size {group_size}: int8 activations need {_HALF}, multiples of {BLOCK} or "
+            "whole rows"
+        )
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{dtype} activations: the kernel takes float32, bfloat16 and float16"
     return unavailable()
@@ -90,10 +95,11 @@ def pack(
     stored = 4 if bits <= 4 else 8
     if zero_NG is None and bits != stored:
         zero_NG = torch.full_like(scale_NG, 2 ** (bits - 1), dtype=torch.uint8)
+    packed = _pack(codes_NK, stored)
     return Packed(
-        packed=_pack(codes_NK, stored),
-        scale=_lanes(_short(scale_NG)),
-        zero=None if zero_NG is None else _lanes(zero_NG),
+        packed=packed,
+        scale=_lanes(_short(scale_NG), packed, group_size),
+        zero=None if zero_NG is None else _lanes(zero_NG, packed, group_size),
         table=None,
         bits=stored,
         group_size=group_size or 0,
@@ -112,9 +118,11 @@ def pack_codebook(
         table = (digits + _FEW_STEPS)[None]
     else:
         table = torch.stack(((digits + _STEPS + 1) >> 7, (digits + _STEPS + 1) & 127))
+    packed = _pack(codes_NK, 4)
+    scale = (scale_NG.double() * (numbers.abs().max() / steps)).float()
     return Packed(
-        packed=_pack(codes_NK, 4),
-        scale=_lanes(_short((scale_NG.double() * (numbers.abs().max() / steps)).float())),
+        packed=packed,
+        scale=_lanes(_short(scale), packed, group_size),
         zero=None,
         table=table.to(torch.uint8),
         bits=4,
@@ -132,9 +140,10 @@ def _steps(shares: Tensor) -> int:
 
 def pack_floats(codes_NK: Tensor, scale_NG: Tensor, group_size: int | None) -> Packed:
     """A weight of e4m3 numbers times scale; codes uint8 [N, K], their bytes, none of them NaN."""
+    packed = _pack(codes_NK, 8)
     return Packed(
-        packed=_pack(codes_NK, 8),
-        scale=_lanes(_short(scale_NG.to(torch.float32) / 16)),
+        packed=packed,
+        scale=_lanes(_short(scale_NG.to(torch.float32) / 16), packed, group_size),
         zero=None,
         table=None,
         bits=8,
@@ -237,11 +246,13 @@ def _short(scale: Tensor) -> Tensor:
     return wide
 
 
-def _lanes(per_group: Tensor) -> Tensor:
-    """[N, G] as [N/8, G, 8], filled up with zeros."""
-    whole = per_group.new_zeros(layout.up(per_group.shape[0], _LANES), per_group.shape[1])
-    whole[: per_group.shape[0]] = per_group
-    return whole.view(-1, _LANES, per_group.shape[1]).transpose(1, 2).contiguous()
+def _lanes(per_group: Tensor, packed: Tensor, group_size: int | None) -> Tensor:
+    """[N, G] as [N/8, G, 8], filled up with zeros; groups of 16 to two for every block."""
+    rows, groups = per_group.shape
+    panels, blocks, _ = packed.shape
+    whole = per_group.new_zeros(panels * _LANES, 2 * blocks if group_size == _HALF else groups)
+    whole[:rows, :groups] = per_group
+    return whole.view(panels, _LANES, -1).transpose(1, 2).contiguous()
 
 
 def by_row(lanes: Tensor, out_features: int) -> Tensor:

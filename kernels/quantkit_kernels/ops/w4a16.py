@@ -56,10 +56,15 @@ def pack(
     zero_NG: Tensor | None,
     group_size: int | None,
     device: Device,
+    minimum_NG: Tensor | None = None,
 ) -> Packed:
-    """A supported weight of codes uint8 [N, K] in the layout of `device`."""
+    """A supported weight of codes uint8 [N, K] in the layout of `device`.
+
+    With `minimum_NG` it is code · scale + minimum instead, on CPUs only.
+    """
     columns = codes_NK.shape[1]
     if device == "triton":
+        assert minimum_NG is None
         group = group_size or 0
         scale = weight_only.kernel_scale(scale_NG, group_size)
         zero = weight_only.kernel_zero(zero_NG, group_size)
@@ -73,7 +78,7 @@ def pack(
     rows, wide = layout.up(codes_NK.shape[0], 64), layout.up(columns, group)
     codes = codes_NK.new_full((rows, wide), 8)
     codes[: codes_NK.shape[0], :columns] = codes_NK
-    scales = int4pack.scales_and_offsets(scale_NG, zero_NG)
+    scales = int4pack.scales_and_offsets(scale_NG, zero_NG, minimum_NG)
     if group_size is None:
         scales = scales.expand(wide // group, -1, -1)
     padded = scales.new_zeros(wide // group, rows, 2)

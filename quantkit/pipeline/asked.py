@@ -13,7 +13,7 @@ from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.live import LiveSource
 from quantkit.checkpoint.source import Reader
 from quantkit.errors import ModelError
-from quantkit.formats.format import BuiltFormat, WholeFormat
+from quantkit.formats.format import WholeFormat
 from quantkit.formats.open import open_source
 from quantkit.formats.registry import asked_format, make_format
 from quantkit.inference.device import choose_device
@@ -55,12 +55,6 @@ def whole_format(request: QuantizeOptions) -> WholeFormat | None:
     """The format, if it is a container of a whole model."""
     fmt = asked_format(request.format, request.loaded.scheme)
     return fmt if isinstance(fmt, WholeFormat) else None
-
-
-def built_format(request: QuantizeOptions) -> BuiltFormat | None:
-    """The format, if another program makes its files of a checkpoint."""
-    fmt = asked_format(request.format, request.loaded.scheme)
-    return fmt if isinstance(fmt, BuiltFormat) else None
 
 
 def device_of(requests: Sequence[QuantizeOptions]) -> str:

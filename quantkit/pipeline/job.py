@@ -36,7 +36,7 @@ from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
-from quantkit.pipeline.asked import built_format, device_of, open_asked, whole_format
+from quantkit.pipeline.asked import device_of, open_asked, whole_format
 from quantkit.pipeline.budget.choose import Choice, choose
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
@@ -225,12 +225,6 @@ def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dt
     There bfloat16 products take four times as long as float32 ones, and the result is rounded to
     the stored dtype all the same.
     """
-    built = [found for request in requests if (found := built_format(request)) is not None]
-    if built and len(requests) > 1:
-        raise FormatError(
-            f"{built[0].name} cannot be compared: {built[0].built_by} makes it of a checkpoint, "
-            "whose numbers are the same; compare checkpoints"
-        )
     whole = [fmt for request in requests if (fmt := whole_format(request)) is not None]
     if whole and len(whole) < len(requests):
         raise FormatError(

@@ -138,20 +138,37 @@ def _run_built(
     The checkpoint stays if building fails: it is whole, and other formats can be written from it.
     """
     began = time.monotonic()
-    beside = checkpoint_beside(out)
-    trusts = job.fingerprint["trust_remote_code"] == "True"
-    fingerprint = graph_fingerprint(job.fingerprint, trust_remote_code=trusts)
-    with OutputDirectory(out) as output:
-        written = fresh or output.state is not OutputState.COMPLETE
-        if not written:
-            output.check_complete(fingerprint)
+    written = fresh or not is_built(job, out)
     if written:
+        beside = checkpoint_beside(out)
         _run(job, beside, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
+    build(job, out, fresh=fresh, progress=progress)
+    out = Path(os.path.abspath(out))
+    return Outcome(out=out, written=written, seconds=time.monotonic() - began)
+
+
+def is_built(job: Job, out: Path) -> bool:
+    """Whether what is made of the job's checkpoint is complete at `out`.  Raises ResumeError."""
+    with OutputDirectory(out) as output:
+        if output.state is not OutputState.COMPLETE:
+            return False
+        output.check_complete(_built_fingerprint(job))
+    return True
+
+
+def build(job: Job, out: Path, *, fresh: bool, progress: bool) -> None:
+    """Makes the files of a built format of the checkpoint beside `out`, unless that is done.
+
+    Then the checkpoint is removed.
+    """
+    beside = checkpoint_beside(out)
+    making = fresh or not is_built(job, out)
+    if making:
         try:
             export_onnx(
                 beside,
                 out,
-                trust_remote_code=trusts,
+                trust_remote_code=_trusts(job),
                 progress=progress,
                 job=job.fingerprint,
                 fresh=fresh,
@@ -159,10 +176,17 @@ def _run_built(
         except FormatError as error:
             raise FormatError(f"{error}. The quantized checkpoint is kept in {beside}") from error
     # Found beside a graph that was there before, it may be anybody's.
-    if written or earlier_fingerprint(beside) == job.fingerprint:
+    if making or earlier_fingerprint(beside) == job.fingerprint:
         with disk_errors(beside):
             shutil.rmtree(beside)
-    return Outcome(out=output.out, written=written, seconds=time.monotonic() - began)
+
+
+def _trusts(job: Job) -> bool:
+    return job.fingerprint["trust_remote_code"] == "True"
+
+
+def _built_fingerprint(job: Job) -> dict[str, str]:
+    return graph_fingerprint(job.fingerprint, trust_remote_code=_trusts(job))
 
 
 def _run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from tqdm import tqdm
 from quantkit.calibration.shared import SharedMethod, SharedStats
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
+from quantkit.formats.format import BuiltFormat
 from quantkit.methods.recipe import Recipe, load_recipe
 from quantkit.numbers.scheme import Scheme
-from quantkit.pipeline.session import Job, Outcome, Session
+from quantkit.pipeline.session import Job, Outcome, Session, build, checkpoint_beside, is_built
 from quantkit.pipeline.work.needs import block_needs
 
 
@@ -95,6 +97,21 @@ def run_together(
     jobs: of one model and calibration, with recipes that do not propagate.  Hidden states go below
     `scratch`, which is removed in the end.
     """
+    began = time.monotonic()
+    built = isinstance(jobs[0].plan.format, BuiltFormat)
+    left = [k for k, job in enumerate(jobs) if not (built and is_built(job, outs[k]))]
+    places = [checkpoint_beside(outs[k]) if built else outs[k] for k in left]
+    outcomes = _run([jobs[k] for k in left], places, scratch, progress)
+    if not built:
+        return outcomes
+    for job, out in zip(jobs, outs, strict=True):
+        build(job, out, fresh=False, progress=progress)
+    seconds = time.monotonic() - began
+    return [Outcome(out=out, written=k in left, seconds=seconds) for k, out in enumerate(outs)]
+
+
+def _run(jobs: Sequence[Job], outs: Sequence[Path], scratch: Path, progress: bool) -> list[Outcome]:
+    """The checkpoints of jobs, block by block together."""
     assert all(not job.plan.recipe.propagate for job in jobs), "statistics are the original's"
     assert len({job.plan.recipe.experts for job in jobs}) < 2, "statistics are shared"
     with contextlib.ExitStack() as stack:

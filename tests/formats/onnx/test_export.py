@@ -20,9 +20,7 @@ from quantkit.errors import FormatError, ResumeError
 from quantkit.formats.onnx.builder import build_graph, require_builder
 from quantkit.formats.registry import format_of
 from quantkit.pipeline import onnx_export
-from quantkit.pipeline.job import prepare_all
 from quantkit.pipeline.onnx_export import export_onnx
-from quantkit.pipeline.options import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,18 +220,36 @@ def test_a_checkpoint_that_cannot_be_built_of_is_kept(
 
 
 @needs_onnx
-def test_models_in_memory_and_comparisons_are_refused(plain: Path) -> None:
+def test_models_in_memory_are_refused(plain: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(plain)
     with pytest.raises(FormatError, match="is a file for other programs"):
         quantkit.quantize(model, "rtn", scheme="w4a16_g32", format="onnx")
-    requests = [
-        QuantizeOptions(method="rtn", scheme=scheme, format="onnx")
-        for scheme in ("w4a16_g32", "w8a16_g32")
-    ]
-    with pytest.raises(FormatError, match="onnx cannot be compared"):
-        prepare_all(str(plain), requests)
+
+
+@needs_onnx
+def test_graphs_of_several_methods_are_compared(
+    plain: Path, builder: Builder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    text = tmp_path / "text.txt"
+    text.write_text("A short text of a few words that the model has read before.\n" * 200)
+    line = ["compare", plain, "--methods", "rtn,gptq", "--format", "onnx", "--out", out]
+    line += ["--samples", "4", "--seq-len", "64", "--windows", "2", "--prompts", "0"]
+    line += ["--calib", text, "--text", text]
+    assert jobs.command(*line) == 0
+    graphs = {path.parent.name: path for path in out.glob("*/model.onnx")}
+    assert {name.partition("-")[0] for name in graphs} == {"rtn", "gptq"}
+    assert not list(out.glob("*.checkpoint"))
+    data = {name: jobs.hashes(path.parent)["model.onnx.data"] for name, path in graphs.items()}
+    single = jobs.finish(jobs.make_job(plain, "rtn", None, format="onnx"), tmp_path / "alone").out
+    alone = jobs.hashes(single)["model.onnx.data"]
+    assert [name.startswith("rtn") for name in data] == [found == alone for found in data.values()]
+    # The same command again finds everything done.
+    before = {name: path.stat().st_mtime_ns for name, path in graphs.items()}
+    assert jobs.command(*line) == 0
+    assert {name: path.stat().st_mtime_ns for name, path in graphs.items()} == before
 
 
 @needs_onnx

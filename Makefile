@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test sweep check lint types format wheel bench clean
+.PHONY: demo test long sweep check lint types format wheel bench clean
 
 # torch first and alone: its version is pinned, and nothing after it may replace it.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,10 @@ demo: $(VENV)/.installed
 # A process per core, each with one thread: tiny products are slower with more.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# What takes a minute each: every build of every kernel, wheels, kills of long methods.
+long: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long --numprocesses auto --dist loadfile
 
 # Every model type of transformers, tiny: an hour on two cores; goes on where it was stopped.
 SWEEP ?= build/sweep

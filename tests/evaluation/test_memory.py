@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny_eval
 import tiny_jobs as jobs
 
@@ -35,6 +36,7 @@ def run(*arguments: object) -> tuple[int, int, str]:
     return int(code), int(peak), done.stderr
 
 
+@pytest.mark.long
 def test_smallest_budget_that_is_named_is_kept(tmp_path: Path) -> None:
     with jobs.one_thread():
         model = tiny_eval.loud(

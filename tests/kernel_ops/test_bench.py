@@ -34,7 +34,6 @@ def run(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
 def test_the_harness_checks_every_scheme_before_it_times_any(tmp_path: Path) -> None:
     done = run(tmp_path / "gpu.json", "--jobs", "0")
     assert done.returncode == 0, done.stderr

@@ -173,7 +173,6 @@ def test_a_compiled_model_gives_the_same_logits(model: Any) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for CPUs")
-@pytest.mark.slow
 def test_reduced_overhead_gives_the_same_logits(tmp_path: Path) -> None:
     # One block and no cache: C++ takes seconds to compile.
     config = copy.deepcopy(CONFIGS["llama"])

@@ -43,7 +43,8 @@ print(json.dumps({"reason": reason, "used": used, "errors": errors, "file": nati
 """
 
 
-@pytest.fixture(scope="module")
+# A wheel is compiled for every level.
+@pytest.fixture(scope="module", params=[pytest.param("built", marks=pytest.mark.long)])
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform != "linux" or isinstance(native._compiler(), str):
         pytest.skip("objects are built on Linux, with a compiler")

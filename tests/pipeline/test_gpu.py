@@ -119,8 +119,9 @@ def test_methods_are_compared_and_budgets_kept_on_a_gpu(
 ) -> None:
     model = models["llama"]
     text = model / "calibration.txt"
-    asked = ("--device", "cuda", "--calib", text, "--samples", "6", "--seq-len", "32")
+    asked = ("--device", "cuda", "--calib", text, "--samples", "4", "--seq-len", "16")
     compared = ("--methods", "rtn,awq", "--text", text, "--out", tmp_path / "compared")
+    compared += ("--windows", "2", "--prompts", "0")
     with fake_gpu(monkeypatch):
         assert jobs.command("compare", model, *asked, *compared) == 0
         # The GPU that is none has no gradients.
@@ -246,21 +247,22 @@ def test_hidden_states_that_stay_on_the_gpu_are_those_of_the_disk(
     assert torch.equal(found[None], written[2:].bfloat16())
 
 
-@pytest.mark.parametrize("method", ["gptq", "best"])
-@pytest.mark.parametrize("times", [0, float("inf")])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("best", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("times", "kills"), [(0, (0, 1, 3)), (float("inf"), (2,))])
 def test_a_run_goes_on_from_the_hidden_states_that_were_saved(
     method: str,
     times: float,
+    kills: tuple[int, ...],
     models: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A kill at any block, with every generation saved that there is a file for, or the first."""
+    """A kill at a block, with every generation saved that there is a file for, or the first."""
     with fake_gpu(monkeypatch):
         whole = jobs.make_job(models["deep"], method, "w4a16_g32", device="cuda")
         jobs.finish(whole, tmp_path / "whole")
         monkeypatch.setattr(stream, "_TIMES_SAVING", times)
-        for kill in range(4):
+        for kill in kills:
             out = tmp_path / f"killed-{kill}"
             with monkeypatch.context() as patch:
                 patch.setattr(CalibrationStream, "forward", dying(kill))
@@ -342,7 +344,6 @@ def test_tensors_of_two_devices_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> 
         assert float(there.sum()) == 3 and sum(visits.values()) == 1
 
 
-@pytest.mark.slow
 def test_the_benchmark_times_what_it_quantizes(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -14,6 +14,7 @@ import torch
 from quantkit.checkpoint.memory import format_size, peak_rss
 from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.inference.load import load
+from quantkit.inference.room import check_continues, check_room
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import Fact
@@ -113,7 +114,8 @@ def measure_speed(
 ) -> Speed:
     """Greedy decoding of random prompts, timed step by step after one warm-up.
 
-    Raises EvaluationError for a context that the model cannot hold.
+    Raises EvaluationError for sizes that are none, ModelError for a context that the model cannot
+    hold, and for one that continues no text.
     """
     refuse_unfinished(path)
     if not batches or min(batches) < 1 or max(batches) > _MOST_SEQUENCES:
@@ -125,13 +127,8 @@ def measure_speed(
     began = time.perf_counter()
     model = load(path, device=device, backend=backend, trust_remote_code=trust_remote_code)
     load_seconds = time.perf_counter() - began
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and prompt_tokens + new_tokens > positions:
-        raise EvaluationError(
-            f"{prompt_tokens} + {new_tokens} tokens do not fit the model's {positions} positions; "
-            "give a smaller --prompt-tokens or --new-tokens"
-        )
+    check_continues(model)
+    check_room(model, prompt_tokens, new_tokens, "give a smaller --prompt-tokens or --new-tokens")
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
     found = tuple(

@@ -1,6 +1,9 @@
 """The programs that serve checkpoints, asked for greedy continuations: a script, run as a file.
 
-    python -P runtime_readers.py RUNTIME < {"path", "prompts", "count"} > {"version", "tokens"}
+    python -P runtime_script.py RUNTIME < request > answer
+
+The request is JSON with "path", "prompts", "count" and "trust" (code that comes with the model),
+the answer's last line has "version" and "tokens".
 
 The interpreter may be any that has the runtime; quantkit need not be installed in it, so nothing
 of quantkit is imported here.
@@ -17,11 +20,13 @@ from typing import Any
 Continuations = tuple[str, list[list[int]]]
 
 
-def _transformers(path: str, prompts: list[list[int]], count: int) -> Continuations:
+def _transformers(path: str, prompts: list[list[int]], count: int, trust: bool) -> Continuations:
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", trust_remote_code=trust
+    ).eval()
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -37,17 +42,18 @@ def _transformers(path: str, prompts: list[list[int]], count: int) -> Continuati
     return transformers.__version__, found
 
 
-def _vllm(path: str, prompts: list[list[int]], count: int) -> Continuations:
+def _vllm(path: str, prompts: list[list[int]], count: int, trust: bool) -> Continuations:
     import vllm  # type: ignore[import-not-found]
 
-    engine = vllm.LLM(path, enforce_eager=True, max_model_len=len(prompts[0]) + count + 1)
+    length = len(prompts[0]) + count + 1
+    engine = vllm.LLM(path, enforce_eager=True, max_model_len=length, trust_remote_code=trust)
     sampling = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     asked = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = engine.generate(asked, sampling, use_tqdm=False)
     return str(vllm.__version__), [list(out.outputs[0].token_ids) for out in outputs]
 
 
-def _llama_cpp(path: str, prompts: list[list[int]], count: int) -> Continuations:
+def _llama_cpp(path: str, prompts: list[list[int]], count: int, trust: bool) -> Continuations:
     import llama_cpp  # type: ignore[import-not-found]
 
     length = len(prompts[0]) + count
@@ -64,7 +70,7 @@ def _llama_cpp(path: str, prompts: list[list[int]], count: int) -> Continuations
     return str(llama_cpp.__version__), found
 
 
-def _onnxruntime(path: str, prompts: list[list[int]], count: int) -> Continuations:
+def _onnxruntime(path: str, prompts: list[list[int]], count: int, trust: bool) -> Continuations:
     import numpy as np
     import onnxruntime  # type: ignore[import-not-found]
 
@@ -107,7 +113,7 @@ def _onnxruntime(path: str, prompts: list[list[int]], count: int) -> Continuatio
     return str(onnxruntime.__version__), found
 
 
-READERS: dict[str, Callable[[str, list[list[int]], int], Continuations]] = {
+READERS: dict[str, Callable[[str, list[list[int]], int, bool], Continuations]] = {
     "transformers": _transformers,
     "vllm": _vllm,
     "llama.cpp": _llama_cpp,
@@ -118,7 +124,8 @@ READERS: dict[str, Callable[[str, list[list[int]], int], Continuations]] = {
 def main() -> None:
     """Reads the request and prints the answer in the last line."""
     request = json.load(sys.stdin)
-    version, tokens = READERS[sys.argv[1]](request["path"], request["prompts"], request["count"])
+    asked = (request[field] for field in ("path", "prompts", "count", "trust"))
+    version, tokens = READERS[sys.argv[1]](*asked)
     print(json.dumps({"version": version, "tokens": tokens}))
 
 

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from quantkit.checks import runtime_script as runtime_readers
+from quantkit.checks import runtime_script
 from quantkit.errors import CheckpointError
 from quantkit.formats.open import container_of, is_onnx
 from quantkit.inference.load import load
+from quantkit.inference.room import check_continues
 
 # Prompts are token ids: whatever the tokenizer, they are the same for everyone.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 32
@@ -78,7 +79,9 @@ class Agreement:
         )
 
 
-def compare_runtime(path: Path, runtime: str, *, python: Path | None = None) -> Agreement:
+def compare_runtime(
+    path: Path, runtime: str, *, python: Path | None = None, trust_remote_code: bool = False
+) -> Agreement:
     """The agreement of a runtime's greedy tokens with quantkit's own model of the checkpoint.
 
     Runs the runtime in a process of its own, of the interpreter `python` if the runtime is not
@@ -90,10 +93,18 @@ def compare_runtime(path: Path, runtime: str, *, python: Path | None = None) -> 
         _check_installed(runtime)
     elif shutil.which(python) is None:
         raise CheckpointError(f"--runtime-python {python}: there is no such program")
-    model = load(path, dtype=torch.float32)
+    model = load(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    check_continues(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     prompts = _prompts(vocabulary)
-    version, continuations = _ask(given, runtime, prompts, python or Path(sys.executable))
+    version, continuations = _ask(
+        given, runtime, prompts, python or Path(sys.executable), trust_remote_code
+    )
+    if len(continuations) != len(prompts) or not all(continuations):
+        raise CheckpointError(
+            f"{path}: {runtime} {version} continued {sum(map(bool, continuations))} of "
+            f"{len(prompts)} prompts, so there is nothing to judge; run it by itself to see why"
+        )
     agreed, worst = 0, 0.0
     for prompt, tokens in zip(prompts, continuations, strict=True):
         ids = torch.tensor([[*prompt, *tokens]])
@@ -146,15 +157,15 @@ def _prompts(vocabulary: int) -> list[list[int]]:
 
 
 def _ask(
-    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path
+    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path, trust: bool
 ) -> tuple[str, list[list[int]]]:
     """The runtime's version and its continuations, from a process that may crash."""
-    request = json.dumps({"path": str(path.resolve()), "prompts": prompts, "count": _NEW_TOKENS})
+    asked = {"path": str(path.resolve()), "prompts": prompts, "count": _NEW_TOKENS, "trust": trust}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
         # -P: the script's directory has modules named like others' packages.
-        [python, "-P", runtime_readers.__file__, runtime],
-        input=request,
+        [python, "-P", runtime_script.__file__, runtime],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         env=environment,

@@ -63,7 +63,7 @@ def verify(
         reference = open_source(against, revision=revision)
     checks = [_files(path, file), *_contents(path, file, reference, trust_remote_code)]
     if runtime is not None and all(check.ok for check in checks):
-        checks.append(_runtime(path, runtime, runtime_python))
+        checks.append(_runtime(path, runtime, runtime_python, trust_remote_code))
     return VerifyResult(path=path, checks=tuple(checks))
 
 
@@ -217,8 +217,8 @@ def _files(path: Path, file: Path | None) -> Check:
     return Check(name="files", detail="manifest: size and sha256", problems=tuple(problems))
 
 
-def _runtime(path: Path, runtime: str, python: Path | None) -> Check:
-    found = compare_runtime(path, runtime, python=python)
+def _runtime(path: Path, runtime: str, python: Path | None, trust: bool) -> Check:
+    found = compare_runtime(path, runtime, python=python, trust_remote_code=trust)
     return Check(
         name="runtime",
         detail=f"{found.runtime} {found.version}: {found.agreed} of {found.tokens} greedy tokens "

@@ -150,6 +150,7 @@ def verify(
         Path | None,
         typer.Option("--runtime-python", help="Interpreter that has the runtime, if not this one."),
     ] = None,
+    trust_remote_code: cli_eval.RemoteOption = False,
     as_json: Json = False,
 ) -> None:
     """Check a finished checkpoint; exit 1 if anything is wrong."""
@@ -161,7 +162,13 @@ def verify(
         open_source(against)
     from quantkit.checks.verify import verify as verify_checkpoint
 
-    result = verify_checkpoint(out, against=against, runtime=runtime, runtime_python=runtime_python)
+    result = verify_checkpoint(
+        out,
+        against=against,
+        runtime=runtime,
+        runtime_python=runtime_python,
+        trust_remote_code=trust_remote_code,
+    )
     typer.echo(json.dumps(result.to_dict(), indent=2) if as_json else result.text())
     if not result.ok:
         raise typer.Exit(1)
@@ -195,6 +202,7 @@ def generate(
         typer.Option("--kv", help="Keep older keys and values in 8 or 4 bits: int8 or int4."),
     ] = None,
     device: DeviceOption = "auto",
+    trust_remote_code: cli_eval.RemoteOption = False,
 ) -> None:
     """Continue a text with a quantized (or plain) checkpoint, greedily."""
     from quantkit.formats.open import open_source
@@ -205,7 +213,7 @@ def generate(
     text = generate_text(
         path, prompt, max_new_tokens,
         backend=backend, fuse=fuse, device=device, dtype=dtype, compiled=compiled, kv=kv,
-        images=image or (),
+        images=image or (), trust_remote_code=trust_remote_code,
     )  # fmt: skip
     typer.echo(text)
 

@@ -17,6 +17,7 @@ from quantkit.formats.open import open_source
 from quantkit.inference.device import choose_device
 from quantkit.inference.load import load
 from quantkit.inference.packed_cache import check_packed, packed_cache
+from quantkit.inference.room import check_continues, check_known, check_room
 
 _MOST_TOKENS = 2**24
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +35,7 @@ def generate_text(
     compiled: bool = False,
     kv: str | None = None,
     images: Sequence[Path] = (),
+    trust_remote_code: bool = False,
 ) -> str:
     """The prompt and its greedy continuation; `device` "auto" is a GPU if torch sees one.
 
@@ -41,7 +43,8 @@ def generate_text(
     chat template, and the answer comes alone.  `dtype` names what the model computes in, None is
     the config's; `compiled` as in `decoding_options`; `kv` packs keys and values, see
     `packed_cache`.  Raises ModelError for another dtype than float32, bfloat16 and float16, for
-    what cannot be packed and for images that the model does not read.
+    what cannot be packed, for images that the model does not read, for a model that continues no
+    text, and for more tokens than it has positions.
     """
     if kv is not None:
         check_packed(kv)
@@ -58,17 +61,30 @@ def generate_text(
     talk = _talk(images, prompt) if images else None
     device = choose_device(device)
     wanted = None if dtype is None else _DTYPES[dtype]
-    model = load(path, dtype=wanted, backend=backend, fuse=fuse, device=device)
-    tokenizer = load_tokenizer(open_source(path))
+    model = load(
+        path,
+        dtype=wanted,
+        backend=backend,
+        fuse=fuse,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    check_continues(model)
+    tokenizer = load_tokenizer(open_source(path), trust_remote_code=trust_remote_code)
     if talk is None:
-        inputs = dict(tokenizer(prompt, return_tensors="pt"))
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        # Some tokenizers give no mask; a single text is seen whole.
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
         inputs = _pictured(model, load_processor(open_source(path)), talk)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     length = inputs["input_ids"].shape[-1]
     if not length:
         raise ModelError("the prompt holds no tokens; write what the model shall continue")
+    check_known(model, inputs["input_ids"])
+    check_room(
+        model, length, max_new_tokens, "give a shorter --prompt or a smaller --max-new-tokens"
+    )
     cache = {} if kv is None else {"past_key_values": packed_cache(model.config, kv)}
     with torch.no_grad():
         ids = model.generate(

@@ -427,6 +427,14 @@ def _attach_generation_config_(model: PreTrainedModel, source: Source) -> None:
         return
     found = source.side_files().get(_GENERATION)
     if isinstance(found, Path):
-        model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(found.parent)
+        # transformers checks some fields by using them, and raises whatever comes of that.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"{found}: no settings for generating ({ascii(reason)[1:-1][:200]}); mend or "
+                "remove it"
+            ) from error
     else:
         model.generation_config = GenerationConfig.from_model_config(model.config)

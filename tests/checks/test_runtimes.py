@@ -29,7 +29,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def continuations(
-    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path
+    path: Path, runtime: str, prompts: Sequence[Sequence[int]], python: Path, trust: bool
 ) -> list[list[int]]:
     """What quantkit's own model would say: a runtime that reads the checkpoint right."""
     model = quantkit.load(path, dtype=torch.float32)
@@ -63,6 +63,15 @@ def test_a_runtime_that_misreads_it_fails(out: Path, monkeypatch: pytest.MonkeyP
     result = verify(out, runtime="transformers")
     assert not result.ok
     assert "misreads the checkpoint" in result.checks[-1].problems[0]
+
+
+@pytest.mark.parametrize("answered", [[], [[], [], [], []], [[7], [7], [7], []]])
+def test_a_runtime_that_says_nothing_has_not_passed(
+    answered: list[list[int]], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtimes, "_ask", lambda *given: ("1.0", answered))
+    with pytest.raises(CheckpointError, match=r"1\.0 continued \d of 4 prompts"):
+        verify(out, runtime="transformers")
 
 
 def test_unknown_and_missing_runtimes_are_named(out: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.source import Source
+from quantkit.checks.coverage import Spelling
+from quantkit.model.fold_vectors import folds_since
 from quantkit.numbers.grid import grid_of
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
@@ -62,7 +64,20 @@ class Vectors:
         return weight
 
 
-def retargeted(report: Mapping[str, Any]) -> bool:
+def vectors_since(ours: Source, reference: Source, report: Mapping[str, Any]) -> Vectors:
+    """What transforms did to the weights of `ours`, whose report is given, since `reference`.
+
+    By the names that `ours` has for its tensors.  Raises CheckpointError for damaged files.
+    """
+    here = Spelling(ours.names())
+    found: dict[str, Tensor] = {}
+    for key, vector in folds_since(ours.home, reference.home).items():
+        name, _, axis = key.rpartition(":")
+        found[f"{here(name) or name}:{axis}"] = vector
+    return Vectors(found, _retargeted(report))
+
+
+def _retargeted(report: Mapping[str, Any]) -> bool:
     """Whether a recipe with a target or a refinement made the checkpoint of a report."""
     recipe = report.get("recipe") or {}
     return any(recipe.get(kind) is not None for kind in ("target", "refine"))

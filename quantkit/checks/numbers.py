@@ -19,7 +19,7 @@ from quantkit.checks.against import (
 )
 from quantkit.checks.coverage import Entry, Spelling
 from quantkit.checks.result import Check, finite_problems, scale_problems, value_problems
-from quantkit.errors import CheckpointError
+from quantkit.errors import QuantkitError
 from quantkit.model.decoded import Unpacked
 from quantkit.numbers.tensor import QuantizedTensor
 
@@ -61,7 +61,7 @@ def number_checks(
                 numbers += finite_problems(name, view)
             if against is not None:
                 against.kept(name, fates.get(name))
-        except CheckpointError as error:
+        except QuantkitError as error:
             numbers.append(str(error))
     for name in view.cache_names:
         numbers += finite_problems(name, view.packed)

@@ -18,7 +18,7 @@ from quantkit.checkpoint.door import given_path
 from quantkit.checkpoint.manifest import MANIFEST, verify_manifest
 from quantkit.checkpoint.record import holds_numbers_of, read_report
 from quantkit.checkpoint.source import Source
-from quantkit.checks.against import Vectors, retargeted
+from quantkit.checks.against import vectors_since
 from quantkit.checks.coverage import Entry, Spelling, by_model, by_report, read_entries, respelled
 from quantkit.checks.numbers import Reference, number_checks
 from quantkit.checks.result import Check, VerifyResult
@@ -28,7 +28,6 @@ from quantkit.formats.open import container_here, container_of, open_source
 from quantkit.formats.registry import format_of, reader_of
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
-from quantkit.model.fold_vectors import folds_since
 from quantkit.model.names import map_names
 from quantkit.model.split_experts import split_experts
 from quantkit.model.views import converted, under_owners
@@ -152,7 +151,7 @@ class _Opened:
 
     def reference(self, source: Source) -> Reference:
         """The model that this one was made from, as `quantize` saw it."""
-        folds = folds_since(self.view.home, source.home)
+        vectors = vectors_since(self.view, source, self.report)
         here = Spelling(self.view.names())
         codes = None
         if isinstance(source.config.get("quantization_config"), dict):
@@ -168,18 +167,9 @@ class _Opened:
             source=_original(source, self.known, self.trust_remote_code),
             codes=codes if same else None,
             rounded=frozenset(here(name) or name for name in degraded),
-            vectors=Vectors(
-                {_vector(key, here): vector for key, vector in folds.items()},
-                retargeted(self.report),
-            ),
+            vectors=vectors,
             optional=optional,
         )
-
-
-def _vector(key: str, here: Spelling) -> str:
-    """The key of a fold's vector by the checkpoint's own name of the tensor."""
-    name, _, axis = key.rpartition(":")
-    return f"{here(name) or name}:{axis}"
 
 
 def _original(source: Source, known: frozenset[str], trust_remote_code: bool) -> Source:

@@ -178,6 +178,28 @@ def test_a_code_outside_the_scheme_is_named(tmp_path: Path) -> None:
     assert_only_fails(result, "numbers", UP, "code")
 
 
+@pytest.mark.parametrize(
+    "method, scheme, part, number",
+    [
+        ("fp8", "fp8a8_row", "", 0x7F),
+        ("rtn", "mxfp4a16", "_scale", 255),
+        ("rtn", "nvfp4a16", "_global_scale", 0),
+    ],
+    ids=["fp8", "mxfp4", "nvfp4"],
+)
+def test_numbers_that_no_value_belongs_to_are_a_finding(
+    method: str, scheme: str, part: str, number: int, tmp_path: Path
+) -> None:
+    model = tiny.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    finished = quantize(model, tmp_path / "finished", method, scheme)
+
+    def change(tensors: Tensors) -> None:
+        stored = tensors[UP + part].view(torch.uint8)
+        stored.view(-1)[:4] = number
+
+    assert_only_fails(verify(edit(finished, tmp_path / "out", change)), "numbers", UP)
+
+
 def swap_layers(tensors: Tensors) -> None:
     other = UP.replace("layers.1", "layers.2")
     for suffix in ("_packed", "_scale", "_zero_point"):

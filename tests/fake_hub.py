@@ -27,6 +27,7 @@ class FakeHub:
     sent      bytes of weights that went out, by file
     asked     ranges of weights: (file, first, last)
     failures  how many of the next requests for weights are refused with 503
+    cut       whether connections are lost in the middle of weights
     """
 
     name: str
@@ -35,6 +36,7 @@ class FakeHub:
     sent: dict[str, int] = field(default_factory=dict)
     asked: list[tuple[str, int, int]] = field(default_factory=list)
     failures: int = 0
+    cut: bool = False
 
     def entries(self) -> list[dict[str, Any]]:
         found = []
@@ -71,8 +73,11 @@ def fake_hub(name: str, folder: Path) -> Iterator[FakeHub]:
                 self.send_header(key.replace("_", "-"), value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+            if self.command == "HEAD":
+                return
+            if hub.cut and self.path.endswith(".safetensors"):
+                body, self.close_connection = body[: len(body) // 2], True
+            self.wfile.write(body)
 
         def tell(self, value: Any) -> None:
             self.answer(200, json.dumps(value).encode(), Content_Type="application/json")

@@ -9,7 +9,7 @@ from pathlib import Path
 from quantkit.checkpoint.disk import write_file
 from quantkit_eval.evaluation import evaluate
 from quantkit_eval.gate import Outcome, worst
-from quantkit_eval.records import Report
+from quantkit_eval.records import Report, to_json
 from quantkit_eval.report.pages import report_files, summary_table
 from quantkit_eval.report.words import WORDS, overall, sentence
 from quantkit_eval.report.writing import publish, report_directory, scratch
@@ -35,6 +35,10 @@ class Evaluated:
 
     def summary(self) -> dict[str, object]:
         """What a program needs at once; the rest is in report.json."""
+        found: dict[str, object] = to_json(self._summary())
+        return found
+
+    def _summary(self) -> dict[str, object]:
         return {
             "report": str(self.out),
             "outcome": self.outcome,

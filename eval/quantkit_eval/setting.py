@@ -11,6 +11,7 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.open import open_source
 from quantkit.inference.backend import check_backend
+from quantkit.model.skeleton import is_encoder
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.figures.perplexity import window_sequences
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT
@@ -116,7 +117,7 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     original = open_original(request.model, name=request.original_name, trust_remote_code=trust)
     tokenizer = load_tokenizer(original.source, trust_remote_code=trust)
     quantized = tuple(
-        open_subject(path, name=name, trust_remote_code=trust)
+        open_subject(path, original, name=name, trust_remote_code=trust)
         for path, name in zip(request.quantized, _names(request, names), strict=True)
     )
     for subject in quantized:
@@ -160,6 +161,11 @@ class _Wishes:
 
 def _wishes(request: EvaluationRequest, source: Source, tokenizer: Any) -> _Wishes:
     limits = tuple(parse_limit(text) for text in request.limits)
+    if is_encoder(source, trust_remote_code=request.trust_remote_code):
+        raise EvaluationError(
+            f"{request.model}: a masked language model sees the tokens that it would have to "
+            "predict; evaluation is of models that continue a text"
+        )
     check_backend(request.backend, request.device)
     positions = _positions(source)
     windows, text = _windows(request, tokenizer, positions)

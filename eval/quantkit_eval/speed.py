@@ -13,12 +13,14 @@ import torch
 
 from quantkit.checkpoint.memory import format_size, peak_rss
 from quantkit.checkpoint.output import refuse_unfinished
+from quantkit.formats.open import open_source
 from quantkit.inference.load import load
 from quantkit.inference.room import check_continues, check_room
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import Fact
 from quantkit_eval.report.tables import markdown
+from quantkit_eval.subjects import weight_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +143,7 @@ def measure_speed(
         dtype=str(model.dtype).removeprefix("torch."),
         device=device,
         backend=backend,
-        weights_on_disk=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        weights_on_disk=sum(file.stat().st_size for file in weight_paths(open_source(path))),
         load_seconds=load_seconds,
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else peak_rss(),
         prompt_tokens=prompt_tokens,

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quantkit.checkpoint.door import file_sha256
+from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
-from quantkit.checks.against import Vectors
-from quantkit.checks.inspection import inspect
+from quantkit.checks.against import Vectors, vectors_since
 from quantkit.errors import CheckpointError
+from quantkit.formats.describe import describe, describe_source
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Decoded, open_decoded
-from quantkit.model.fold_vectors import FOLDS_FILE
 from quantkit_eval.errors import EvaluationError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def open_original(
     path: str, *, name: str | None = None, trust_remote_code: bool = False
 ) -> Subject:
     """The original model.  Raises EvaluationError if it is a quantized one."""
-    subject = open_subject(path, name=name, trust_remote_code=trust_remote_code)
+    subject = _open(path, None, name=name, trust_remote_code=trust_remote_code)
     if isinstance(subject.source, Decoded):
         raise EvaluationError(
             f"{path}: is quantized itself; give the original model first, then what was made of it"
@@ -89,8 +89,16 @@ def open_original(
     return subject
 
 
-def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool = False) -> Subject:
-    """A checkpoint, quantized or not; reads its headers and hashes its shards."""
+def open_subject(
+    path: str, original: Subject, *, name: str | None = None, trust_remote_code: bool = False
+) -> Subject:
+    """What was made of an original, quantized or not; reads its headers and hashes its shards."""
+    return _open(path, original.source, name=name, trust_remote_code=trust_remote_code)
+
+
+def _open(
+    path: str, original: Source | None, *, name: str | None, trust_remote_code: bool
+) -> Subject:
     refuse_unfinished(path)
     source = open_source(path)
     if source.home is None:
@@ -101,7 +109,7 @@ def open_subject(path: str, *, name: str | None = None, trust_remote_code: bool 
         name=name or Path(path).name or path,
         source=view,
         recorded=recorded,
-        vectors=Vectors(_fold_vectors(source.home)),
+        vectors=Vectors({}) if original is None else vectors_since(view, original, recorded or {}),
         identity=_identity(name or Path(path).name or path, source, view, recorded),
     )
 
@@ -168,31 +176,34 @@ def tokenizer_difference(first: Any, second: Any) -> str | None:
 _PROBES = ("The quick brown fox.", " two  spaces\n\nand 1234567 digits", "naïve café, 漢字 🙂")
 
 
-def weight_files(path: Path) -> tuple[ShardFile, ...]:
-    """Every weight file of a checkpoint, a directory or a file of its own kind, with its sha256."""
+def weight_paths(source: Source) -> list[Path]:
+    """Every weight file of a checkpoint, a directory or a file of its own kind."""
+    path = getattr(source, "path", None) or source.home
+    assert path is not None
     if path.is_file():
-        files = [path, path.with_name(f"{path.name}.data")]
+        found = [path, path.with_name(f"{path.name}.data")]
     else:
-        files = sorted(path.glob("*.safetensors"))
-    return tuple(
-        ShardFile(name=file.name, bytes=file.stat().st_size, sha256=file_sha256(file))
-        for file in files
-        if file.is_file()
-    )
+        found = sorted(path.glob("*.safetensors"))
+    return [file for file in found if file.is_file()]
 
 
 def _identity(name: str, source: Source, view: Source, recorded: dict[str, Any] | None) -> Identity:
     path = getattr(source, "path", None) or source.home
     assert path is not None
-    files = weight_files(path)
-    found = inspect(path)
+    files = tuple(
+        ShardFile(name=file.name, bytes=file.stat().st_size, sha256=file_sha256(file))
+        for file in weight_paths(source)
+    )
+    found = describe_source(source) if isinstance(source, FileSource) else describe(path)
     schemes: Sequence[str] = (
         sorted({s.name for s in view.schemes.values()}) if isinstance(view, Decoded) else ()
     )
     return Identity(
         name=name,
         dtype=_main_dtype(view),
-        weight_bytes=sum(file.bytes for file in files),
+        # What is read over the network lies in no file here.
+        weight_bytes=sum(file.bytes for file in files)
+        or sum(source.num_bytes(tensor) for tensor in source.names()),
         bits_per_weight=found.bits_per_weight,
         method=None if recorded is None else recorded.get("method"),
         scheme=" + ".join(schemes) or None,
@@ -209,10 +220,3 @@ def _main_dtype(source: Source) -> str:
         info = source.info(name)
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
     return str(max(sizes, key=lambda key: sizes[key])).removeprefix("torch.")
-
-
-def _fold_vectors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    file = path / FOLDS_FILE
-    return load_file(file) if file.is_file() else {}

@@ -83,6 +83,8 @@ def run_whole(request: EvaluationRequest, setting: Setting) -> Whole:
     if ids or setting.harness:
         for path in (request.model, *request.quantized):
             model = _load(path, request, setting)
+            if ids and not model.can_generate():
+                ids, note = [], f"{type(model).__name__} has no generate, by which text is written."
             texts.append(tuple(continue_prompts(model, ids, setting.tokenizer)))
             # lm-eval may give the tokenizer a padding token, and changes the model's config.
             tokenizer = load_tokenizer(

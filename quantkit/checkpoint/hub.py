@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.door import CONFIG_BYTES, read_plain
 from quantkit.checkpoint.files import FileSource, weight_files
 from quantkit.checkpoint.safetensors import WEIGHTS, StoredTensor, header_of
 from quantkit.checkpoint.sidefiles import module_paths
@@ -62,14 +63,23 @@ def download(name: str, revision: str | None, *, weights: bool = True) -> Path:
             )
         )
         # The patterns know no exceptions from what is ignored.
-        modules = [f"{path}/*" for path in module_paths(folder)]
-        snapshot_download(name, revision=folder.name, allow_patterns=[*_OWN, *modules])
+        more = [f"{path}/*" for path in module_paths(folder)]
+        config = folder / "config.json"
+        # Only what is quantized may be ours; for nothing found the client warns.
+        if config.is_file() and b"quantization_config" in read_plain(config, largest=CONFIG_BYTES):
+            more += _OWN
+        if more:
+            snapshot_download(name, revision=folder.name, allow_patterns=more)
         return folder
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    # Whatever the client raises; of a lost connection that is no OSError.
+    except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{name}: there is no such directory, and the Hub does not give it "
-            f"(revision {revision or 'main'}): {reason}"
+            f"(revision {revision or 'main'}): {reason}; where a connection was lost, the same "
+            "command goes on with what has come"
         ) from error
 
 

@@ -36,3 +36,9 @@ class Contents:
     items: tuple[Item, ...]
     home: Path
     notes: tuple[str, ...]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per parameter: scales, zeros and unquantized tensors included."""
+        total = sum(item.num_bytes for item in self.items)
+        return 8 * total / max(sum(item.parameters for item in self.items), 1)

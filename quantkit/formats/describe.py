@@ -48,6 +48,12 @@ def describe(path: Path) -> Contents:
     if (file := container_of(path)) is not None:
         return describe_onnx(file) if is_onnx(file) else describe_gguf(file)
     source = open_source(path)
+    assert isinstance(source, FileSource)
+    return describe_source(source)
+
+
+def describe_source(source: FileSource) -> Contents:
+    """The same of an opened checkpoint in safetensors."""
     config = source.config
     quantization = _quantization_config(config)
     notes: list[str] = []
@@ -65,7 +71,7 @@ def describe(path: Path) -> Contents:
         model_type=str(config.get("model_type", "unknown")),
         format=name,
         items=tuple(_items(source, stored, quantization or {})),
-        home=source.path if isinstance(source, FileSource) else path,
+        home=source.path,
         notes=tuple(notes),
     )
 

@@ -30,8 +30,9 @@ def open_source(model_or_path: Any, *, revision: str | None = None) -> Reader:
     """
     if not isinstance(model_or_path, (str, os.PathLike)):
         return LiveSource(model_or_path)
-    if (address := os.fspath(model_or_path)).startswith(REMOTE):
-        return HubSource(address, revision)
+    # A Path has one slash in the place of two.
+    if (remote := re.match(r"hub:/{1,2}(?!/)", address := os.fspath(model_or_path))) is not None:
+        return HubSource(REMOTE + address[remote.end() :], revision)
     path = given_path(model_or_path)
     if (file := container_of(path)) is not None:
         return OnnxSource(file) if is_onnx(file) else GgufSource(file)

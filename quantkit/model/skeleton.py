@@ -101,6 +101,11 @@ def _auto_class(config: PreTrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
+def is_encoder(source: Source, *, trust_remote_code: bool = False) -> bool:
+    """Whether a checkpoint is a masked language model, whose tokens see those after them."""
+    return _auto_class(load_config(source, trust_remote_code)) is AutoModelForMaskedLM
+
+
 def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration object of a checkpoint."""
     data = source.config

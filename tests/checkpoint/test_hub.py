@@ -60,6 +60,7 @@ def test_weights_and_what_loaders_need_are_fetched_of_one_commit(
         revisions.append(revision)
         found.update(filter_repo_objects((*FETCHED, *LEFT), **patterns))
         if "modules.json" in found:
+            (folder / "config.json").write_text('{"quantization_config": {}}')
             (folder / "modules.json").write_text('[{"path": ""}, {"path": "2_Dense"}]')
         return str(folder)
 

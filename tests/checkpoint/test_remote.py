@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,3 +133,43 @@ def test_what_the_hub_does_not_give_is_an_error_that_names_it(
 def test_addresses_of_another_form_are_refused(address: str) -> None:
     with pytest.raises(CheckpointError, match="give hub://organisation/model"):
         open_source(address)
+
+
+def test_everything_that_takes_a_model_takes_one_over_the_network(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, out = f"hub://{NAME}", tmp_path / "out"
+    line = ("--method", "rtn", "--scheme", "w4a16_g32", "--out", out)
+    assert jobs.command("quantize", address, *line) == 0
+    assert "No files matched" not in capsys.readouterr().err
+    text = tmp_path / "text.txt"
+    text.write_text("any text that is long enough to fill two short windows " * 4)
+    measured = ("--text", text, "--seq-len", 32, "--prompts", 0, "--windows", 2)
+    assert jobs.command("eval", address, out, *measured, "--out", tmp_path / "report") == 0
+    told = json.loads((tmp_path / "report" / "report.json").read_text())["original"]
+    assert told["weight_bytes"] == sum(e["size"] for e in hub.entries() if "lfs" in e) - headers(
+        hub
+    )
+    assert told["bits_per_weight"] == 32
+    capsys.readouterr()
+    assert jobs.command("inspect", address) == 0
+    assert "unquantized safetensors" in capsys.readouterr().out
+    assert jobs.command("generate", address, "--prompt", "a", "--max-new-tokens", 1) == 0
+
+
+def headers(hub: FakeHub) -> int:
+    """Bytes of all shards that are no tensors'."""
+    files = [path.read_bytes() for path in hub.folder.glob("*.safetensors")]
+    return sum(8 + int.from_bytes(content[:8], "little") for content in files)
+
+
+def test_a_connection_lost_while_a_model_is_downloaded_is_said(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.cut = True
+    # The client waits seconds between its own attempts.
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(CheckpointError, match=r"someone/model: .*the same command goes on"):
+        open_source(NAME)
+    hub.cut = False
+    assert open_source(NAME).names()

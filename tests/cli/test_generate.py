@@ -71,11 +71,15 @@ def test_damaged_settings_for_generating_are_named(content: str, tmp_path: Path,
     assert f"{model}/generation_config.json: no settings for generating" in told
 
 
-def test_an_encoder_continues_nothing(tmp_path: Path, run: Run) -> None:
+def tiny_encoder(directory: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = BertConfig(vocab_size=320, num_attention_heads=4, **sizes)
-    model = tiny.save(BertForMaskedLM(config), tmp_path)
+    return tiny.save(BertForMaskedLM(config), directory)
+
+
+def test_an_encoder_continues_nothing(tmp_path: Path, run: Run) -> None:
+    model = tiny_encoder(tmp_path)
     code, _, told = generate(run, model)
     assert code == 2, told
     assert "BertForMaskedLM: this model reads texts and continues none" in told
@@ -113,3 +117,18 @@ def test_a_model_with_code_of_its_own_is_continued_where_it_is_trusted(
     assert code == 2 and "pass --trust-remote-code" in told
     line = ("generate", model, "--prompt", "all", "--max-new-tokens", 3)
     assert run(*line, "--trust-remote-code")[:2] == expected[:2]
+
+
+def test_an_encoder_predicts_nothing_that_could_be_measured(tmp_path: Path, run: Run) -> None:
+    model = tiny_encoder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("any text that is long enough to fill two short windows " * 4)
+    measured = ("--text", text, "--out", tmp_path / "out")
+    for line in (
+        ("eval", model, model, "--prompts", 0, "--seq-len", 32, *measured),
+        ("quantize", model, "--method", "rtn", "--scheme", "w8a16_row", "--eval", *measured),
+    ):
+        code, _, told = run(*line)
+        assert code == 2, told
+        assert "a masked language model sees the tokens that it would have to predict" in told
+        assert not (tmp_path / "out").exists()

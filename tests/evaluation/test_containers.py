@@ -64,3 +64,14 @@ def test_a_gguf_is_evaluated_as_it_is_made(
     line += ["--method", "rtn", "--eval", "--text", text, "--fail-if", "kl>9", "--json"]
     assert jobs.command(*line) == 0
     assert json.loads(capsys.readouterr().out)["evaluation"]["violated"] is False
+
+
+def test_the_size_of_a_file_is_measured_too(
+    quantized: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--batches", "1", "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1")
+    for path in (quantized, quantized / MODEL_FILE):
+        capsys.readouterr()
+        assert jobs.command("bench", path, *sizes, "--json") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["weights_on_disk"] == (quantized / MODEL_FILE).stat().st_size

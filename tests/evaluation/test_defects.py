@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,17 @@ import pytest
 import tiny_eval
 import tiny_jobs as jobs
 import torch
+from quantkit_eval.command import run_evaluation
 from quantkit_eval.evaluation import evaluate
 from quantkit_eval.records import Candidate
 from quantkit_eval.setting import EvaluationRequest
 from safetensors.torch import load_file, save_file
+
+from quantkit.errors import CheckpointError
+from quantkit.methods.recipe import load_recipe
+from quantkit.model.fold_vectors import FOLDS_FILE
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -117,3 +126,61 @@ def test_coarse_quantization_is_no_defect(
     candidate = measured(mixtral, out, tmp_path / "scratch")
     assert [weight.defect for weight in candidate.defects] == []
     assert candidate.weights and candidate.outcome == "within"
+
+
+def test_a_model_that_is_no_use_any_more_is_measured(mixtral: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(mixtral, tmp_path / "broken"))
+    state = load_file(broken / "model.safetensors")
+    # The token that follows becomes less likely than any float can say.
+    state["lm_head.weight"] *= 1e5
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    request = EvaluationRequest(
+        model=str(mixtral),
+        quantized=(str(broken),),
+        text=str(mixtral / "heldout.txt"),
+        seq_len=48,
+        prompts=0,
+        noise_floor=False,
+    )
+    evaluated = run_evaluation(request, tmp_path / "report", progress=False)
+    (candidate,) = evaluated.report.candidates
+    assert candidate.divergence.perplexity_ratio == math.inf
+    assert candidate.outcome == "drop"
+    assert "∞" in evaluated.text()
+    # Neither JSON knows a number for that.
+    for content in (
+        json.dumps(evaluated.summary(), allow_nan=False),
+        (tmp_path / "report" / "report.json").read_text(),
+    ):
+        assert "Infinity" not in content and "NaN" not in content
+
+
+def test_folds_of_all_runs_are_divided_out(tmp_path: Path) -> None:
+    """A weight that was quantized twice still has the folds of the first time."""
+    model = tiny_eval.loud("llama", tmp_path / "model")
+    tiny_eval.write_heldout(model)
+    first = tiny_eval.quantized(model, tmp_path / "first", "awq", "w8a16_g32")
+    recipe = load_recipe("rtn", scheme="w8a16_g32")
+    job = prepare(str(first), QuantizeOptions(recipe=recipe, requantize=True))
+    second = jobs.finish(job, tmp_path / "second").out
+    request = EvaluationRequest(
+        model=str(model),
+        quantized=(str(second),),
+        text=str(model / "heldout.txt"),
+        seq_len=48,
+        prompts=0,
+        noise_floor=False,
+        any_base=True,
+    )
+    (candidate,) = evaluate(request, tmp_path / "work", progress=False).candidates
+    assert candidate.defects == ()
+    assert max(weight.error for weight in candidate.weights) < 1e-3
+
+
+def test_damaged_folds_are_named(tmp_path: Path) -> None:
+    model = tiny_eval.loud("llama", tmp_path / "model")
+    tiny_eval.write_heldout(model)
+    out = tiny_eval.quantized(model, tmp_path / "out", "awq", "w4a16_g32")
+    (out / FOLDS_FILE).write_bytes(b"\x08\0\0\0\0\0\0\0{damaged")
+    with pytest.raises(CheckpointError, match=r"folds\.safetensors: the file is damaged"):
+        measured(model, out, tmp_path / "work")

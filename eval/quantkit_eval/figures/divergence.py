@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit_eval.figures.perplexity import Perplexity, perplexity_of
+from quantkit_eval.figures.perplexity import Perplexity, exp, perplexity_of
 from quantkit_eval.figures.scoring import PairScores, Scores
 from quantkit_eval.figures.statistics import Interval, clustered_mean, wilson
 from quantkit_eval.sequences import Workload
@@ -117,16 +117,11 @@ def divergence_of(
         top1_agreement=hits / kl.numel(),
         top1_interval=wilson(hits, kl.numel()),
         perplexity=perplexity_of(pair.scores, workload, windows),
-        perplexity_ratio=math.exp(log_ratio),
+        perplexity_ratio=exp(log_ratio),
         perplexity_ratio_interval=Interval(low=exp(ratio.low), high=exp(ratio.high)),
         right_token=_right_token(change, counts),
         worst=_worst(kl, base, pair, workload, windows),
     )
-
-
-def exp(value: float) -> float:
-    """e to the value, infinity where that is too large for a float."""
-    return math.exp(value) if value < 700 else math.inf
 
 
 def _take(scores: Tensor, workload: Workload, windows: Sequence[int]) -> Tensor:

@@ -32,13 +32,15 @@ def perplexity_of(scores: Scores, workload: Workload, windows: Sequence[int]) ->
     sums = torch.stack([scores.nll[workload.slice(k)].double().sum() for k in windows])
     mean, interval = clustered_mean(sums, counts)
     return Perplexity(
-        value=math.exp(mean),
-        interval=Interval(
-            low=math.exp(interval.low) if interval.low > -math.inf else 0.0,
-            high=math.exp(interval.high) if interval.high < 700 else math.inf,
-        ),
+        value=exp(mean),
+        interval=Interval(low=exp(interval.low), high=exp(interval.high)),
         window_nll=tuple((sums / counts).tolist()),
     )
+
+
+def exp(value: float) -> float:
+    """e to the value, infinity where that is too large for a float."""
+    return math.exp(value) if value < 700 else math.inf
 
 
 def window_sequences(windows: Windows) -> list[Scored]:

@@ -17,6 +17,7 @@ from quantkit.formats.format import WholeFormat
 from quantkit.formats.open import open_source
 from quantkit.formats.registry import asked_format, make_format
 from quantkit.inference.device import choose_device
+from quantkit.pipeline.budget.wish import check_wish
 from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def open_asked(
     """
     for request in requests:
         check_seed(request.seed)
-        request.check_budget()
+        check_wish(request)
         _ = request.loaded, request.max_ram_bytes, request.max_vram_bytes, request.max_shard_bytes
         _ = request.until_seconds
         if request.format is not None:

@@ -59,9 +59,9 @@ def prepare(
     out: Path | None = None,
     world: World = ALONE,
 ) -> Job:
-    """The job for a request; reads configuration and calibration text, weights for `bits` only.
+    """The job for a request; reads configuration and calibration text, weights for a budget only.
 
-    With `bits`, what an earlier run to `out` chose is taken again.  `world`: who will share the
+    With a budget, what an earlier run to `out` chose is taken again.  `world`: who will share the
     work; each rank prepares the same job.
 
     Raises the QuantkitError of whatever does not work out, before anything is written.
@@ -102,12 +102,12 @@ def prepare_all(
     )
     shared: Calibration | None = None
     budgets: list[Choice | None] = [None] * len(requests)
-    if any(request.bits is not None for request in requests):
+    if any(request.has_budget for request in requests):
         shared = _calibration(model, source, first, tokenizer)
         if shared.pictured is not None:
             raise RecipeError(
-                "--bits weighs schemes on text, and --calib gives images; name a --scheme, or give "
-                "text"
+                "a budget weighs schemes on text, and --calib gives images; name a --scheme, or "
+                "give text"
             )
         model.check_replay(shared.ids[:1, :64])
         earlier: dict[str, str] = {}
@@ -115,7 +115,7 @@ def prepare_all(
             earlier = earlier_fingerprint(out) or earlier_fingerprint(checkpoint_beside(out))
         budgets = [
             None
-            if request.bits is None
+            if not request.has_budget
             else choose(model, request, shared, device=device, earlier=earlier.get(_CHOICE))
             for request in requests
         ]

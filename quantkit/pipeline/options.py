@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 DEFAULT_METHOD = "awq"
 BUDGET_METHOD = "best"
-_BITS_OF = ("linears", "model")
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(rf"(?:{_NUMBER}h)?\s*(?:{_NUMBER}m)?\s*(?:{_NUMBER}s)?")
 
@@ -55,7 +54,7 @@ class QuantizeOptions:
         metadata=_told(
             "--method",
             "a built-in method, see `quantkit methods`; without it and `--recipe` `awq`, for gguf "
-            "`gptq`, with `--bits` `best`",
+            "`gptq`, with a budget `best`",
         ),
     )
     out: str | os.PathLike[str] | None = field(
@@ -103,11 +102,38 @@ class QuantizeOptions:
             type=str,
         ),
     )
+    size: int | str | None = field(
+        default=None,
+        metadata=_told(
+            "--size",
+            "a budget as the size of the weight files, as in `3GiB`; see [budgets](budget.md)",
+        ),
+    )
+    fit_vram: int | str | None = field(
+        default=None,
+        metadata=_told(
+            "--fit-vram",
+            (
+                "a budget as the memory that a server may use, as in `24GiB`: weights, a cache of "
+                "`--context` tokens (in 8 bits with `--kv`) and activations"
+            ),
+        ),
+    )
+    context: int | str | None = field(
+        default=None,
+        metadata=_told(
+            "--context",
+            "tokens that the cache of `--fit-vram` holds, of all sequences together, as in `32k`",
+        ),
+    )
     reader: str | None = field(
         default=None,
         metadata=_told(
             "--for",
-            "the runtime that has to read the mix of `--bits`: `transformers` or `vllm`",
+            (
+                "the runtime that has to read the mix of a budget: `transformers` or `vllm`, for "
+                "gguf `llama.cpp`, for onnx `onnxruntime`"
+            ),
             shown="the one with the least loss",
         ),
     )
@@ -343,7 +369,7 @@ class QuantizeOptions:
             scheme = None if self.scheme is None else Scheme.parse(self.scheme)
             fmt = asked_format(self.format, scheme)
             method = fmt.default_method if isinstance(fmt, WholeFormat) else DEFAULT_METHOD
-            if self.bits is not None:
+            if self.has_budget and not isinstance(fmt, WholeFormat):
                 method = BUDGET_METHOD
         return load_recipe(
             method,
@@ -362,26 +388,10 @@ class QuantizeOptions:
             default_scheme=default_scheme(self.format),
         )
 
-    def check_budget(self) -> None:
-        """Raises RecipeError if the options of a budget contradict themselves or others."""
-        if self.bits is None:
-            if self.reader is not None or self.bits_of != "linears":
-                raise RecipeError("--for and --bits-of say more about --bits; give --bits too")
-            return
-        if self.bits_of not in _BITS_OF:
-            raise RecipeError(f"--bits-of {self.bits_of!r}: choose {' or '.join(_BITS_OF)}")
-        if not 0 < self.bits <= 32:
-            raise RecipeError(f"--bits {self.bits}: give a mean of bits per weight, as in 4.25")
-        if self.recurrent is not None:
-            raise RecipeError(
-                f"--bits {self.bits:g} chooses the schemes of recurrences too; leave --recurrent "
-                "out, or write a rule in a recipe"
-            )
-        if self.scheme is not None:
-            raise RecipeError(
-                f"--bits {self.bits:g} chooses schemes and --scheme {self.scheme} names one; give "
-                "one of the two"
-            )
+    @property
+    def has_budget(self) -> bool:
+        """Whether schemes are chosen within a budget, in whatever words it is given."""
+        return any(given is not None for given in (self.bits, self.size, self.fit_vram))
 
     @property
     def max_ram_bytes(self) -> int | None:

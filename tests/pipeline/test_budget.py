@@ -259,7 +259,7 @@ def test_experts_of_a_layer_are_one_group_and_get_what_their_runtime_mixes(
 @pytest.mark.parametrize(
     ("given", "error", "told"),
     [
-        ({"bits": 1.5}, BudgetError, r"--bits 1.5: mixed integers .* reach \d\.\d+ to \d+\.\d+"),
+        ({"bits": 1.5}, BudgetError, r"--bits 1.5: mixed schemes .* reach \d\.\d+ to \d+\.\d+"),
         ({"bits": 12.0}, BudgetError, "choose a number between them"),
         ({"bits": 3.0, "reader": "vllm"}, BudgetError, r"as vllm reads them reach [45]\."),
         ({"bits": 4.0, "scheme": "w4a16_g32"}, RecipeError, "--scheme w4a16_g32 names one"),

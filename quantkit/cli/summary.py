@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.sidefiles import SideRecord, left_lines, side_record
 from quantkit.formats.format import BuiltFormat
 from quantkit.pipeline.session import Job, Outcome
+
+# Kinds of degraded weights that are told one by one.
+_SHOWN = 10
 
 
 def plan_json(job: Job) -> dict[str, Any]:
@@ -96,10 +100,24 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
     lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
     lines += [f"note: {note}" for note in report["notes"] if note not in job.plan.notes]
     lines += left_lines(beside(job).left)
-    for name, note in report["degraded"].items():
-        lines.append(f"degraded   {name}: {note}")
+    lines += degraded_lines(report["degraded"])
     lines.append(f"report     {outcome.out / 'quantkit' / 'report.html'}")
     return "\n".join(lines)
+
+
+def degraded_lines(degraded: Mapping[str, str]) -> list[str]:
+    """What was handled otherwise, for people: a line for all of a kind that say the same."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, note in degraded.items():
+        alike.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), note), []).append(name)
+    lines = []
+    for (pattern, note), names in list(alike.items())[:_SHOWN]:
+        shown = names[0] if len(names) == 1 else f"{len(names)} weights {pattern}"
+        lines.append(f"degraded   {shown}: {note}")
+    if len(alike) > _SHOWN:
+        rest = sum(map(len, list(alike.values())[_SHOWN:]))
+        lines.append(f"           and {rest} more weights, see the report")
+    return lines
 
 
 def _files(out: Path) -> Iterator[Path]:

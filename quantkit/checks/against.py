@@ -190,8 +190,9 @@ def _compare(
         source = theirs.read_rows(original, rows.start, rows.stop) if whole is None else whole[rows]
         weight = vectors.folded(name, source, start)
         difference = (tensor.decode(rows) - weight).abs_()
-        squares += float(difference.square().sum(dtype=torch.float64))
-        total += float(weight.square().sum(dtype=torch.float64))
+        # Squares of float32 numbers may be none, or zero.
+        squares += float(difference.double().square_().sum())
+        total += float(weight.double().square_().sum())
         within = difference <= _MEDIAN_STEPS * _steps(tensor, values, rows)
         failing = (within.float().mean(dim=1) < 0.5).nonzero()
         if bad_row is None and len(failing) and not vectors.retargeted:

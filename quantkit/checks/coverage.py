@@ -135,12 +135,19 @@ def _entry_problems(entry: Entry, view: Unpacked, weight: StoredWeight | None) -
     if weight is None:
         yield f"{entry.name}: not quantized in the files, though the report says so"
         return
-    if weight.scheme.name != entry.scheme:
+    if entry.scheme not in _names(weight):
         yield f"{entry.name}: stored as {weight.scheme.name}, the report says {entry.scheme}"
     if entry.shape not in (weight.shape, weight.shape[::-1]):
         yield f"{entry.name}: stored as {weight.shape}, the report says {entry.shape}"
     if sorted(weight.tensors) != sorted(entry.output):
         yield f"{entry.name}: stored in {weight.tensors}, the report says {entry.output}"
+
+
+def _names(weight: StoredWeight) -> tuple[str, ...]:
+    """The scheme that a weight is read under, and another that it may have been written under."""
+    if not weight.centered:
+        return (weight.scheme.name,)
+    return weight.scheme.name, dataclasses.replace(weight.scheme, symmetric=False).name
 
 
 def by_model(view: Unpacked, model: PreTrainedModel) -> Check:

@@ -165,10 +165,11 @@ class Awq:
             planned = PlannedWeight(name=name, module="", shape=size, scheme=scheme)
             infos = self.layout(planned, dtype)
             check_stored(infos, source, "quantization_config")
-            if _all_symmetric(source.read_bytes(name.removesuffix("weight") + "qzeros")):
+            centered = _all_symmetric(source.read_bytes(name.removesuffix("weight") + "qzeros"))
+            if centered:
                 scheme = Scheme(kind="int", bits=4, group_size=group_size)
                 planned = PlannedWeight(name=name, module="", shape=size, scheme=scheme)
-            found[name] = StoredWeight.of(planned, dtype, infos)
+            found[name] = StoredWeight.of(planned, dtype, infos, centered=centered)
         return found
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:

@@ -62,6 +62,8 @@ class StoredWeight:
     transposed   the format stores its codes [I, O]
     permuted     columns of one group are not neighbours (`QuantizedTensor.columns`)
     expert       the weight is this slice of `tensors`, which hold all experts of a layer
+    centered     the format does not say whether the scheme is symmetric, and its zeros are those
+                 of a symmetric one: the numbers of both are the same
     """
 
     name: str
@@ -72,6 +74,7 @@ class StoredWeight:
     transposed: bool = False
     permuted: bool = False
     expert: int | None = None
+    centered: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,6 +89,7 @@ class StoredWeight:
         infos: Sequence[TensorInfo],
         *,
         permuted: bool = False,
+        centered: bool = False,
     ) -> StoredWeight:
         """The weight, whose original dtype is `dtype`, as it lies in these tensors."""
         assert weight.scheme is not None, weight.name
@@ -97,6 +101,7 @@ class StoredWeight:
             tensors=tuple(info.name for info in infos),
             transposed=weight.transposed,
             permuted=permuted,
+            centered=centered,
         )
 
 

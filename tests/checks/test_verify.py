@@ -200,6 +200,39 @@ def test_numbers_that_no_value_belongs_to_are_a_finding(
     assert_only_fails(verify(edit(finished, tmp_path / "out", change)), "numbers", UP)
 
 
+def test_zeros_in_the_middle_are_no_other_scheme(tmp_path: Path) -> None:
+    """awq does not say what is symmetric; a weight may happen to have such zeros only."""
+    model = tiny.build("llama", tmp_path / "model")
+    state = load_file(model / WEIGHTS)
+    # Groups from -8 to 7 steps: their zero is 8.
+    state[UP] = torch.arange(-8, 8).repeat(state[UP].numel() // 16).view(state[UP].shape) / 64
+    save_file(state, model / WEIGHTS, metadata={"format": "pt"})
+    recipe = load_recipe("rtn", scheme="w4a16_g32_asym")
+    job = prepare(str(model), QuantizeOptions(recipe=recipe, format="awq"))
+    run(job, tmp_path / "out", progress=False)
+    result = verify(tmp_path / "out", against=model)
+    assert result.ok, result.text()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_weights_of_any_size_are_compared(size: float, tmp_path: Path) -> None:
+    model = tiny.build("llama", tmp_path / "model")
+    state = load_file(model / WEIGHTS)
+    state[UP] *= size
+    save_file(state, model / WEIGHTS, metadata={"format": "pt"})
+    recipe = load_recipe("rtn", scheme="w8a16_g32")
+    run(prepare(str(model), QuantizeOptions(recipe=recipe)), tmp_path / "out", progress=False)
+    result = verify(tmp_path / "out", against=model)
+    assert result.ok, result.text()
+
+    def turned(tensors: Tensors) -> None:
+        tensors[UP + "_scale"].neg_()
+
+    changed = verify(edit(tmp_path / "out", tmp_path / "changed", turned), against=model)
+    problems = [problem for check in changed.checks for problem in check.problems]
+    assert any(problem.startswith(f"{UP}: relative error 2.0") for problem in problems), problems
+
+
 def swap_layers(tensors: Tensors) -> None:
     other = UP.replace("layers.1", "layers.2")
     for suffix in ("_packed", "_scale", "_zero_point"):

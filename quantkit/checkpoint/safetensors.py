@@ -35,16 +35,34 @@ _GIT_LFS = b"version https://git-lfs.github.com/spec"
 
 @dataclass(frozen=True, kw_only=True, init=False)
 class TensorInfo:
-    """Name, dtype and shape of one stored tensor; `label` is the dtype as safetensors names it."""
+    """Name, dtype and shape of one stored tensor; `label` is the dtype as safetensors names it.
+
+    whole   of a tensor that a file holds as one slice of another, along its first axis: that one's
+            name and the number of the slice; `name` is then its writer's only
+    """
 
     name: str
     label: str
     shape: tuple[int, ...]
+    whole: tuple[str, int] | None = None
 
-    def __init__(self, *, name: str, dtype: Dtype, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        dtype: Dtype,
+        shape: tuple[int, ...],
+        whole: tuple[str, int] | None = None,
+    ) -> None:
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "label", label_of(dtype))
         object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "whole", whole)
+
+    @property
+    def stored(self) -> str:
+        """The name that a file has it under."""
+        return self.name if self.whole is None else self.whole[0]
 
     @property
     def dtype(self) -> torch.dtype:

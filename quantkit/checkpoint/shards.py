@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol, Self
@@ -120,9 +120,13 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """Every output file and where each tensor lies in it."""
+    """Every output file and where each tensor lies in it.
+
+    slices   name of a tensor that is written in slices -> those, in order
+    """
 
     shards: tuple[Shard, ...]
+    slices: Mapping[str, tuple[TensorInfo, ...]] = field(default_factory=dict)
 
     @cached_property
     def num_bytes(self) -> int:
@@ -131,10 +135,23 @@ class ShardLayout:
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Shard, StoredTensor]]:
-        """Tensor name -> its shard and its place there."""
+        """Tensor name -> its shard and its place there; slices by their own names."""
         return {
-            tensor.info.name: (shard, tensor) for shard in self.shards for tensor in shard.tensors
+            part.info.name: (shard, part)
+            for shard in self.shards
+            for tensor in shard.tensors
+            for part in self.parts(tensor)
         }
+
+    def parts(self, tensor: StoredTensor) -> tuple[StoredTensor, ...]:
+        """What a tensor is written in: itself, or its slices, which lie one after the other."""
+        slices = self.slices.get(tensor.info.name)
+        if slices is None:
+            return (tensor,)
+        return tuple(
+            StoredTensor(info=info, offset=tensor.offset + number * info.nbytes)
+            for number, info in enumerate(slices)
+        )
 
     @property
     def side_files(self) -> None:
@@ -157,8 +174,8 @@ class ShardLayout:
         """Content of the index file; None for a single shard, which needs none."""
         if len(self.shards) == 1:
             return None
-        total = sum(tensor.info.nbytes for _, tensor in self.places.values())
-        weight_map = {name: shard.file for name, (shard, _) in self.places.items()}
+        total = sum(tensor.info.nbytes for shard in self.shards for tensor in shard.tensors)
+        weight_map = {t.info.name: shard.file for shard in self.shards for t in shard.tensors}
         fields = {"metadata": {"total_size": total}, "weight_map": weight_map}
         return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
@@ -169,10 +186,12 @@ def plan_shards(
     """The files that will hold these tensors, filled in the given order.
 
     A shard holds at most `max_shard_bytes` of tensors; a larger tensor gets one of its own.  Inside
-    a shard wider dtypes come first, as readers view each tensor at an aligned address.
+    a shard wider dtypes come first, as readers view each tensor at an aligned address.  Slices of
+    one tensor lie where its first one would.
     """
     if max_shard_bytes < 1:
         raise OutputError(f"max shard size {max_shard_bytes}: must be at least 1 byte")
+    infos, slices = joined(infos)
     names = [info.name for info in infos]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -201,7 +220,37 @@ def plan_shards(
             tensors.append(StoredTensor(info=info, offset=position))
             position += info.nbytes
         shards.append(Shard(file=file, header=header, tensors=tuple(tensors)))
-    return ShardLayout(shards=tuple(shards))
+    return ShardLayout(shards=tuple(shards), slices=slices)
+
+
+def joined(
+    infos: Sequence[TensorInfo],
+) -> tuple[list[TensorInfo], dict[str, tuple[TensorInfo, ...]]]:
+    """The tensors of the files, and the slices of those that are written so.
+
+    Raises FormatError unless slices are numbered from 0 on and alike.
+    """
+    found: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        found.setdefault(info.stored, []).append(info)
+    wholes, slices = [], {}
+    for name, parts in found.items():
+        if parts[0].whole is None:
+            wholes += parts
+            continue
+        parts.sort(key=lambda part: -1 if part.whole is None else part.whole[1])
+        first = parts[0]
+        for number, part in enumerate(parts):
+            like = (first.label, first.shape, (name, number))
+            if (part.label, part.shape, part.whole) != like:
+                raise FormatError(
+                    f"{name}: slice {number} of {len(parts)} is planned as {part.name} "
+                    f"({part.dtype} {list(part.shape)}), not as {first.name} is; all experts of a "
+                    "layer are stored in one tensor and alike"
+                )
+        wholes.append(TensorInfo(name=name, dtype=first.label, shape=(len(parts), *first.shape)))
+        slices[name] = tuple(parts)
+    return wholes, slices
 
 
 class ShardWriter:
@@ -320,7 +369,8 @@ class ShardWriter:
                     and os.pread(descriptor, len(shard.header), 0) == shard.header
                 ):
                     return descriptor
-                lost = sorted({t.info.name for t in shard.tensors} & self._written)
+                parts = (part for t in shard.tensors for part in self.layout.parts(t))
+                lost = sorted({part.info.name for part in parts} & self._written)
                 if lost:
                     raise ResumeError(
                         f"{path}: the file with {lost[0]} is gone or changed since the earlier "

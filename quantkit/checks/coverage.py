@@ -95,15 +95,18 @@ def by_report(view: Unpacked, entries: Sequence[Entry], *, unties_head: bool) ->
     problems: list[str] = []
     claimed: dict[str, str] = {}
     for entry in entries:
+        weight = stored.get(entry.name)
+        shared = weight is not None and weight.expert is not None
         for name in entry.output:
-            if name in claimed:
+            # Experts in one tensor share it.
+            if name in claimed and not shared:
                 problems.append(f"{name}: claimed by {claimed[name]} and by {entry.name}")
             claimed[name] = entry.name
         missing = [name for name in entry.output if name not in names]
         if missing:
             problems.append(f"{entry.name}: {entry.fate}, but {missing[0]} is not in the files")
         elif entry.fate != "left out":
-            problems += _entry_problems(entry, view, stored.get(entry.name))
+            problems += _entry_problems(entry, view, weight)
     for name in sorted(set(stored) - {entry.name for entry in entries}):
         if not unties_head:
             problems.append(f"{name}: quantized, but not in the report")
@@ -118,6 +121,9 @@ def _entry_problems(entry: Entry, view: Unpacked, weight: StoredWeight | None) -
     """What is wrong with a tensor whose files are all there."""
     source = view.packed
     stored_bytes = sum(source.num_bytes(name) for name in entry.output)
+    if weight is not None and weight.expert is not None:
+        # Its slice of tensors for all experts.
+        stored_bytes = sum(source.num_bytes(n) // source.info(n).shape[0] for n in entry.output)
     if stored_bytes != entry.num_bytes:
         yield f"{entry.name}: {stored_bytes} bytes stored, the report says {entry.num_bytes}"
     if entry.fate != "quantized":

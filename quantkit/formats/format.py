@@ -8,6 +8,7 @@ Shapes: O out features, I in features.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantkit.checkpoint.dtypes import Dtype
+
+# What `expert_name` gives.
+_EXPERT = re.compile(r"(.+)\.(\d+)(?:\.([^.]+))?\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +205,15 @@ class BuiltFormat(Format, Protocol):
 
 
 @runtime_checkable
+class PartFormat(Format, Protocol):
+    """A format that only some weights of a model are meant for, as experts are."""
+
+    def leaves(self, weight: PlannedWeight) -> str | None:
+        """Why a weight stays as it is where only the recipe's scheme speaks of it, else None."""
+        ...
+
+
+@runtime_checkable
 class CacheFormat(Format, Protocol):
     """A format with a place for scales of the cache of keys and values."""
 
@@ -280,6 +293,15 @@ def expert_name(name: str, expert: int) -> str:
     """What one expert of the fused tensor `name` is called by itself, a weight [O, I]."""
     path, _, leaf = name.rpartition(".")
     return f"{path}.{expert}.weight" if leaf == "weight" else f"{path}.{expert}.{leaf}.weight"
+
+
+def fused_name(name: str) -> tuple[str, int] | None:
+    """The fused tensor and the expert's number of a weight that `expert_name` named, else None."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return None
+    path, expert, leaf = match.groups()
+    return f"{path}.{leaf or 'weight'}", int(expert)
 
 
 def named_as_weight(weight: PlannedWeight) -> str | None:

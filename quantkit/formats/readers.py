@@ -68,6 +68,14 @@ def fp8_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, 
     }
 
 
+def mxfp4_readers(model_type: str) -> dict[str, str | None]:
+    """Runtime -> None if it reads mxfp4 experts of the type, else why not."""
+    if model_type == "gpt_oss":
+        return {"transformers": None, "vllm": None}
+    only = "reads experts in mxfp4 of gpt_oss only"
+    return {"transformers": f"it {only}", "vllm": f"vLLM 0.32 {only}"}
+
+
 def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
     """Runtime -> None if it reads gptq_v2 files of these weights, else why not."""
     return {

@@ -11,10 +11,10 @@ import hashlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError
@@ -24,10 +24,6 @@ from quantkit.numbers.scheme import Scheme
 
 _PACKAGE = "quantkit.formats"
 _ENTRY_POINTS = "quantkit.formats"
-# quant_method -> file and class of what reads it and cannot write it.
-_READ_ONLY: Mapping[str, tuple[str, str]] = {
-    "mxfp4": ("_mxfp4", "Mxfp4"),
-}
 
 
 def available_formats() -> list[str]:
@@ -139,11 +135,7 @@ def format_of(source: Source) -> FormatReader:
         version = str(config.get("checkpoint_format", "gptq"))
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
-    elif isinstance(method, str) and method in _READ_ONLY:
-        stem, class_name = _READ_ONLY[method]
-        module = importlib.import_module(f"{_PACKAGE}.{stem}")
-        return cast(FormatReader, getattr(module, class_name)())
-    elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8", "onnx"):
+    elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8", "mxfp4", "onnx"):
         return make_format(method)
     elif isinstance(method, str) and (found := _installed(method)) is not None:
         return found

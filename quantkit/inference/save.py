@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.checkpoint.shards import joined
 from quantkit.checkpoint.source import Source
 from quantkit.errors import FormatError, ModelError
 from quantkit.formats.format import BuiltFormat, FormatReader, PlannedWeight, WholeFormat
@@ -133,6 +135,7 @@ def canonical_tensors(
         for tensor in (*module.buffers(), *module.parameters())
     }
     slots = _slots(saved.pieces)
+    sliced: list[TensorInfo] = []
     for piece in saved.pieces:
         found = _find(model, piece, slots.get(piece.name, 0))
         if isinstance(found, (QuantLinear, FusedLinear)):
@@ -143,10 +146,13 @@ def canonical_tensors(
                 scheme=found.scheme,
                 transposed=piece.name in saved.transposed,
                 expert=piece.expert is not None,
+                split=piece.split,
             )
             covered.update(id(buffer) for buffer in found.buffers())
             check_supported(writer, [weight])
-            tensors.update(writer.pack(weight, found.quantized_tensor))
+            numbers = found.quantized_tensor
+            tensors.update(writer.pack(weight, numbers))
+            sliced += [info for info in writer.layout(weight, numbers.dtype) if info.whole]
             continue
         covered.add(id(found))
         tensor = found.detach()
@@ -154,6 +160,8 @@ def canonical_tensors(
         if found.ndim == 3 if piece.expert is not None else part:
             tensor = piece.part_of(tensor)
         tensors[piece.name] = _own_memory(tensor, found)
+    for name, parts in joined(sliced)[1].items():
+        tensors[name] = torch.stack([tensors.pop(part.name) for part in parts])
     for name in saved.extra:
         assert saved.source is not None
         tensors[name] = saved.source.read(name)

@@ -7,7 +7,6 @@ weights by the checkpoint's names, so the same rules are followed backwards.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -29,12 +28,11 @@ from transformers.core_model_loading import (
 from quantkit.checkpoint.files import Source
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import CheckpointError, ModelError, NumericsError
+from quantkit.formats.format import fused_name
 from quantkit.model.experts import uses_interface
 from quantkit.model.refs import Piece
 
 _MAX_LISTED = 3
-# What `expert_name` gives.
-_EXPERT = re.compile(r"(.+?)\.(\d+)(?:\.(\w+))?\.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,10 +293,10 @@ def _stacked_piece(
     Experts are [O, I] by then, so of conversions those in `turned`, which transpose, say nothing.
     Outside of transformers' interface the shapes tell whether the parameter holds [I, O].
     """
-    match = _EXPERT.fullmatch(name)
-    if match is None:
+    fused = fused_name(name)
+    if fused is None:
         return None
-    path, pattern = renamed(f"{match[1]}.{match[3] or 'weight'}")
+    path, pattern = renamed(fused[0])
     owner = model
     try:
         owner = model.get_submodule(path.rpartition(".")[0])
@@ -311,7 +309,7 @@ def _stacked_piece(
         transposed = bool(getattr(owner, "is_transposed", False))
     else:
         transposed = source.info(name).shape != tuple(parameter.shape[1:])
-    return Piece(name=name, parameter=path, expert=int(match[2]), split=True, transposed=transposed)
+    return Piece(name=name, parameter=path, expert=fused[1], split=True, transposed=transposed)
 
 
 def _check_shapes(

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence, Set
 
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.safetensors import TensorInfo
-from quantkit.errors import ModelError, RecipeError, SchemeError
-from quantkit.formats.format import Container, Format, PlannedWeight
+from quantkit.errors import FormatError, ModelError, RecipeError, SchemeError
+from quantkit.formats.format import Container, Format, PartFormat, PlannedWeight
 from quantkit.formats.registry import default_format, make_format
 from quantkit.methods.recipe import KEEP, Recipe
 from quantkit.model.causal import CausalModel
@@ -114,6 +114,29 @@ def decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
     if rule is not None:
         return rule.scheme, f"rule {rule.match!r}"
     return recipe.scheme, f"method {recipe.method}"
+
+
+def decide_all(
+    recipe: Recipe, model: CausalModel, fmt: Format | None, refs: Sequence[Sequence[WeightRef]]
+) -> dict[str, tuple[Scheme | None, str]]:
+    """`decide` for every weight of the blocks; a format that is for some weights leaves others.
+
+    Raises FormatError if it would leave all.
+    """
+    every = [ref for block in refs for ref in block]
+    found = {ref.name: decide(recipe, ref) for ref in every}
+    left: str | None = None
+    if isinstance(fmt, PartFormat):
+        for ref in every:
+            scheme, _ = found[ref.name]
+            if scheme is None or recipe.rule_for(ref.name) is not None:
+                continue
+            if (reason := fmt.leaves(planned(model, ref, scheme))) is not None:
+                found[ref.name] = None, reason
+                left = f"{ref.name}: {fmt.name} leaves it as it is: {reason}"
+    if left is not None and all(scheme is None for scheme, _ in found.values()):
+        raise FormatError(f"{left}; the model has none of those; choose another --format")
+    return found
 
 
 def decide_fed(

@@ -29,7 +29,7 @@ from quantkit.pipeline.decide import (
     check_experts,
     check_rules,
     check_shared,
-    decide,
+    decide_all,
     decide_fed,
     fit,
     head_name,
@@ -204,7 +204,7 @@ def make_plan(
     check_experts(recipe, model)
     fmt = asked_format(format_name, recipe.scheme)
     container = None if fmt is None else open_container(model, fmt)
-    decisions = {ref.name: decide(recipe, ref) for block in refs for ref in block}
+    decisions = decide_all(recipe, model, fmt, refs)
     if fmt is not None and container is not None:
         if max_shard_bytes != DEFAULT_SHARD_BYTES:
             raise FormatError(f"--max-shard-size: {fmt.name} is one file; leave it out")

@@ -78,7 +78,7 @@ def build_report(
                 "shape": list(fate.shape),
                 "dtype": str(fate.dtype).removeprefix("torch."),
                 "bytes": fate.num_bytes,
-                "output": [info.name for info in fate.output],
+                "output": [info.stored for info in fate.output],
             }
             for fate in plan.fates
         ],

@@ -11,7 +11,7 @@ from format_samples import planned, quantized, same, sample_scale, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import BuiltFormat, Format, PlannedWeight
+from quantkit.formats.format import BuiltFormat, Format, PartFormat, PlannedWeight
 from quantkit.formats.registry import (
     available_formats,
     check_supported,
@@ -101,12 +101,13 @@ def together(chosen: Format) -> list[Scheme]:
 
 
 def of_these_schemes() -> list[str]:
-    """Names of the formats that hold any of `SCHEMES`: ggml's blocks have tests of their own."""
+    """Names of the formats that hold any of `SCHEMES` by any name: ggml's blocks and slices of
+    tensors for all experts have tests of their own."""
     schemes = [Scheme.parse(name) for name in SCHEMES]
     return [
         name
         for name in available_formats()
-        if not isinstance(chosen := make_format(name), BuiltFormat)
+        if not isinstance(chosen := make_format(name), (BuiltFormat, PartFormat))
         and any(chosen.supports(scheme) is None for scheme in schemes)
     ]
 
@@ -117,7 +118,7 @@ def of_several_schemes() -> list[str]:
 
 
 def test_the_formats_are_found() -> None:
-    wanted = {"awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "gptq_v2"}
+    wanted = {"awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "gptq_v2", "mxfp4"}
     assert wanted <= set(available_formats())
     for name in available_formats():
         chosen = make_format(name)

@@ -182,11 +182,23 @@ def test_damaged_configurations_are_refused_by_name(
         make_format(GIVEN).weights(source)
 
 
+class ReadOnly:
+    """A format that only reads."""
+
+    name = "read-only"
+
+    def weights(self, source: object) -> dict[str, object]:
+        return {}
+
+    def unpack(self, weight: object, source: object) -> object:
+        return None
+
+
 def test_what_is_no_format_is_refused_as_one() -> None:
     with pytest.raises(FormatError, match="it is no Format"):
         make_format("collections:OrderedDict")
     with pytest.raises(FormatError, match="read, not written"):
-        make_format("quantkit.formats._mxfp4:Mxfp4")
+        make_format(f"{__name__}:ReadOnly")
     with pytest.raises(FormatError, match="quant_method"):
         format_of(MemorySource(config={"quantization_config": {"quant_method": [1]}}, tensors={}))
 

@@ -99,6 +99,14 @@ CASES = (
     Case(name="mixtral", source="mixtral", options=("--method", "rtn")),
     Case(name="qwen3_moe", source="qwen3_moe", options=("--method", "rtn")),
     *(
+        Case(
+            name=f"gpt_oss_{method}",
+            source="gpt_oss",
+            options=("--method", method, "--scheme", "mxfp4a16", "--format", "mxfp4", *options),
+        )
+        for method, options in (("rtn", ()), ("gptq", _CALIBRATION))
+    ),
+    *(
         Case(name=name, source=name, options=("--method", "rtn", "--scheme", "w4a16_g32"))
         for name in IMAGES
     ),

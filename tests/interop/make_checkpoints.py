@@ -28,6 +28,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
+    GptOssConfig,
+    GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -37,6 +39,7 @@ from transformers import (
 
 import quantkit
 from quantkit.demo import demo_path
+from quantkit.formats.format import fused_name
 from quantkit.formats.open import open_source
 from quantkit.model.decoded import Decoded
 
@@ -123,6 +126,7 @@ def write_sources(root: Path, demo: Path) -> None:
         "qwen3_moe": Qwen3MoeForCausalLM(
             Qwen3MoeConfig(num_experts=4, moe_intermediate_size=256, **sizes)
         ),
+        "gpt_oss": GptOssForCausalLM(GptOssConfig(num_local_experts=4, **sizes)),
     }
     for name, model in experts.items():
         model.bfloat16().save_pretrained(root / name)
@@ -135,6 +139,8 @@ def write_dense(out: Path, dense: Path) -> None:
     """Writes the checkpoint with every weight decoded by quantkit, in float32."""
     view = Decoded.open(open_source(out))
     tensors = {name: view.read(name).float().contiguous() for name in view.names()}
+    if view.config["model_type"] == "gpt_oss":
+        stack_experts_(tensors)
     shutil.rmtree(dense, ignore_errors=True)
     dense.mkdir()
     for file in out.glob("*.json"):
@@ -146,6 +152,16 @@ def write_dense(out: Path, dense: Path) -> None:
     (dense / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (dense / "names.json").write_text(json.dumps(sorted(view.stored)), encoding="utf-8")
     save_file(tensors, dense / "model.safetensors", metadata={"format": "pt"})
+
+
+def stack_experts_(tensors: dict[str, torch.Tensor]) -> None:
+    """Puts all experts of a projection into one tensor [E, I, O], as gpt_oss has them."""
+    apart: dict[str, dict[int, torch.Tensor]] = {}
+    for name in list(tensors):
+        if (found := fused_name(name)) is not None and ".experts." in name:
+            apart.setdefault(found[0], {})[found[1]] = tensors.pop(name).t()
+    for name, experts in apart.items():
+        tensors[name] = torch.stack([experts[number] for number in range(len(experts))])
 
 
 def logits(out: Path) -> dict[str, torch.Tensor]:

@@ -32,6 +32,7 @@ FLOAT8 = ["w4afp8", "fp8_blocks", "fp8_tensor"]
 BFLOAT16_WEIGHTS = ["mxfp8_weights", "mxfp4_weights", "nvfp4_weights"]
 BFLOAT16 = [*BFLOAT16_WEIGHTS, "mxfp8", "mxfp4", "nvfp4"]
 EXPERTS = ["mixtral", "qwen3_moe"]
+MXFP4_EXPERTS = ["gpt_oss_rtn", "gpt_oss_gptq"]
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -110,6 +111,17 @@ def test_native_fp8_decodes_to_quantkits_weights(root: Path) -> None:
     found = logits(model, root, "fp8_native")
     # bfloat16 moves the logits of dense weights by 1 %.
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("name", MXFP4_EXPERTS)
+def test_gpt_oss_experts_decode_to_quantkits_numbers(root: Path, name: str) -> None:
+    # Without a GPU transformers decodes experts in MXFP4 while loading, to the dtype asked for.
+    model, expected = loaded(root, name), dense_model(root, name)
+    parameters = dict(model.named_parameters())
+    for path, parameter in expected.named_parameters():
+        assert torch.equal(parameters[path], parameter), path
+    assert sum(".experts." in path and parameters[path].ndim == 3 for path in parameters) == 4
+    assert max_difference(model, root, name) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", BFLOAT16)

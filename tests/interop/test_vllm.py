@@ -13,11 +13,15 @@ import torch
 from cases import CACHED, EXPORTS, MAX_NEW_TOKENS
 from dense import Activation, Float8Cache, dense_model, float8_tokens, int8_tokens
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
 
 # bfloat16 rounds logits of this size by about 0.06 each; two can change places below 0.15.
 TIE = 0.15
-SERVED = [*CACHED, "gptq", "awq", "w8a8", "w4a8", "fp8", "gptq_v1", "gptq_v2", "awq_gemm"]
+MXFP4_EXPERTS = ["gpt_oss_rtn", "gpt_oss_gptq"]
+SERVED = [
+    *CACHED, "gptq", "awq", "w8a8", "w4a8", "fp8", "gptq_v1", "gptq_v2", "awq_gemm",
+    *MXFP4_EXPERTS,
+]  # fmt: skip
 ACTIVATIONS: dict[str, Activation] = {
     "w8a8": int8_tokens(levels=127, lowest=-127),
     "w4a8": int8_tokens(levels=127, lowest=-127),
@@ -48,7 +52,8 @@ def served(root: Path) -> dict[str, list[Continuation]]:
     found = {}
     for name in SERVED:
         record = json.loads((root / f"{name}-vllm.json").read_text(encoding="utf-8"))
-        print(f"{name}: vLLM's 4-bit kernel is {record['kernel']}")
+        kernel = record["experts" if name in MXFP4_EXPERTS else "kernel"]
+        print(f"{name}: vLLM's 4-bit kernel is {kernel}")
         found[name] = [Continuation(**entry) for entry in record["continuations"]]
     return found
 
@@ -59,7 +64,9 @@ def test_tokens_agree_with_transformers(
 ) -> None:
     """Free running until the first difference, which must be a tie of the float32 reference."""
     origin = root / ORIGIN.get(name, name)
-    reader = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.bfloat16).eval()
+    # Otherwise transformers wants accelerate, which is not here, to do just this on a CPU.
+    decoded = {"quantization_config": Mxfp4Config(dequantize=True)} if name in MXFP4_EXPERTS else {}
+    reader = AutoModelForCausalLM.from_pretrained(origin, dtype=torch.bfloat16, **decoded).eval()
     reference = float32_reference(root, name)
     for continuation in served[name]:
         prompt = torch.tensor([continuation.prompt])

@@ -26,22 +26,24 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
 )
 
+import mxfp4_torch
+import wna16_torch
 from cases import MAX_NEW_TOKENS, PROMPTS
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.kernels import linear
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import PlatformEnum
-from wna16_torch import kernel_in_use
 
 
 def main() -> None:
     root, names = Path(sys.argv[1]), sys.argv[2:]
-    kernel = kernel_in_use()
+    kernel = wna16_torch.kernel_in_use()
+    experts = mxfp4_torch.kernel_in_use()
     found = [cls.__name__ for cls in linear._POSSIBLE_WFP8A16_KERNELS[PlatformEnum.CPU]]
     (root / "vllm-kernels.json").write_text(json.dumps({"fp8a16": found}), encoding="utf-8")
     for name in names:
-        record = {"kernel": kernel, **continuations(root / name)}
+        record = {"kernel": kernel, "experts": experts, **continuations(root / name)}
         (root / f"{name}-vllm.json").write_text(json.dumps(record), encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ Letters: B sequences, T tokens, H hidden size, O out features, I in features.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ class BlockLoss:
     """The `Outputs` of one block, on the hidden states that enter it now.
 
     `wanted` holds in the generation after the block's what it is to hand on.  A batch is one of the
-    stream's, so that neither its memory nor the order of sums depends on a budget.
+    stream's, so that neither its memory nor the order of sums depends on a budget; the rank that
+    has it works it out for all.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class BlockLoss:
     ) -> None:
         self._stream, self._index, self._block, self._refs = stream, index, block, refs
         self._wanted = wanted
-        self.batches = len(stream.batches)
+        self._every, self._owners = stream.shares.every, stream.shares.owners
+        self.batches = len(self._every)
         # Several weights may be parts of one parameter: experts, fused projections.
         self._parameters = {ref.parameter: block.get_parameter(ref.parameter) for ref in refs}
 
@@ -58,22 +60,33 @@ class BlockLoss:
         for ref, weight_OI in zip(self._refs, weights, strict=True):
             weight_view(self._block, ref).copy_(weight_OI)
 
-    def loss(self, batch: int) -> float:
-        """‖got - wanted‖² / ‖wanted‖² of a batch, over the tokens that count."""
-        return float(self._lack(batch))
+    def losses(self, batches: Sequence[int]) -> list[float]:
+        """‖got - wanted‖² / ‖wanted‖² of each batch, over the tokens that count."""
+
+        def losing(batch: int) -> Callable[[], float]:
+            return lambda: float(self._lack(batch))
+
+        owners = [self._owners[batch] for batch in batches]
+        return list(self._stream.world.spread(owners, [losing(batch) for batch in batches]))
 
     def slopes(self, batch: int) -> tuple[float, list[Tensor]]:
         """The loss of a batch and its gradient by each weight; zero where no token came by."""
+        (found,) = self._stream.world.spread([self._owners[batch]], [lambda: self._slopes(batch)])
+        return found
+
+    def _slopes(self, batch: int) -> tuple[float, list[Tensor]]:
         with self._watched(), repeatable(self._stream.device), torch.enable_grad():
             loss = self._lack(batch)
             found = torch.autograd.grad(
                 loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True
             )
         by_path = dict(zip(self._parameters, found, strict=True))
-        return float(loss.detach()), [part_view(by_path[ref.parameter], ref) for ref in self._refs]
+        # In one order in memory, whichever process has it: a sum may depend on that.
+        slopes = [part_view(by_path[ref.parameter], ref).contiguous() for ref in self._refs]
+        return float(loss.detach()), slopes
 
     def _lack(self, number: int) -> Tensor:
-        batch = self._stream.batches[number]
+        batch = self._every[number]
         got = self._stream.output(self._index, self._block, batch)
         with phase("reading"):
             wanted = self._stream.read(self._wanted, self._index + 1, batch)

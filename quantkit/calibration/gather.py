@@ -154,6 +154,22 @@ class Shares:
         """This rank's batches."""
         return [batch for number in self.mine for batch in self.leaves[number]]
 
+    @property
+    def every(self) -> list[Batch]:
+        """The batches of all ranks."""
+        return [batch for leaf in self.leaves for batch in leaf]
+
+    @property
+    def owners(self) -> list[int]:
+        """The rank that has each of `every`."""
+        size = self.world.size
+        return [
+            rank
+            for rank in range(size)
+            for number in share_of(len(self.leaves), rank, size)
+            for _ in self.leaves[number]
+        ]
+
 
 def gather(
     needs: Mapping[str, Needs],

@@ -7,7 +7,12 @@ Letters: B sequences, T tokens, H hidden size, V vocabulary, O out features, I i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +21,10 @@ from torch import Tensor, nn
 from quantkit.calibration.batches import Batch
 from quantkit.calibration.block_loss import repeatable
 from quantkit.calibration.held_blocks import Held, HeldBlocks
+from quantkit.calibration.kept_training import KeptTraining, Trained
 from quantkit.calibration.spans import phase
-from quantkit.calibration.stream import CalibrationStream
+from quantkit.calibration.stream import TIMES_SAVING, CalibrationStream
+from quantkit.errors import StoppedError
 from quantkit.methods.descent import LearnedScales
 from quantkit.methods.parts import Heal
 from quantkit.model.refs import BlockCall, WeightRef, part_view, weight_view
@@ -26,6 +33,14 @@ from quantkit.numbers.tensor import QuantizedTensor, decode_rows
 # Logits that are computed at a time.
 LOGITS = 1 << 22
 
+# Whether there is no time left for so many seconds of work.
+Late = Callable[[float], bool]
+
+
+def never(seconds: float) -> bool:
+    """Whether it is late for a run without an end in sight."""
+    return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Weight:
@@ -33,8 +48,48 @@ class _Weight:
     tensor: QuantizedTensor
 
 
+class _Pace:
+    """Seconds that things took, at most, and whether it is time to keep what there is."""
+
+    def __init__(self) -> None:
+        self._seconds = {"step": 0.0, "look": 0.0, "save": 0.0}
+        self._saved_at = time.monotonic()
+
+    def stepping(self) -> AbstractContextManager[None]:
+        """A step."""
+        return self._taking("step")
+
+    def judging(self) -> AbstractContextManager[None]:
+        """A look at what is held out."""
+        return self._taking("look")
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """What keeps it."""
+        with self._taking("save"):
+            yield
+        self._saved_at = time.monotonic()
+
+    def needed(self, looks: bool) -> float:
+        """For another step, and to keep what comes of it."""
+        return self._seconds["step"] + looks * self._seconds["look"] + self._seconds["save"]
+
+    def is_time(self) -> bool:
+        """Whether keeping it is a small part of what there is to lose."""
+        return time.monotonic() - self._saved_at > TIMES_SAVING * self._seconds["save"]
+
+    @contextlib.contextmanager
+    def _taking(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[what] = max(self._seconds[what], time.monotonic() - began)
+
+
 class Healing:
-    """Training of the scales of held blocks; `values` are then the best that were found."""
+    """Training of the scales of held blocks; `values` are then the best that were found.
+
+    Several processes take the same steps: the one that has a batch works it out for all.
+    """
 
     def __init__(
         self,
@@ -45,54 +100,106 @@ class Healing:
         half: Mapping[str, bool],
         *,
         resident: bool,
+        late: Late = never,
     ) -> None:
         """half: by name, whether the file stores scales in float16; resident: keep all blocks in
         memory, which changes nothing but the time."""
         self._stream, self._model, self._part = stream, stream.model, part
-        self._blocks, self._held, self._half = blocks, held, half
-        self._resident = resident
+        self._blocks, self._held = blocks, held
+        self._resident, self._late = resident, late
         self._kept: dict[int, tuple[nn.Module, list[_Weight]]] = {}
-        self._scales: dict[str, LearnedScales] = {}
+        self._scales = {
+            name: LearnedScales(blocks.scale(name), half=half[name])
+            for weights in held
+            for name in weights
+        }
+        self._batches, self._owners = stream.shares.every, stream.shares.owners
+        self._training = KeptTraining(stream.scratch / "training")
         rows = self._model.head.shape[0]
         self._rows_VH = self._model.head_rows(0, rows)
 
     def run(self) -> tuple[float, float]:
-        """Trains; returns the KL divergence in nats per token of batches that only judge, before
-        and after, which is never more."""
-        batches = self._stream.batches
-        judges = batches[len(batches) - self._part.judges(len(batches)) :]
-        fitted = max(len(batches) - len(judges), 1)
-        before = after = self._judged(judges)
-        best = {name: scale.values for name, scale in self._scales.items()}
+        """Trains, on from the step that an interrupted run kept last; returns the KL divergence in
+        nats per token of batches that only judge, before and after, which is never more.
+
+        Raises StoppedError, with what is done on the disk, once it is too late for another step,
+        but not before the first.
+        """
+        world, steps = self._stream.world, self._part.iterations
+        count = self._part.judges(len(self._batches))
+        judges = range(len(self._batches) - count, len(self._batches))
+        fitted = max(len(self._batches) - count, 1)
+        pace = _Pace()
+        kept = self._training.load(self._scales, self._model.device)
+        if kept is None:
+            with pace.judging():
+                least = self._judged(judges)
+            now, best = Trained(steps=0, before=least, after=least), self._values()
+        else:
+            now, best = kept
+        first = now.steps
         order = torch.Generator().manual_seed(0)
         queue: list[int] = []
-        for step in range(self._part.iterations):
+        for step in range(steps):
             queue = queue or torch.randperm(fitted, generator=order).tolist()
-            rate = self._part.rate * (1 - step / self._part.iterations)
-            self._step(batches[queue.pop()], step + 1, rate)
-            if self._part.looks_after(step):
-                now = self._judged(judges)
-                if now < after:
-                    after = now
-                    best = {name: scale.values for name, scale in self._scales.items()}
+            batch = queue.pop()
+            if step < first:
+                continue
+            looks = self._part.looks_after(step)
+            needed = functools.partial(self._late, pace.needed(looks))
+            if step > first and world.first(needed):
+                self._save(now, best)
+                raise StoppedError(f"{step} of {steps} training steps are kept")
+            with pace.stepping():
+                self._step(batch, step + 1, self._part.rate * (1 - step / steps))
+            now = dataclasses.replace(now, steps=step + 1)
+            if looks:
+                with pace.judging():
+                    least = self._judged(judges)
+                if least < now.after:
+                    now, best = dataclasses.replace(now, after=least), self._values()
+            if world.first(pace.is_time):
+                with pace.saving():
+                    self._save(now, best)
         self.values = best
         self._kept.clear()
-        return before, after
+        return now.before, now.after
 
-    def _judged(self, batches: Sequence[Batch]) -> float:
-        total, tokens = 0.0, 0
-        for batch in batches:
-            *_, hidden = self._forward(batch)[0]
-            total += self._divergence(batch, hidden)[0]
-            tokens += self._stream.tokens(batch)
-        return total / max(tokens, 1)
+    def _values(self) -> dict[str, Tensor]:
+        return {name: scale.values for name, scale in self._scales.items()}
 
-    def _step(self, batch: Batch, number: int, rate: float) -> None:
+    def _save(self, now: Trained, best: Mapping[str, Tensor]) -> None:
+        """Keeps how far it has come; all processes have come as far, and one of them says so."""
+        with phase("fsync"):
+            self._stream.world.first(lambda: self._training.save(now, self._scales, best))
+
+    def _judged(self, numbers: Sequence[int]) -> float:
+        def judging(batch: Batch) -> Callable[[], float]:
+            return lambda: self._divergence(batch, self._forward(batch)[0][-1])[0]
+
+        batches = [self._batches[number] for number in numbers]
+        owners = [self._owners[number] for number in numbers]
+        total = 0.0
+        for divergence in self._stream.world.spread(owners, [judging(each) for each in batches]):
+            total += divergence
+        return total / max(sum(self._stream.tokens(batch) for batch in batches), 1)
+
+    def _step(self, batch: int, number: int, rate: float) -> None:
+        owner, world = self._owners[batch], self._stream.world
+        slopes = self._slopes(self._batches[batch]) if owner == world.rank else iter(())
+        for index in reversed(range(self._model.num_blocks)):
+            (found,) = world.spread([owner], [lambda: next(slopes)])
+            for name, slope_OG in zip(self._held[index], found, strict=True):
+                self._scales[name].step_(slope_OG, number, rate)
+
+    def _slopes(self, batch: Batch) -> Iterator[list[Tensor]]:
+        """The gradients by the scales' logarithms [O, G], from the last block to the first."""
         entered, calls = self._forward(batch)
         _, slope = self._divergence(batch, entered.pop())
         for index in reversed(range(self._model.num_blocks)):
             block, weights = self._load(index)
-            slope = self._back(block, weights, entered.pop(), calls[index], slope, number, rate)
+            slope, found = self._back(block, weights, entered.pop(), calls[index], slope)
+            yield found
 
     def _forward(self, batch: Batch) -> tuple[list[Tensor], tuple[BlockCall, ...]]:
         """What enters each block, and what the last one hands on."""
@@ -112,10 +219,8 @@ class Healing:
         entered: Tensor,
         call: BlockCall,
         slope: Tensor,
-        number: int,
-        rate: float,
-    ) -> Tensor:
-        """Steps a block's scales; the gradient by what entered it."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The gradients by what entered a block, and by the logarithms of its scales."""
         parameters = {w.ref.parameter: block.get_parameter(w.ref.parameter) for w in weights}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -132,12 +237,12 @@ class Healing:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
         by_path = dict(zip(parameters, found, strict=True))
+        slopes = []
         for weight in weights:
-            scales = self._scales[weight.ref.name]
             slope_OI = part_view(by_path[weight.ref.parameter], weight.ref).float()
             value_OI = weight_view(block, weight.ref).float()
-            scales.step_(scales.slope(slope_OI, value_OI), number, rate)
-        return before
+            slopes.append(self._scales[weight.ref.name].slope(slope_OI, value_OI))
+        return before, slopes
 
     def _divergence(self, batch: Batch, hidden: Tensor) -> tuple[float, Tensor]:
         """KL(original || model) of a batch, summed over its tokens, and its gradient by what the
@@ -198,8 +303,6 @@ class Healing:
         block, weights = found
         for weight in weights:
             name, tensor = weight.ref.name, weight.tensor
-            if name not in self._scales:
-                self._scales[name] = LearnedScales(tensor, half=self._half[name])
             values = self._scales[name].values
             decoded = decode_rows(tensor.codes, values, tensor.zero, tensor.scheme)
             weight_view(block, weight.ref).copy_(decoded)

@@ -67,6 +67,12 @@ class Timeline:
         parts = self.steps[step].values()
         return Seconds(wall=sum(p.wall for p in parts), cpu=sum(p.cpu for p in parts))
 
+    def mean(self, steps: str, phase: Phase) -> float:
+        """Wall seconds of a phase in the steps whose names begin so; 0 where it never was."""
+        parts = [phases for name, phases in self.steps.items() if name.startswith(steps)]
+        found = [phases[phase] for phases in parts if phase in phases]
+        return sum(part.wall for part in found) / max(len(found), 1)
+
     def to_dict(self) -> dict[str, dict[str, dict[str, float]]]:
         """Step -> phase -> wall and cpu seconds."""
         return {

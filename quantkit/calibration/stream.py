@@ -33,8 +33,8 @@ from quantkit.numbers.activations import InputRounding
 
 # A matrix is a summand of the block's output up to what hidden states in 16 bits round away.
 _ROUNDED = 0.05
-# Times the seconds that saving takes which pass before hidden states are saved again.
-_TIMES_SAVING = 20
+# Times the seconds that saving takes which pass before what memory holds is saved again.
+TIMES_SAVING = 20
 
 
 class _Enough(Exception):
@@ -199,7 +199,7 @@ class CalibrationStream:
         return True
 
     def _is_time(self, generation: int) -> bool:
-        early = time.monotonic() - self._saved_at < _TIMES_SAVING * self._saving
+        early = time.monotonic() - self._saved_at < TIMES_SAVING * self._saving
         return not early and all(store.has_file_for(generation) for store in self._stores)
 
     def gather(
@@ -262,7 +262,7 @@ class CalibrationStream:
         stream: Stream,
         owners: Mapping[str, int] | None,
     ) -> StatsBook:
-        return gather(
+        book = gather(
             needs,
             features,
             forward,
@@ -274,6 +274,12 @@ class CalibrationStream:
             device=self.device,
             label=self.model.block_path(index),
         )
+        if self._spread:
+            for block, counts in self.world.gathered(self._sent):
+                for key, found in counts.items() if block == index else ():
+                    for start, count in found.items():
+                        self._note_sent(index, start, key, count)
+        return book
 
     def _run(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from quantkit_kernels.lazy import torch
 
 from quantkit.numbers.grid import store_scale
-from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+from quantkit.numbers.tensor import PlainScale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,11 @@ class Adam:
     def __init__(self, like: Tensor) -> None:
         self._mean, self._square = torch.zeros_like(like), torch.zeros_like(like)
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the next direction depends on, by name: not copies."""
+        return {"mean": self._mean, "square": self._square}
+
     def direction(self, slope: Tensor, number: int) -> Tensor:
         """The direction of step `number`, from 1 on; zero where no gradient ever came."""
         self._mean.lerp_(slope, 1 - _BETA)
@@ -39,12 +44,22 @@ class Adam:
 class LearnedScales:
     """A weight's scales times factors whose logarithms are learned; `values` are those stored."""
 
-    def __init__(self, tensor: QuantizedTensor, *, half: bool) -> None:
+    def __init__(self, start_OG: Tensor, *, half: bool) -> None:
         """half: see `store_scale`."""
-        self._start_OG, self._half = tensor.scale.values(), half
+        self._start_OG, self._half = start_OG, half
         self._growth_OG = torch.zeros_like(self._start_OG)
         self._adam = Adam(self._growth_OG)
         self.values = self._start_OG
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the next step depends on, by name, float32 [O, G] each: not copies.  After a change
+        `refresh` it."""
+        return {"growth": self._growth_OG, **self._adam.state}
+
+    def refresh(self) -> None:
+        """Has `values` follow the state."""
+        self.values = store_scale(self._start_OG * self._growth_OG.exp(), half=self._half)
 
     def slope(self, slope_OI: Tensor, value_OI: Tensor) -> Tensor:
         """The gradient by the logarithms [O, G], from that by the weight, whose value is given.
@@ -56,7 +71,7 @@ class LearnedScales:
     def step_(self, slope_OG: Tensor, number: int, rate: float) -> None:
         """Step `number`, from 1 on, against the gradient by the logarithms."""
         self._growth_OG -= rate * self._adam.direction(slope_OG, number)
-        self.values = store_scale(self._start_OG * self._growth_OG.exp(), half=self._half)
+        self.refresh()
 
     def scale(self) -> PlainScale:
         """The scales as they are now."""

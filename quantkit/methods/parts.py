@@ -147,8 +147,8 @@ class Outputs(Protocol):
         """Has the block compute with other values, float32 [O, I] each, from now on."""
         ...
 
-    def loss(self, batch: int) -> float:
-        """The loss of a batch."""
+    def losses(self, batches: Sequence[int]) -> list[float]:
+        """The loss of each of these batches, which several processes work out side by side."""
         ...
 
     def slopes(self, batch: int) -> tuple[float, list[Tensor]]:

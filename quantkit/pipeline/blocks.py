@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from quantkit.calibration.ahead import BlocksAhead
 from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import StatsBook
+from quantkit.calibration.healing import Late, never
 from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.processes.work import work_owners
 from quantkit.calibration.shared import MethodStats, SharedMethod
@@ -42,6 +44,7 @@ from quantkit.pipeline.solve import Solved, quantize_weights
 from quantkit.pipeline.work.fold import fold_block_
 from quantkit.pipeline.work.heal import HealWork
 from quantkit.pipeline.work.needs import block_needs, fitting, stored_scheme
+from quantkit.pipeline.work.outputs import outputs_of
 from quantkit.pipeline.work.refine import refine_block_
 
 Book = StatsBook | MethodStats
@@ -76,10 +79,12 @@ class BlockWork:
         keep_hidden: bool = False,
         ahead: bool = False,
         resident: bool = False,
+        late: Late = never,
         world: World = ALONE,
     ) -> None:
         """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work;
-        resident: hold all blocks in memory while they are healed.
+        resident: hold all blocks in memory while they are healed; late: whether there are not so
+        many seconds left.
 
         world: whom calibration and solving are shared with; rank 0 alone writes tensors.
 
@@ -106,13 +111,24 @@ class BlockWork:
         self.heal: HealWork | None = None
         if recipe.heals:
             self.steps.append("heal")
-            self.heal = HealWork(model, plan, scratch, done=done, resident=resident, stack=stack)
+            self.heal = HealWork(
+                model,
+                plan,
+                scratch,
+                done=done,
+                resident=resident,
+                late=late,
+                stack=stack,
+                world=world,
+            )
         if plan.head is not None:
             self.steps.append("head")
         if plan.embedding is not None:
             self.steps.append("embedding")
         if plan.extra:
             self.steps.append("extra")
+        later = set() if self.heal is None else self.heal.names
+        self._outputs = functools.partial(outputs_of, plan, later)
         committed = [name for step in done for name in self._outputs(step)]
         self.writer: TensorWriter = Elsewhere()
         if world.rank == 0:
@@ -424,11 +440,15 @@ class BlockWork:
                 self.writer.put(name, packed)
 
     def _healed(self) -> Record:
-        """Trains the scales of all blocks and writes the weights that have them."""
+        """Trains the scales of all blocks and writes the weights that have them.
+
+        Raises StoppedError.
+        """
         assert self.heal is not None and self.stream is not None
         loss = self.heal.run(self.stream)
-        for name, tensor in self.heal.tensors():
-            self._put(self.plan.weight_of[name], tensor)
+        if self.world.rank == 0:
+            for name, tensor in self.heal.tensors():
+                self._put(self.plan.weight_of[name], tensor)
         self._generation = None if self.plan.head is None else self.model.num_blocks
         return Record(step="heal", refined=loss)
 
@@ -475,26 +495,3 @@ class BlockWork:
     def _read(self, ref: WeightRef) -> Tensor:
         """A weight that no block holds, where the statistics are."""
         return self.model.source.read(ref.name).to(self.model.device, self.model.dtype)
-
-    def _outputs(self, step: str) -> list[str]:
-        """Names of the output tensors that a step writes."""
-        if step == "embed":
-            return []
-        if step == "heal":
-            assert self.heal is not None
-            return self.heal.outputs
-        if step == "head":
-            return [info.name for info in self.plan.head_layout]
-        if step == "embedding":
-            assert self.plan.embedding is not None
-            return [self.plan.embedding.name]
-        if step == "extra":
-            wanted = {ref.name for ref in self.plan.extra}
-            outside = self.plan.fates_of_block.get(None, ())
-            return [info.name for f in outside if f.name in wanted for info in f.output]
-        block = None if step == "outside" else int(step.removeprefix("block "))
-        fates = self.plan.fates_of_block.get(block, ())
-        if step == "outside":
-            fates = tuple(fate for fate in fates if fate.fate != "quantized")
-        later = set() if self.heal is None or block is None else self.heal.names
-        return [info.name for fate in fates if fate.name not in later for info in fate.output]

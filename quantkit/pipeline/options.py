@@ -333,8 +333,8 @@ class QuantizeOptions:
             "--until",
             (
                 "end in time, as in `3h50m` from the start: no step is begun that would end later "
-                "if it took as long as the longest so far; exit code 3, and the same command goes "
-                "on"
+                "if it took as long as the longest so far, and training of scales stops between "
+                "two of its steps; exit code 3, and the same command goes on"
             ),
             shown="no limit",
         ),

@@ -16,6 +16,7 @@ from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import gram_bytes
 from quantkit.calibration.healing import LOGITS
 from quantkit.calibration.held_blocks import held_layout
+from quantkit.calibration.kept_training import KEPT_TIMES
 from quantkit.calibration.processes.tree import num_leaves, sums_at_once
 from quantkit.checkpoint.memory import current_rss, format_size, with_spare
 from quantkit.checkpoint.sidefiles import side_bytes
@@ -218,8 +219,11 @@ def predict(
         solve = max(solve, _refining_bytes(model, plan, batch))
     heal, resident, held = 0, 0, 0
     if calibration is not None and recipe.heals:
-        held = held_layout(model, held_weights(model, plan))[0].num_bytes
-        resident = model.num_blocks * block + held
+        layout = held_layout(model, held_weights(model, plan))[0]
+        resident = model.num_blocks * block + layout.num_bytes
+        places = layout.places.items()
+        scales = sum(at.info.nbytes for name, (_, at) in places if name.endswith(":scale"))
+        held = layout.num_bytes + KEPT_TIMES * scales
         # Towers make what enters the first block anew in every step.
         heal = _healing_bytes(model, plan, batch) + towers
     if processes > 1:
@@ -267,7 +271,7 @@ def _refining_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
 
 def _healing_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
     """What healing holds beside a block: its codes and gradients, activations of a batch in it and
-    between all blocks, the head, logits, and four numbers for each scale."""
+    between all blocks, the head, logits, and six numbers for each scale."""
     part = plan.recipe.make_heal()
     assert part is not None
     itemsize, most, weights = model.dtype.itemsize, 0, 0
@@ -279,7 +283,7 @@ def _healing_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
     rows, columns = model.head.shape
     between = (model.num_blocks + 2) * tokens * model.text_config.hidden_size * itemsize
     size = min(scheme.group_size or columns for scheme in plan.recipe.schemes)
-    learned = 5 * 4 * weights // size
+    learned = 6 * 4 * weights // size
     return most + rows * columns * itemsize + between + learned + _LOGIT_COPIES * 4 * LOGITS
 
 

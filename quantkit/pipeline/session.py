@@ -7,6 +7,7 @@ packed tensors --> OUT.partial (synced) --> journal line --> ... --> manifest --
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
@@ -136,13 +137,14 @@ def _run_built(
     """The checkpoint first, beside `out`, then what is built of it; each goes on by itself.
 
     The checkpoint stays if building fails: it is whole, and other formats can be written from it.
+    All ranks make it, and rank 0 builds.
     """
-    began = time.monotonic()
-    written = fresh or not is_built(job, out)
+    began, world = time.monotonic(), job.world
+    written = fresh or not world.first(lambda: is_built(job, out))
     if written:
         beside = checkpoint_beside(out)
         _run(job, beside, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
-    build(job, out, fresh=fresh, progress=progress)
+    world.first(lambda: build(job, out, fresh=fresh, progress=progress))
     out = Path(os.path.abspath(out))
     return Outcome(out=out, written=written, seconds=time.monotonic() - began)
 
@@ -203,7 +205,7 @@ def _run(
     same_everywhere(world, {**job.fingerprint, **asked})
     timeline = Timeline(events=profile is not None)
     with contextlib.ExitStack() as stack:
-        session = Session(job, out, fresh=fresh, stack=stack, timeline=timeline)
+        session = Session(job, out, fresh=fresh, stack=stack, timeline=timeline, deadline=deadline)
         if session.complete:
             return session.outcome
         if profile is not None and world.rank == 0:
@@ -213,15 +215,10 @@ def _run(
         bar.reset(total=len(session.steps))
         bar.update(session.resumed_after)
         for step in session.pending:
-            if deadline is not None and world.first(
-                lambda: time.monotonic() + session.longest > deadline
+            if session.settled > session.resumed_after and world.first(
+                functools.partial(session.late, session.expected(step))
             ):
-                done = session.settled
-                if done > session.resumed_after:
-                    raise StoppedError(
-                        f"{out}: stopped before --until with {done} of {len(session.steps)} steps "
-                        f"done, {session.steps[done]} being next; the same command goes on there"
-                    )
+                raise session.stopped()
             bar.set_description(f"{step}{session.remaining}")
             session.run(step)
             bar.update()
@@ -248,7 +245,9 @@ class Session:
         fresh: bool,
         stack: contextlib.ExitStack,
         timeline: Timeline | None = None,
+        deadline: float | None = None,
     ) -> None:
+        self._deadline = deadline
         self.timeline = Timeline() if timeline is None else timeline
         self._began = time.monotonic()
         self._job, self._fresh, self._stack = job, fresh, stack
@@ -303,6 +302,7 @@ class Session:
             keep_hidden=job.max_vram is None,
             ahead=job.device.startswith("cuda") and job.max_ram is None,
             resident=job.prediction.heals_in_memory(job.max_ram, job.max_vram, job.device),
+            late=self.late,
             world=world,
         )
 
@@ -348,10 +348,28 @@ class Session:
         """How many steps the same command would not do again."""
         return len(self._done) - len(self._unsettled)
 
-    @property
-    def longest(self) -> float:
-        """Wall seconds of the longest step so far."""
-        return max((self.timeline.total(step).wall for step in self.timeline.steps), default=0.0)
+    def late(self, seconds: float) -> bool:
+        """Whether the deadline comes before so many seconds are over."""
+        return self._deadline is not None and time.monotonic() + seconds > self._deadline
+
+    def expected(self, step: str) -> float:
+        """Wall seconds of a step, or before it is where it could be gone on with: those of the
+        longest so far, and of healing what blocks tell."""
+        found = [self.timeline.total(step).wall for step in self.timeline.steps]
+        heal, stream = self._work.heal, self._work.stream
+        if step == "heal" and heal is not None and stream is not None:
+            forward = self.timeline.mean("block ", "forward")
+            found.append(heal.seconds(forward, len(stream.batches)))
+        return max(found, default=0.0)
+
+    def stopped(self, kept: str = "") -> StoppedError:
+        """What ends a run at its deadline; `kept`: how far the next step is."""
+        done = self.settled
+        told = f" ({kept})" if kept else ""
+        return StoppedError(
+            f"{self._out}: stopped before --until with {done} of {len(self.steps)} steps done, "
+            f"{self.steps[done]} being next{told}; the same command goes on there"
+        )
 
     @property
     def remaining(self) -> str:
@@ -366,7 +384,11 @@ class Session:
     def run(self, step: str) -> None:
         """Does a step; it is in the journal on return, if a run can go on from there."""
         with self.timeline.step(step):
-            self._done[step] = record = self._work.run(step)
+            try:
+                record = self._work.run(step)
+            except StoppedError as stop:
+                raise self.stopped(str(stop)) from None
+            self._done[step] = record
             self._unsettled.append(record)
             if self._work.settle():
                 with phase("fsync"):

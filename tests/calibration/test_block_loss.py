@@ -45,10 +45,10 @@ def test_slopes_are_those_of_differences(kind: str, tmp_path: Path) -> None:
         outputs = BlockLoss(stream, 0, block, refs, stream.hidden)
         outputs.put_([job.model.weight(job.model.load_block(0), ref) for ref in refs])
         # Hidden states of these models are float32: what was stored is what comes.
-        assert outputs.loss(0) == pytest.approx(0, abs=1e-10)
+        assert outputs.losses([0])[0] == pytest.approx(0, abs=1e-10)
         outputs.put_(weights)
         loss, slopes = outputs.slopes(0)
-        assert loss == pytest.approx(outputs.loss(0), rel=1e-6) and loss > 0
+        assert loss == pytest.approx(outputs.losses([0])[0], rel=1e-6) and loss > 0
         assert not any(p.requires_grad for p in block.parameters())
         for number, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
             assert slope.shape == weight.shape and slope.dtype == torch.float32
@@ -59,7 +59,7 @@ def test_slopes_are_those_of_differences(kind: str, tmp_path: Path) -> None:
             sides = []
             for sign in (1, -1):
                 outputs.put_([w + sign * step if k == number else w for k, w in enumerate(weights)])
-                sides.append(outputs.loss(0))
+                sides.append(outputs.losses([0])[0])
             outputs.put_(weights)
             expected = (sides[0] - sides[1]) / 2
             # Losses are float32 sums, and the third order of the step shows.
@@ -85,8 +85,8 @@ def test_padding_does_not_count(tmp_path: Path) -> None:
         outputs = BlockLoss(stream, 0, block, refs, stream.hidden)
         for parameter in block.parameters():
             parameter.mul_(0.9)
-        before = outputs.loss(0)
+        before = outputs.losses([0])[0]
         wanted = stream.hidden.read(1, 0, len(mask))
         wanted[:, 20:] += 100
         stream.hidden.write(1, 0, wanted)
-        assert outputs.loss(0) == before
+        assert outputs.losses([0])[0] == before

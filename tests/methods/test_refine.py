@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ class Product:
     def put_(self, weights: Iterable[Tensor]) -> None:
         (self.weight,) = tuple(weights)
 
-    def loss(self, batch: int) -> float:
-        return float(self._lack(self.weight, batch))
+    def losses(self, batches: Sequence[int]) -> list[float]:
+        return [float(self._lack(self.weight, batch)) for batch in batches]
 
     def slopes(self, batch: int) -> tuple[float, list[Tensor]]:
         leaf = self.weight.clone().requires_grad_(True)
@@ -87,7 +87,7 @@ def test_built_in_refinements_lower_the_loss_and_are_repeatable(part: str, name:
     assert isinstance(judge, Learned)
     product.put_([tensor.dequantize(torch.float32)])
     last = range(BATCHES - judge.judges(BATCHES), BATCHES)
-    assert sum(product.loss(k) for k in last) / len(last) == pytest.approx(first.after, rel=1e-6)
+    assert sum(product.losses(last)) / len(last) == pytest.approx(first.after, rel=1e-6)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["bfloat16", "float16"])

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_extra
 import tiny_jobs as jobs
 import torch
 from transformers import AutoModelForCausalLM
 
+from quantkit.calibration import healing, kept_training
 from quantkit.calibration.healing import Healing
+from quantkit.calibration.held_blocks import HeldBlocks, _others
 from quantkit.checkpoint.files import FileSource
+from quantkit.errors import StoppedError
 from quantkit.formats.registry import format_of
 from quantkit.methods.recipe import load_recipe
+from quantkit.model.causal import CausalModel
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.duration import Speeds, duration
+from quantkit.pipeline.predict import Prediction
 from quantkit.pipeline.session import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,13 +108,43 @@ def test_blocks_in_memory_or_not_give_the_same_bytes(kind: str, tmp_path: Path) 
     assert outs[0] == outs[1]
 
 
-@pytest.mark.parametrize("number", [1, 7])
-def test_a_run_that_stops_while_healing_ends_in_the_same_bytes(
-    number: int, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = jobs.make_job(llama, "best", SCHEME, **OPTIONS)
-    whole = jobs.hashes(jobs.finish(job, tmp_path / "whole").out)
-    kept, count = Healing._step, 0
+@pytest.mark.parametrize("kind", ["llama", "glm4_moe"])
+def test_the_source_is_read_once(kind: str, tmp_path: Path) -> None:
+    """Of the second, blocks hold a buffer too, which is no weight; a reference reads all anew."""
+    model = (jobs if kind == "llama" else tiny_extra).build(kind, tmp_path / "model")
+    options = {**OPTIONS, "overrides": (*HEALED[:1], "heal.iterations=3", "refine=null")}
+    draw = torch.Generator().manual_seed(0)
+    options["calibration"] = torch.randint(3, 51, (8, 32), generator=draw)
+    outs, loaded = [], []
+    load = CausalModel.load_block
+
+    def note(self: CausalModel, index: int) -> torch.nn.Module:
+        loaded.append(index)
+        return load(self, index)
+
+    def anew(self: HeldBlocks, index: int) -> torch.nn.Module:
+        block = load(self._model, index)
+        with torch.no_grad():
+            for path in _others(block, self._held[index]):
+                block.state_dict()[path].copy_(self._read(f"{index}:{path}"))
+        return block
+
+    for name, read in (("once", HeldBlocks.load), ("anew", anew)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Prediction, "heals_in_memory", lambda *_: False)
+            patch.setattr(CausalModel, "load_block", note)
+            patch.setattr(HeldBlocks, "load", read)
+            job = jobs.make_job(model, "best", "w3a16_g16", **options)
+            loaded.clear()
+            outs.append(jobs.hashes(jobs.finish(job, tmp_path / name).out))
+            assert loaded == list(range(job.model.num_blocks))
+            assert job.model.num_blocks == (2 if kind == "llama" else 4)
+    assert outs[0] == outs[1]
+
+
+def killed_at(number: int) -> pytest.MonkeyPatch:
+    """A run ends as training comes to a step for the so-many-th time."""
+    patch, kept, count = pytest.MonkeyPatch(), Healing._step, 0
 
     def fail(self: Healing, *arguments: Any) -> None:
         nonlocal count
@@ -116,12 +153,91 @@ def test_a_run_that_stops_while_healing_ends_in_the_same_bytes(
             raise KeyboardInterrupt
         kept(self, *arguments)
 
-    monkeypatch.setattr(Healing, "_step", fail)
-    with pytest.raises(KeyboardInterrupt):
-        jobs.finish(job, tmp_path / "out")
-    monkeypatch.setattr(Healing, "_step", kept)
+    patch.setattr(Healing, "_step", fail)
+    return patch
+
+
+def counted() -> tuple[pytest.MonkeyPatch, list[int]]:
+    """Numbers of the steps that training takes from now on."""
+    patch, kept, steps = pytest.MonkeyPatch(), Healing._step, []
+
+    def note(self: Healing, batch: int, number: int, rate: float) -> None:
+        steps.append(number)
+        kept(self, batch, number, rate)
+
+    patch.setattr(Healing, "_step", note)
+    return patch, steps
+
+
+@pytest.mark.parametrize("number", [1, 7, 18])
+def test_a_run_that_is_killed_while_healing_goes_on_there(
+    number: int, llama: Path, tmp_path: Path
+) -> None:
+    """It looks at what is held out after steps 7, 14 and 20, and keeps each step."""
+    job = jobs.make_job(llama, "best", SCHEME, **OPTIONS)
+    whole = jobs.hashes(jobs.finish(job, tmp_path / "whole").out)
+    with pytest.MonkeyPatch.context() as always:
+        always.setattr(healing, "TIMES_SAVING", 0)
+        patch = killed_at(number)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.finish(job, tmp_path / "out")
+        patch.undo()
+        again = jobs.make_job(llama, "best", SCHEME, **OPTIONS)
+        patch, steps = counted()
+        assert jobs.hashes(run(again, tmp_path / "out", progress=False).out) == whole
+        patch.undo()
+    assert steps == list(range(number, 21))
+
+
+@pytest.mark.parametrize("name", ["training-0.safetensors", "training.json"])
+def test_a_kill_while_a_step_is_kept_leaves_the_one_before(
+    name: str, llama: Path, tmp_path: Path
+) -> None:
+    job = jobs.make_job(llama, "best", SCHEME, **OPTIONS)
+    whole = jobs.hashes(jobs.finish(job, tmp_path / "whole").out)
+    places = {
+        "training-0.safetensors": (kept_training.ShardWriter, "close"),
+        "training.json": (kept_training, "write_file"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(healing, "TIMES_SAVING", 0)
+        where, what = places[name]
+        plain, count = getattr(where, what), 0
+
+        def fail(*arguments: Any) -> None:
+            nonlocal count
+            path = arguments[0]
+            count += "training" in str(getattr(path, "directory", path))
+            if count == 3:
+                raise KeyboardInterrupt
+            plain(*arguments)
+
+        patch.setattr(where, what, fail)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.finish(job, tmp_path / "out")
+    patch, steps = counted()
     again = jobs.make_job(llama, "best", SCHEME, **OPTIONS)
     assert jobs.hashes(run(again, tmp_path / "out", progress=False).out) == whole
+    patch.undo()
+    assert steps == list(range(3, 21))
+
+
+def test_until_stops_training_after_a_step(llama: Path, tmp_path: Path) -> None:
+    """Each run does a step at least, and of training too."""
+    short = {**OPTIONS, "overrides": (*HEALED, "heal.iterations=6")}
+    job = jobs.make_job(llama, "best", SCHEME, **short)
+    whole = jobs.hashes(jobs.finish(job, tmp_path / "whole").out)
+    out, told = tmp_path / "out", []
+    while not out.exists():
+        try:
+            jobs.finish(job, out, deadline=time.monotonic())
+        except StoppedError as stop:
+            told.append(str(stop))
+    # outside, embed and two blocks; five stops between six steps of training.
+    assert len(told) == 4 + 5
+    assert "4 of 5 steps done, heal being next; the same" in told[3]
+    assert "heal being next (2 of 6 training steps are kept); the same command" in told[5]
+    assert jobs.hashes(out) == whole
 
 
 def test_more_bits_are_as_without_it(llama: Path, tmp_path: Path) -> None:

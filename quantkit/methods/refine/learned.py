@@ -89,8 +89,8 @@ class Learned:
 
         def judged() -> float:
             outputs.put_(latent.decoded() for latent in latents)
-            losses = [outputs.loss(outputs.batches - 1 - k) for k in range(judges)]
-            return sum(losses) / judges
+            last = range(outputs.batches - 1, outputs.batches - 1 - judges, -1)
+            return sum(outputs.losses(last)) / judges
 
         before = after = judged()
         best = list(tensors)
@@ -121,7 +121,7 @@ class _Latent:
         self._lowest, self._highest = grid.low - _EDGE, grid.high + _EDGE
         self._real_OI = tensor.codes.to(torch.float32) if moves else None
         self._codes = None if self._real_OI is None else Adam(self._real_OI)
-        self._scales = LearnedScales(tensor, half=tensor.scheme.half_scales)
+        self._scales = LearnedScales(tensor.scale.values(), half=tensor.scheme.half_scales)
 
     def decoded(self) -> Tensor:
         """The weight as it is now, float32 [O, I]."""

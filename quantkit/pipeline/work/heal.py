@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantkit.calibration.healing import Healing
+from quantkit.calibration.healing import Healing, Late
 from quantkit.calibration.held_blocks import Held, HeldBlocks
+from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.spans import phase
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.model.causal import CausalModel
@@ -20,13 +21,13 @@ from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.solve import Solved
 
 _FOLDER = "held"
+# A run forward, another one, and its gradient, which takes two.
+_STEP_RUNS = 4
 
 
 class HealWork:
-    """Holds what blocks leave until their scales have been trained.
-
-    `names` are the weights that wait, `outputs` the tensors they become.
-    """
+    """Holds what blocks leave until their scales have been trained; `names` are the weights that
+    wait."""
 
     def __init__(
         self,
@@ -36,17 +37,18 @@ class HealWork:
         *,
         done: Collection[str],
         resident: bool,
+        late: Late,
         stack: contextlib.ExitStack,
+        world: World,
     ) -> None:
         """done: steps of an interrupted run; resident: keep all blocks in memory while healing."""
-        self._model, self._plan, self._resident = model, plan, resident
+        self._model, self._plan, self._resident, self._late = model, plan, resident, late
         self._held = held_weights(model, plan)
         self.names = {name for held in self._held for name in held}
-        self.outputs = [
-            info.name for fate in plan.fates if fate.name in self.names for info in fate.output
-        ]
         kept = [int(step.removeprefix("block ")) for step in done if step.startswith("block ")]
-        self.blocks = HeldBlocks(model, self._held, scratch / _FOLDER, done=kept, stack=stack)
+        self.blocks = HeldBlocks(
+            model, self._held, scratch / _FOLDER, done=kept, stack=stack, world=world
+        )
         self._values: dict[str, torch.Tensor] = {}
 
     def keep(self, index: int, block: nn.Module, solved: Sequence[Solved]) -> None:
@@ -55,8 +57,19 @@ class HealWork:
         with phase("writing"):
             self.blocks.keep(index, block, tensors)
 
+    def seconds(self, forward: float, batches: int) -> float:
+        """Before healing is where it could be gone on with: a look at what is held out, and a step,
+        which runs a batch forward twice and backward.
+
+        forward: what runs of all of one process's `batches` through a block took, once at least.
+        """
+        part = self._plan.recipe.make_heal()
+        assert part is not None
+        runs = _STEP_RUNS + part.judges(batches)
+        return self._model.num_blocks * runs * forward / max(batches, 1)
+
     def run(self, stream: CalibrationStream) -> tuple[float, float]:
-        """Trains; the divergence before and after."""
+        """Trains; the divergence before and after.  Raises StoppedError if it is `late`."""
         part = self._plan.recipe.make_heal()
         assert part is not None
         half = {
@@ -64,7 +77,16 @@ class HealWork:
             == torch.float16
             for name in self.names
         }
-        healing = Healing(stream, part, self.blocks, self._held, half, resident=self._resident)
+        self.blocks.complete()
+        healing = Healing(
+            stream,
+            part,
+            self.blocks,
+            self._held,
+            half,
+            resident=self._resident,
+            late=self._late,
+        )
         before, after = healing.run()
         self._values = healing.values
         return float(f"{before:.6g}"), float(f"{after:.6g}")

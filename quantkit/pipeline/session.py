@@ -92,32 +92,11 @@ def run(
     StoppedError if the deadline came first.  With other ranks RanksError, on all of them, if they
     were not asked for the same, and LostError if one is gone.
     """
-    if job.world.size > 1:
-        _check_shareable(job)
     if isinstance(job.plan.format, BuiltFormat):
         return _run_built(
             job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline
         )
     return _run(job, out, fresh=fresh, progress=progress, profile=profile, deadline=deadline)
-
-
-def _check_shareable(job: Job) -> None:
-    """Raises RanksError for what one process does by itself."""
-    recipe, calibration = job.plan.recipe, job.calibration
-    reason = None
-    if isinstance(job.plan.format, BuiltFormat):
-        reason = f"--format {job.plan.format.name} is built"
-    elif recipe.refines or recipe.heals:
-        reason = "scales of few bits are learned (--set refine=null --set heal=null does without)"
-    elif recipe.experts == "all":
-        reason = "--experts all counts tokens"
-    elif calibration is not None and calibration.pictured is not None:
-        reason = "images are calibrated on"
-    if reason is not None:
-        raise RanksError(
-            f"{reason} in one process, not in {job.world.size}; start the command without a "
-            "launcher"
-        )
 
 
 def checkpoint_beside(out: Path) -> Path:

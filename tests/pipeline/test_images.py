@@ -11,9 +11,11 @@ import pytest
 import tiny_images as images
 import tiny_jobs as jobs
 import torch
+from many import run_ranks
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import quantkit
+from quantkit.calibration.processes.ranks import World
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.processor import load_processor
 from quantkit.checks.verify import verify
@@ -59,6 +61,14 @@ def job(model: Path, kind: str) -> Job:
 @pytest.fixture(scope="module")
 def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return jobs.finish(job, tmp_path_factory.mktemp("whole") / "out").out
+
+
+def test_two_processes_write_the_same_bytes(job: Job, whole: Path, tmp_path: Path) -> None:
+    def work(world: World) -> None:
+        jobs.finish(dataclasses.replace(job, world=world), tmp_path / "out")
+
+    assert run_ranks(2, work, tmp_path / "told") == [(0, ""), (0, "")]
+    assert jobs.hashes(tmp_path / "out") == jobs.hashes(whole)
 
 
 @pytest.mark.parametrize("step", ["outside", "embed", "block 0", "block 1"])

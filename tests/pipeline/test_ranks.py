@@ -15,7 +15,8 @@ import pytest
 import tiny_jobs as jobs
 from many import run_ranks
 
-from quantkit.calibration import batches
+from quantkit.calibration import batches, healing
+from quantkit.calibration.healing import Healing
 from quantkit.calibration.processes import watch
 from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.stream import CalibrationStream
@@ -41,12 +42,19 @@ def shared(job: Job, out: Path, **options: Any) -> Callable[[World], object]:
     return lambda world: jobs.finish(dataclasses.replace(job, world=world), out, **options)
 
 
+LEARNED = {
+    "overrides": ("refine.iterations=6", "heal.iterations=6", "heal.rate=0.002"),
+    "head": "w4a16_g32",
+    "allow_unreadable": True,
+}
 CASES = {
     "gptq and a cache": ("llama", "gptq", "w4a16_g32", {"kv": "fp8", "head": "w8a16_row"}),
     "awq": ("qwen2", "awq", "w4a16_g32_asym", {}),
     "a second stream": ("llama", "best", "w4a16_g32_asym", {}),
     "experts": ("qwen3_moe", "awq", "w4a16_g32", {"overrides": ("rounding.name=gptq",)}),
     "no statistics": ("llama", "rtn", "w4a16_g32", {}),
+    "all tokens for all experts": ("qwen3_moe", "gptq", "w4a16_g32", {"experts": "all"}),
+    "learned scales": ("llama", "best", "w3a16_g32_asym", LEARNED),
 }
 
 
@@ -58,6 +66,8 @@ CASES = {
         ("a second stream", (2,)),
         ("experts", (4,)),
         ("no statistics", (2,)),
+        ("all tokens for all experts", (2,)),
+        ("learned scales", (2, 3)),
     ],
 )
 def test_the_bytes_are_those_of_one_process(
@@ -72,23 +82,6 @@ def test_the_bytes_are_those_of_one_process(
         assert told == [(0, "")] * size
         assert jobs.hashes(out) == alone
         assert json.loads((out / "quantkit/run.json").read_bytes())["processes"] == size
-
-
-@pytest.mark.parametrize(
-    ("kind", "method", "scheme", "options", "sentence"),
-    [
-        ("llama", "best", "w3a16_g32", {}, "scales of few bits are learned"),
-        ("llama", "rtn", "w4a16_g32", {"format": "onnx"}, "--format onnx is built"),
-        ("qwen3_moe", "gptq", "w4a16_g32", {"experts": "all"}, "--experts all counts tokens"),
-    ],
-)
-def test_what_one_process_does_by_itself_is_refused_by_name(
-    kind: str, method: str, scheme: str, options: Any, sentence: str, tmp_path: Path
-) -> None:
-    job = jobs.make_job(jobs.build(kind, tmp_path / "model"), method, scheme, **options)
-    for code, told in run_ranks(2, shared(job, tmp_path / "out"), tmp_path / "told"):
-        assert code == 2 and sentence in told
-    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +137,37 @@ def test_one_that_is_killed_ends_all_and_any_number_goes_on(
     # outside, embed and block 0.
     assert json.loads((out / "quantkit/run.json").read_bytes())["steps_before_resume"] == 3
     assert jobs.hashes(out) == alone
+
+
+def test_one_that_is_killed_while_scales_learn_ends_all_and_one_goes_on(
+    llama: Path, tmp_path: Path
+) -> None:
+    job = jobs.make_job(llama, "best", "w3a16_g32_asym", **LEARNED)
+    alone = jobs.hashes(jobs.finish(job, tmp_path / "alone").out)
+    step = Healing._step
+
+    def work(world: World) -> None:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(healing, "TIMES_SAVING", 0)
+
+        def die(self: Healing, batch: int, number: int, rate: float) -> None:
+            if number == 4 and world.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            step(self, batch, number, rate)
+
+        patch.setattr(Healing, "_step", die)
+        shared(job, tmp_path / "out")(world)
+
+    told = run_ranks(2, work, tmp_path / "told")
+    assert [code for code, _ in told] == [3, -signal.SIGKILL]
+    taken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Healing, "_step", lambda self, *rest: (taken.append(rest[1]), step(self, *rest))
+        )
+        jobs.finish(job, tmp_path / "out")
+    assert taken == [4, 5, 6]
+    assert jobs.hashes(tmp_path / "out") == alone
 
 
 def test_one_that_stands_still_is_noticed(job: Job, tmp_path: Path) -> None:

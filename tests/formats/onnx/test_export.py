@@ -5,6 +5,7 @@ A stand-in takes the model builder's place, which the interop suite runs itself.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 import torch
+from many import run_ranks
 
 import quantkit
+from quantkit.calibration.processes.ranks import World
 from quantkit.cli.app import main
 from quantkit.errors import FormatError, ResumeError
 from quantkit.formats.onnx.builder import build_graph, require_builder
@@ -203,6 +206,25 @@ def test_quantizing_to_onnx_goes_on_wherever_it_was_killed(
         assert not out.exists()
     assert jobs.hashes(jobs.finish(job, out).out) == jobs.hashes(whole)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("out")] == ["out"]
+
+
+@needs_onnx
+def test_processes_share_the_checkpoint_and_one_builds(
+    plain: Path, builder: Builder, tmp_path: Path
+) -> None:
+    job = jobs.make_job(plain, "gptq", "w4a16_g32", format="onnx")
+    whole = jobs.finish(job, tmp_path / "whole").out
+    out, built = tmp_path / "out", tmp_path / "built"
+
+    def work(world: World) -> None:
+        jobs.finish(dataclasses.replace(job, world=world), out)
+        with built.open("a") as file:
+            file.write(f"{world.rank} {len(builder.precisions)}\n")
+
+    assert run_ranks(2, work, tmp_path / "told") == [(0, ""), (0, "")]
+    assert jobs.hashes(out) == jobs.hashes(whole) and not (tmp_path / "out.checkpoint").exists()
+    # The graph of `whole` was built before.
+    assert sorted(built.read_text().splitlines()) == ["0 2", "1 1"]
 
 
 @needs_onnx

@@ -150,7 +150,7 @@ class Awq:
         if not isinstance(config, dict) or config.get("quant_method") != "awq":
             raise CheckpointError("config.json: quantization_config is not that of AWQ")
         group_size = _group_size(config)
-        dtype = model_dtype(source.config)
+        dtype = model_dtype(source)
         found: dict[str, StoredWeight] = {}
         for key in sorted(source.names()):
             if not key.endswith(".qweight"):

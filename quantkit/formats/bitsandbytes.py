@@ -207,7 +207,7 @@ class Bitsandbytes:
     def weights(self, source: Source) -> dict[str, StoredWeight]:
         """Weight name -> how it is stored, for every quantized weight of a checkpoint."""
         found: dict[str, StoredWeight] = {}
-        dtype = model_dtype(source.config)
+        dtype = model_dtype(source)
         for key in source.names():
             if key.endswith("." + _SCB):
                 name = key.removesuffix(_SCB) + "weight"

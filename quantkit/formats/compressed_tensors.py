@@ -29,6 +29,7 @@ left bits of each word empty at 3, 5, 6 and 7 bits; their shapes differ, and the
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -283,7 +284,10 @@ class CompressedTensors:
                 found[stored.name] = stored
         for label in dict.fromkeys(_PLAIN.values()):
             found.update(_plain_weights(source, names, groups, label))
-        return found
+        # Scales of other dtypes than the model's do not tell what a weight was.
+        coded = [name for name, w in found.items() if w.scheme.kind in (*_MICROSCALED, "nvfp4")]
+        dtype = model_dtype(source) if coded else ""
+        return {**found, **{n: dataclasses.replace(found[n], label=dtype) for n in coded}}
 
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
         """The inverse of `pack`: same codes, scale and zero."""
@@ -440,10 +444,7 @@ def _found(
     scale = source.info(name + _SCALE).label
     infos = CompressedTensors().layout(planned, scale)
     check_stored(infos, source, "quantization_config")
-    # Scales of other dtypes than the model's do not tell what the weight was.
-    coded = scheme.kind in (*_MICROSCALED, "nvfp4")
-    dtype = model_dtype(source.config) if coded else scale
-    return StoredWeight.of(planned, dtype, infos)
+    return StoredWeight.of(planned, scale, infos)
 
 
 def _plain_weights(

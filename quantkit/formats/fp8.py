@@ -116,7 +116,7 @@ class Fp8:
         """Weight name -> how it is stored, for every quantized weight of a checkpoint."""
         config = source.config.get("quantization_config")
         config = config if isinstance(config, dict) else {}
-        block, dtype = config.get("weight_block_size"), model_dtype(source.config)
+        block, dtype = config.get("weight_block_size"), model_dtype(source)
         dynamic = config.get("activation_scheme") == "dynamic"
         found = {}
         for key in source.names():

@@ -211,7 +211,7 @@ class Gptq:
         if not isinstance(config, dict) or config.get("checkpoint_format", "gptq") != self.name:
             raise CheckpointError(f"config.json: quantization_config is not that of {self.name}")
         names = set(source.names())
-        dtype = model_dtype(source.config)
+        dtype = model_dtype(source)
         found: dict[str, StoredWeight] = {}
         for key in sorted(names):
             if not key.endswith(".qweight"):

@@ -112,7 +112,7 @@ class Mxfp4:
 
     def weights(self, source: Source) -> dict[str, StoredWeight]:
         """Weight name -> how it is stored, for every expert of a checkpoint."""
-        dtype = model_dtype(source.config)
+        dtype = model_dtype(source)
         found = {}
         stems = [
             n.removesuffix(end)

@@ -6,12 +6,12 @@ Letters: O out features, G groups per row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantkit_kernels.lazy import torch
 
-from quantkit.checkpoint.dtypes import LABELS, label_of
+from quantkit.checkpoint.dtypes import label_of
+from quantkit.checkpoint.source import Source
 from quantkit.errors import NumericsError
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import PlainScale, QuantizedTensor
@@ -19,6 +19,10 @@ from quantkit.numbers.tensor import PlainScale, QuantizedTensor
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What models compute in; the first is what the layouts were made for.
+_MODEL_DTYPES = ("F16", "BF16", "F32")
+# Ends of the names of scales, in all layouts.
+_SCALES = ("scales", "scale", "scale_inv", "absmax", "quant_map", "SCB")
 # The exponent that E8M0 keeps for NaN.
 _NAN = 255
 
@@ -117,15 +121,22 @@ def by_row(stored: Tensor, scheme: Scheme, rows: int) -> Tensor:
     return stored.repeat_interleave(scheme.group_size or rows, dim=0)[:rows].contiguous()
 
 
-def model_dtype(config: Mapping[str, Any]) -> str:
-    """The label of the dtype that config.json gives the model: layouts with float16 scales do not
-    keep it."""
+def model_dtype(source: Source) -> str:
+    """The label of the model's dtype, which layouts with scales of their own dtype do not keep.
+
+    What config.json says, else that of most bytes of tensors that are no scales; else float16.
+    """
+    config = source.config
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            if (label := label_of(str(part.get(key)))) in LABELS:
+            if (label := label_of(str(part.get(key)))) in _MODEL_DTYPES:
                 return label
-    return "F16"
+    sizes = dict.fromkeys(_MODEL_DTYPES, 0)
+    for name in source.names():
+        if (info := source.info(name)).label in sizes and not name.endswith(_SCALES):
+            sizes[info.label] += info.nbytes
+    return max(sizes, key=lambda label: sizes[label])
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import yaml
 
 from quantkit.checkpoint.disk import disk_errors, write_file
+from quantkit.checkpoint.dtypes import name_of
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.record import REPORT
 from quantkit.checkpoint.sidefiles import copy_side_files, side_record
+from quantkit.formats.stored import model_dtype
 from quantkit.model.causal import CausalModel
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.report import render_html, render_markdown, render_model_card
@@ -63,6 +65,10 @@ def _config(model: CausalModel, plan: Plan) -> dict[str, Any]:
     """config.json of the result: the source's, with how it is quantized."""
     config = dict(model.source.config)
     config["quantization_config"] = dict(plan.quantization_config)
+    text = config.get("text_config") or {}
+    if not any(part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype")):
+        # Packed tensors and their scales no longer tell it.
+        config["dtype"] = name_of(model_dtype(model.source))
     if plan.unties_head:
         config["tie_word_embeddings"] = False
     return config

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.record import Fate
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import CacheFormat, Container, Format, PlannedWeight, WholeFormat
 from quantkit.formats.registry import asked_format, check_supported, default_format, make_format
+from quantkit.formats.stored import model_dtype
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import fitted_line
@@ -341,9 +343,10 @@ def lay_out(
     ]
     if cache is not None:
         notes.append(cache.note(layout.num_bytes))
-    config = fmt.config(
-        weights, model_type=model_type, dtype=model.dtype, others=_others(model, weights, fates)
-    )
+    # Blocks may run in another dtype here than the model has.
+    dtype = dtype_of(model_dtype(model.source))
+    others = _others(model, weights, fates)
+    config = fmt.config(weights, model_type=model_type, dtype=dtype, others=others)
     if cache is not None and isinstance(fmt, CacheFormat):
         config |= fmt.cache_config(cache.scheme)
     return Plan(

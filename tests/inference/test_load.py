@@ -467,3 +467,33 @@ def test_a_format_quantkit_does_not_read_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "foreign")
     with pytest.raises(FormatError, match="aqlm"):
         load(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    "form, scheme",
+    [
+        ("gptq", "w4a16_g32"),
+        ("awq", "w4a16_g32"),
+        ("compressed-tensors", "mxfp4a16"),
+        ("bitsandbytes", "w8a8_row"),
+    ],
+)
+@pytest.mark.parametrize("told", [True, False], ids=["ours", "another tool's"])
+def test_a_dtype_that_the_config_does_not_give_is_that_of_the_tensors(
+    form: str, scheme: str, told: bool, tmp_path: Path
+) -> None:
+    model = tiny.build("llama", tmp_path / "model", dtype=torch.bfloat16)
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": None}))
+    recipe = load_recipe("rtn", scheme=scheme)
+    job = prepare(str(model), QuantizeOptions(recipe=recipe, format=form, allow_unreadable=True))
+    out = run(job, tmp_path / "out", progress=False).out
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    if not told:
+        (out / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    loaded = load(out)
+    # In float16 a norm above 65504 would be infinity.
+    assert loaded.dtype == torch.bfloat16
+    layer = loaded.model.layers[0].mlp.up_proj
+    assert layer.quantized_tensor.dtype == torch.bfloat16

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_jobs as jobs
+import tiny_models as tiny
 import torch
 
 from quantkit.checkpoint.files import FileSource
 from quantkit.errors import FormatError, RecipeError, ShapeError
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
+from quantkit.pipeline.job import prepare
+from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import Plan, make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,3 +193,17 @@ def test_inputs_are_grouped_in_the_order_of_use(llama: CausalModel) -> None:
         ["gate_proj", "up_proj"],
         ["down_proj"],
     ]
+
+
+def test_a_processor_without_bfloat16_writes_the_same_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("llama", tmp_path, dtype=torch.bfloat16)
+    recipe = load_recipe("nf4")
+    found = []
+    for has in (True, False):
+        monkeypatch.setattr("quantkit.pipeline.job.has_bf16_units", lambda has=has: has)
+        plan = prepare(str(model), QuantizeOptions(recipe=recipe)).plan
+        found.append(plan.quantization_config)
+    assert found[0] == found[1]
+    assert found[0]["bnb_4bit_compute_dtype"] == "bfloat16"

@@ -208,6 +208,11 @@ class OutputDirectory:
                 f"{self.out}: exists and holds something else than a finished quantkit output; "
                 "choose another --out or remove it"
             )
+        if (home := next(filter(_has_manifest, self.out.parents), None)) is not None:
+            raise OutputError(
+                f"{self.out}: lies in the finished output {home}, which would no longer be whole; "
+                "choose another --out"
+            )
         refuse_links(self.partial)
         ours = (
             not os.path.lexists(self.partial)

@@ -57,6 +57,9 @@ def export(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
     ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over; replaces a complete directory.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.")
     ] = False,
@@ -76,6 +79,7 @@ def export(
             accuracy_level=accuracy_level,
             triton=triton_repository is not None,
             trust_remote_code=trust_remote_code,
+            fresh=fresh,
         )
     else:
         from quantkit.checkpoint.memory import parse_size
@@ -89,6 +93,7 @@ def export(
             allow_unreadable=allow_unreadable,
             max_shard_bytes=parse_size(max_shard_size),
             trust_remote_code=trust_remote_code,
+            fresh=fresh,
         )
     typer.echo(json.dumps(done.to_dict(), indent=2) if as_json else done.text())
 

@@ -98,12 +98,14 @@ def export(
     max_shard_bytes: int = 5_000_000_000,
     trust_remote_code: bool = False,
     progress: bool = True,
+    fresh: bool = False,
 ) -> Exported:
     """Writes the checkpoint at `path`, ours or another tool's, to `out` in another format.
 
     Nothing is quantized anew; gguf takes a model that is not quantized too.  Goes on where a
-    killed run stopped.  Raises FormatError if the format cannot hold a weight, or, before anything
-    is written and unless `allow_rounding`, if a number would have to be rounded.
+    killed run stopped, unless `fresh`, which replaces a complete `out` too.  Raises FormatError if
+    the format cannot hold a weight, or, before anything is written and unless `allow_rounding`, if
+    a number would have to be rounded.
     """
     path = given_path(path)
     refuse_unfinished(path)
@@ -151,10 +153,10 @@ def export(
         )
 
     with OutputDirectory(out) as output:
-        if output.state is OutputState.COMPLETE:
+        if output.state is OutputState.COMPLETE and not fresh:
             output.check_complete(fingerprint)
             return exported(output, written=False)
-        journal = output.begin(fingerprint)
+        journal = output.begin(fingerprint, fresh=fresh)
         done = {str(entry["step"]) for entry in journal.records()}
         steps = plan.fates_of_block
         committed = [

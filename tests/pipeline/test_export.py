@@ -195,3 +195,27 @@ def test_the_command_prints_what_was_done(
     told = json.loads(capsys.readouterr().out)
     assert told["exact"] == 14 and told["written"] is False
     assert jobs.command("export", tmp_path, "--format", "awq", "--out", tmp_path / "x") == 2
+
+
+def test_an_export_can_be_started_over(
+    quantized: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    export(quantized["sym"], out, format_name="gptq", progress=False)
+    line = ("export", quantized["asym"], "--format", "gptq_v2", "--out", out, "--allow-unreadable")
+    assert jobs.command(*line) == 2
+    assert "use --fresh to start over" in capsys.readouterr().err
+    assert jobs.command(*line, "--fresh") == 0
+    assert verify(out).ok
+    expected = tensors(quantized["asym"])
+    assert all(same(found, expected[name]) for name, found in tensors(out).items())
+
+
+def test_nothing_is_written_into_a_finished_output(quantized: dict[str, Path], llama: Path) -> None:
+    finished = quantized["sym"]
+    for line in (
+        ("export", finished, "--format", "gptq"),
+        ("quantize", llama, "--method", "rtn", "--scheme", "w4a16_g32"),
+    ):
+        assert jobs.command(*line, "--out", finished / "inner" / "out") == 2
+    assert verify(finished).ok

@@ -235,6 +235,7 @@ def test_command_lines_are_understood(line: str) -> None:
             overrides=given["overrides"] or (),
             scheme=given["scheme"],
             skip=given["skip"] or (),
+            rules=given["rules"] or (),
             head=given["lm_head"],
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from quantkit.checkpoint.memory import format_size, with_spare
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.sidefiles import SideRecord, left_lines, side_record
 from quantkit.formats.format import BuiltFormat
+from quantkit.methods.rules import ROLES
+from quantkit.model.probes.roles import purposes_of
 from quantkit.pipeline.session import Job, Outcome
 
 # Kinds of degraded weights that are told one by one.
@@ -27,6 +30,7 @@ def plan_json(job: Job) -> dict[str, Any]:
         "scheme": plan.recipe.scheme.name,
         "fitted": plan.fitted,
         **({} if job.budget is None else {"budget": job.budget.reported(plan)}),
+        **({"roles": [list(row) for row in table]} if (table := _roles(job)) else {}),
         "format": plan.format.name,
         "readers": dict(plan.readers),
         "notes": list(plan.notes),
@@ -63,13 +67,41 @@ def plan_text(job: Job) -> str:
     for fate in plan.fates:
         scheme = "" if fate.scheme is None else fate.scheme.name
         rows.append((fate.name, fate.fate, scheme, format_size(fate.num_bytes), fate.reason))
-    lines = [*columns(rows), "", *_totals(job), *left_lines(beside(job).left)]
+    lines = [*columns(rows), ""]
+    if table := _roles(job):
+        lines += [*columns([("role", "weights", "scheme"), *table]), ""]
+    lines += [*_totals(job), *left_lines(beside(job).left)]
     lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted")
     lines.append(f"disk       {format_size(need.disk)}")
     lines.append(f"time       about {_duration(need.seconds)}")
     if need.note is not None:
         lines.append(f"note: {need.note}")
     return "\n".join(lines)
+
+
+def _roles(job: Job) -> list[tuple[str, str, str]]:
+    """(role, how many weights, their schemes) where the recipe has rules by role, else nothing."""
+    plan, model = job.plan, job.model
+    if all(rule.role is None for rule in plan.recipe.rules):
+        return []
+    found: dict[str, Counter[str]] = {}
+    schemes = {weight.name: weight.scheme for weight in plan.weights}
+    schemes[model.head.name] = plan.planned_head.scheme
+    for name, role in purposes_of(model).items():
+        scheme = schemes.get(name)
+        found.setdefault(role, Counter())["kept" if scheme is None else scheme.name] += 1
+    return [
+        (
+            role,
+            str(found[role].total()),
+            ", ".join(
+                name if len(found[role]) == 1 else f"{name} ({count})"
+                for name, count in found[role].most_common()
+            ),
+        )
+        for role in ROLES
+        if role in found
+    ]
 
 
 def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:

@@ -337,6 +337,7 @@ def load_recipe(
     overrides: Sequence[str] = (),
     scheme: str | None = None,
     skip: Sequence[str] = (),
+    rules: Sequence[str] = (),
     head: str | None = None,
     mtp: str | None = None,
     recurrent: str | None = None,
@@ -351,9 +352,9 @@ def load_recipe(
 
     `default_scheme` stands for a built-in method's own where `scheme` is None.
 
-    `overrides` are `part.field=value` with YAML values; `skip` globs keep weights and come before
-    the recipe's own rules; a `scheme` given here is taken as it is, never fitted.  Raises
-    RecipeError or SchemeError.
+    `overrides` are `part.field=value` with YAML values; `skip` globs keep weights and come first,
+    then `rules` (`WHAT=SCHEME`, see `Rule.parse`), then the recipe's own; a `scheme` given here
+    is taken as it is, never fitted.  Raises RecipeError or SchemeError.
     """
     if path is None:
         known = builtin_recipes()
@@ -387,10 +388,10 @@ def load_recipe(
     if kv is not None:
         data["kv"] = kv
     recipe = Recipe.from_dict(data, str(path.name))
-    skipped = tuple(Rule(match=glob, scheme=None) for glob in skip)
+    asked = tuple(Rule(match=glob, scheme=None) for glob in skip) + tuple(map(Rule.parse, rules))
     return dataclasses.replace(
         recipe,
-        rules=skipped + recipe.rules,
+        rules=asked + recipe.rules,
         samples=recipe.samples if samples is None else samples,
         seq_len=recipe.seq_len if seq_len is None else seq_len,
     )

@@ -5,12 +5,18 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from quantkit.errors import RecipeError
 from quantkit.methods.parts import PartKind, make_part
 from quantkit.numbers.scheme import Scheme
 
-_RULE_KEYS = ("match", "scheme", "keep")
+_RULE_KEYS = ("match", "role", "scheme", "keep")
+# What a weight is for, as `quantkit.model.probes.roles` tells.
+Purpose = Literal[
+    "experts", "shared-experts", "attention", "linear-attention", "mlp", "head", "embeddings"
+]
+ROLES: tuple[str, ...] = get_args(Purpose)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,19 +46,45 @@ class PartSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """For weights whose checkpoint name matches the glob: a scheme, or keep (scheme None)."""
+    """For weights that a glob of checkpoint names or a role picks: a scheme, or keep (None).
+
+    Of a role (one of ROLES, `match` is "" then) `names` are its weights, once a model tells them.
+    """
 
     match: str
     scheme: Scheme | None
+    role: str | None = None
+    names: frozenset[str] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """From `ROLE=SCHEME`, `GLOB=SCHEME` or `...=keep`.  RecipeError, SchemeError."""
+        what, equals, scheme = text.rpartition("=")
+        if not equals or not what or not scheme:
+            raise RecipeError(
+                f"--rule {text!r}: write WHAT=SCHEME or WHAT=keep, where WHAT is a role "
+                f"({', '.join(ROLES)}) or a glob of weight names"
+            )
+        key = "role" if what in ROLES else "match"
+        chosen = {"keep": True} if scheme == "keep" else {"scheme": scheme}
+        return _rule({key: what, **chosen}, "--rule")
+
+    @property
+    def told(self) -> str:
+        """For people: what picks the weights."""
+        return f"rule {self.match!r}" if self.role is None else f"rule for {self.role}"
 
     def to_value(self) -> dict[str, object]:
         """What the YAML file would say."""
-        if self.scheme is None:
-            return {"match": self.match, "keep": True}
-        return {"match": self.match, "scheme": self.scheme.name}
+        picks = {"match": self.match} if self.role is None else {"role": self.role}
+        return picks | ({"keep": True} if self.scheme is None else {"scheme": self.scheme.name})
 
     def matches(self, name: str) -> bool:
-        """True if the glob matches the checkpoint name, with or without its `.weight`."""
+        """True if the weight has the role, or the glob matches its checkpoint name, with or
+        without its `.weight`."""
+        if self.role is not None:
+            assert self.names is not None, "roles are of a model: see `decide.with_roles`"
+            return name in self.names
         stem = name.removesuffix(".weight")
         return any(fnmatch.fnmatchcase(n, self.match) for n in (name, stem))
 
@@ -67,17 +99,25 @@ def rules_of(value: object, where: str) -> tuple[Rule, ...]:
 
 
 def _rule(value: object, where: str) -> Rule:
-    if not isinstance(value, Mapping) or set(value) - set(_RULE_KEYS) or "match" not in value:
+    if (
+        not isinstance(value, Mapping)
+        or set(value) - set(_RULE_KEYS)
+        or ("match" in value) == ("role" in value)
+    ):
         raise RecipeError(
             f"{where}: rule {value!r}; "
-            "write {match: GLOB, scheme: NAME} or {match: GLOB, keep: true}"
+            "write {match: GLOB, scheme: NAME} or {match: GLOB, keep: true}, "
+            "or {role: NAME, ...} to pick weights by what they are for"
         )
+    picks = value.get("match", value.get("role"))
     if ("scheme" in value) == ("keep" in value) or value.get("keep", True) is not True:
-        raise RecipeError(
-            f"{where}: rule {value['match']!r} needs either `scheme: NAME` or `keep: true`"
-        )
+        raise RecipeError(f"{where}: rule {picks!r} needs either `scheme: NAME` or `keep: true`")
     scheme = Scheme.parse(str(value["scheme"])) if "scheme" in value else None
-    return Rule(match=str(value["match"]), scheme=scheme)
+    if "match" in value:
+        return Rule(match=str(picks), scheme=scheme)
+    if picks not in ROLES:
+        raise RecipeError(f"{where}: role {picks!r} is unknown; known: {', '.join(ROLES)}")
+    return Rule(match="", role=str(picks), scheme=scheme)
 
 
 def _frozen(value: object) -> object:

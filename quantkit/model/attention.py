@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+SOFTMAX = frozenset({functional.softmax, torch.softmax, Tensor.softmax})
 # Takes an attention module's path, keys and values [B, H, T, D], and gives what stands in for them.
 KeysValues = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 # Of query [B, Q, T, D], keys, values and mask; the output [B, T, Q, D] comes first of two.
@@ -97,6 +100,37 @@ def attentions(block: nn.Module) -> Iterator[dict[str, Attention]]:
 
     with keys_and_values(block, seen):
         yield found
+
+
+@contextlib.contextmanager
+def running(block: nn.Module) -> Iterator[list[str]]:
+    """While active, the paths of the block's modules whose forward runs, the innermost last."""
+    stack: list[str] = []
+    handles = []
+    for path, module in block.named_modules():
+        handles += [
+            module.register_forward_pre_hook(lambda *_, path=path: stack.append(path)),
+            module.register_forward_hook(lambda *_: _drop(stack), always_call=True),
+        ]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(stack: list[str]) -> None:
+    stack.pop()
+
+
+def looks_up(func: Callable[..., Any], result: Any) -> bool:
+    """Whether a call weighs tokens by each other, as attention's own code does."""
+    if func is functional.scaled_dot_product_attention:
+        return True
+    if func not in SOFTMAX or not isinstance(result, Tensor):
+        return False
+    square = result.dim() == 3 and result.shape[-1] == result.shape[-2]
+    return result.dim() > 3 or square
 
 
 def caches_latent(config: Any) -> bool:

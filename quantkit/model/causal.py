@@ -390,6 +390,10 @@ class CausalModel:
         """Path in the block -> what reads keys and values there."""
         return self._traces[self._signatures[index]].attentions
 
+    def looking(self, index: int) -> tuple[str, ...]:
+        """Paths in the block of the modules in which tokens are weighed by each other."""
+        return self._traces[self._signatures[index]].looking
+
     def module_name(self, index: int, path: str) -> str:
         """What the checkpoint calls a module of a block: its tensors' names less their own."""
         full = f"{self.block_path(index)}.{path}"

@@ -101,7 +101,8 @@ def fitted_line(recipe: Recipe, weights: Sequence[PlannedWeight]) -> str | None:
 
 
 def _is_fitted(scheme: Scheme, own: Scheme) -> bool:
-    return dataclasses.replace(scheme, group_size=own.group_size) == own
+    alike = scheme.kind == own.kind
+    return alike and dataclasses.replace(scheme, group_size=own.group_size) == own
 
 
 def _reason(reason: str, scheme: Scheme, own: Scheme) -> str:

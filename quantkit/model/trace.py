@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.pytorch_utils import Conv1D
 
 from quantkit.errors import ModelError
-from quantkit.model.attention import attentions
+from quantkit.model.attention import attentions, looks_up, running
 from quantkit.model.experts import Routing, mark_tokens, route
 from quantkit.model.stacks import StackError
 from quantkit.model.uses import BlockTrace, Use, with_all_slices
@@ -257,6 +257,8 @@ class _Discover(NoiseMode):
         self.inputs: list[int] = []
         self.kept: dict[str, str] = {}
         self.routed = False
+        self.looking: list[str] = []
+        self.running: list[str] = []
         self._block = block
         self._seen: dict[tuple[Any, ...], int] = {}
 
@@ -273,6 +275,12 @@ class _Discover(NoiseMode):
     def routing(self, index_TK: torch.Tensor, weight_TK: torch.Tensor, num_experts: int) -> Routing:
         self.routed = any(use.expert is None and use.shape[0] == num_experts for use in self.uses)
         return super().routing(index_TK, weight_TK, num_experts)
+
+    def other(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = super().other(func, args, kwargs)
+        if self.running and looks_up(func, result):
+            self.looking.append(self.running[-1])
+        return result
 
     def batched(self, path: str) -> None:
         owner = self._block.get_submodule(path.rpartition(".")[0])
@@ -341,7 +349,13 @@ def discover(
     """
     mode = _Discover(drawn, batch=batch)
     try:
-        with torch.no_grad(), mode, watched(drawn) as read, attentions(drawn) as attended:
+        with (
+            torch.no_grad(),
+            mode,
+            watched(drawn) as read,
+            attentions(drawn) as attended,
+            running(drawn) as mode.running,
+        ):
             output = forward(drawn)
     # The block's own code fails on what it does not expect in its own way.
     except ModelError:
@@ -382,6 +396,7 @@ def discover(
         kept=kept,
         attentions=attended,
         routed=mode.routed,
+        looking=tuple(dict.fromkeys(attended or mode.looking)),
     )
 
 

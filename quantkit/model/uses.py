@@ -33,6 +33,8 @@ class BlockTrace:
     matrices that stay as they are, each with the reason, UNREACHED or another.  `attentions` are
     the modules, by path, whose keys and values a cache holds.  `routed` says that experts run
     through transformers' ExpertsInterface, behind a product that gives a router's logits.
+    `looking` are the modules, by path, in whose forward tokens are weighed by each other: those of
+    `attentions`, or where there are none those with attention in code of their own.
     """
 
     uses: tuple[Use, ...]
@@ -42,6 +44,7 @@ class BlockTrace:
     kept: Mapping[str, str]
     attentions: Mapping[str, Attention]
     routed: bool = False
+    looking: tuple[str, ...] = ()
 
     def keys(self) -> dict[tuple[str, int | None], str]:
         """The name of the input that each weight reads, by `Use.key`.

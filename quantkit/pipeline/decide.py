@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence, Set
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.errors import FormatError, ModelError, RecipeError, SchemeError
-from quantkit.formats.format import Container, Format, PartFormat, PlannedWeight
-from quantkit.formats.registry import default_format, make_format
+from quantkit.formats.format import Container, Format, PartFormat, PlannedWeight, WholeFormat
+from quantkit.formats.registry import asked_format, default_format, make_format
 from quantkit.methods.recipe import KEEP, Recipe
+from quantkit.methods.rules import ROLES
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import Decisions, fit_groups, shared_inputs
+from quantkit.model.probes.roles import purposes_of
 from quantkit.model.refs import WeightRef
 from quantkit.model.trace import OUTSIDE, UNREACHED
 from quantkit.numbers.scheme import Scheme
@@ -27,11 +29,39 @@ def head_name(model: CausalModel) -> str:
     return model.head.parameter if model.head_tied else model.head.name
 
 
+def with_roles(recipe: Recipe, model: CausalModel, format_name: str | None) -> Recipe:
+    """The recipe whose rules by role know their weights; the recipe itself if it has none.
+
+    A rule for the head is `head`, unless that is given too.  Raises RecipeError for a role that no
+    weight has or whose weights the format cannot hold, ModelError as `purposes_of` does.
+    """
+    if all(rule.role is None for rule in recipe.rules):
+        return recipe
+    roles = purposes_of(model)
+    there = [role for role in ROLES if role in roles.values()]
+    rules, head = [], recipe.head
+    for rule in recipe.rules:
+        if rule.role is not None and rule.role not in there:
+            raise RecipeError(
+                f"{rule.told}: no weight of this model has that role; it has {', '.join(there)}"
+            )
+        if rule.role == "head":
+            # As of all rules the first one decides.
+            head = rule.scheme if head is None else head
+        if rule.role == "embeddings" and rule.scheme is not None:
+            fmt = asked_format(format_name, recipe.scheme)
+            if not isinstance(fmt, WholeFormat):
+                raise RecipeError(f"{rule.told}: tables are quantized in gguf only")
+        names = frozenset(name for name, found in roles.items() if found == rule.role)
+        rules.append(rule if rule.role is None else dataclasses.replace(rule, names=names))
+    return dataclasses.replace(recipe, rules=tuple(rules), head=head)
+
+
 def check_rules(recipe: Recipe, model: CausalModel) -> None:
     """RecipeError if a rule matches no tensor."""
     names = model.source.names()
     for rule in recipe.rules:
-        if not any(rule.matches(name) for name in names):
+        if rule.role is None and not any(rule.matches(name) for name in names):
             raise RecipeError(
                 f"rule or --skip {rule.match!r} matches no tensor; names look like "
                 f"{', '.join(ref.name for ref in model.weights(0)[:2])}"
@@ -112,7 +142,7 @@ def decide(recipe: Recipe, ref: WeightRef) -> tuple[Scheme | None, str]:
         return None, ref.kept
     rule = recipe.rule_for(ref.name)
     if rule is not None:
-        return rule.scheme, f"rule {rule.match!r}"
+        return rule.scheme, rule.told
     return recipe.scheme, f"method {recipe.method}"
 
 
@@ -183,7 +213,7 @@ def spread(
     found = container.spread(recipe.scheme, shapes)
     for name in found:
         if (rule := recipe.rule_for(name)) is not None:
-            found[name] = rule.scheme, f"rule {rule.match!r}"
+            found[name] = rule.scheme, rule.told
     return found
 
 

@@ -38,6 +38,7 @@ from quantkit.model.decoded import Unpacked
 from quantkit.model.split_experts import split_experts
 from quantkit.pipeline.asked import device_of, open_asked, whole_format
 from quantkit.pipeline.budget.choose import Choice, choose
+from quantkit.pipeline.decide import with_roles
 from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
@@ -100,6 +101,10 @@ def prepare_all(
         dtype=_compute_dtype(device, requests),
         device=device,
     )
+    requests = [
+        dataclasses.replace(request, recipe=with_roles(request.loaded, model, request.format))
+        for request in requests
+    ]
     shared: Calibration | None = None
     budgets: list[Choice | None] = [None] * len(requests)
     if any(request.has_budget for request in requests):

@@ -192,6 +192,15 @@ class QuantizeOptions:
             "--skip", "glob of weight names to keep as they are, repeatable", type=list[str] | None
         ),
     )
+    rules: Sequence[str] = field(
+        default=(),
+        metadata=_told(
+            "--rule",
+            "`WHAT=SCHEME` or `WHAT=keep`, repeatable: WHAT is a role ([experts, "
+            "attention...](recipes.md#rules)) or a glob of weight names",
+            type=list[str] | None,
+        ),
+    )
     lm_head: str | None = field(
         default=None,
         metadata=_told("--lm-head", "scheme for the output head, which otherwise stays as it is"),
@@ -377,6 +386,7 @@ class QuantizeOptions:
             overrides=self.overrides,
             scheme=self.scheme,
             skip=self.skip,
+            rules=self.rules,
             head=self.lm_head,
             mtp=self.mtp,
             recurrent=self.recurrent,

@@ -57,6 +57,9 @@ FLOATS = {
     "nvfp4_weights": ("nvfp4a16", ()),
 }
 
+# Attention in other numbers than the rest, and what their names end in.
+MIXED = {"mix": "", "mix_asym": "_asym"}
+
 # Keys and values that a server is to cache in 8 bits, with a scale for each layer or head.
 CACHED = {"kv": "fp8", "kv_head": "fp8_head"}
 
@@ -74,6 +77,17 @@ CASES = (
     Case(name="w4afp8", source="demo", options=("--method", "rtn", "--scheme", "w4afp8_g128")),
     Case(name="w4a8_row", source="demo", options=("--method", "rtn", "--scheme", "w4a8_row")),
     Case(name="smoothquant", source="demo", options=("--method", "smoothquant", *_CALIBRATION)),
+    *(
+        Case(
+            name=name,
+            source="demo",
+            options=(
+                *("--method", "rtn", "--scheme", f"w4a16_g32{zeros}", "--allow-unreadable"),
+                *("--rule", f"attention=w8a16_g64{zeros}"),
+            ),
+        )
+        for name, zeros in MIXED.items()
+    ),
     Case(name="nf4_dq", source="demo", options=("--method", "nf4")),
     Case(name="nf4", source="demo", options=("--method", "nf4", "--scheme", "nf4_b64")),
     Case(name="fp8", source="demo", options=("--method", "fp8")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -38,6 +39,19 @@ MXFP4_EXPERTS = ["gpt_oss_rtn", "gpt_oss_gptq"]
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_symmetric_checkpoint_gives_the_logits_of_quantkit(root: Path, name: str) -> None:
     assert max_difference(loaded(root, name), root, name) < TOLERANCE
+
+
+def test_a_mix_of_symmetric_weights_gives_the_logits_of_quantkit(root: Path) -> None:
+    assert max_difference(loaded(root, "mix"), root, "mix") < TOLERANCE
+
+
+def test_a_mix_of_asymmetric_weights_is_not_decoded(root: Path) -> None:
+    """Nor does quantkit say so; when this fails, mend formats/readers.py."""
+    report = json.loads((root / "mix_asym/quantkit/report.json").read_text(encoding="utf-8"))
+    assert "same bits and groups" in report["readers"]["transformers"]
+    # All dense layers are decoded by the first scheme: zeros of the second do not fit its groups.
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
+        loaded(root, "mix_asym")
 
 
 @pytest.mark.parametrize("name", CACHED)

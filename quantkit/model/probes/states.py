@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantkit.errors import ModelError
+from quantkit.model.attention import SOFTMAX
 from quantkit.model.trace import NoiseMode
 from quantkit.model.uses import BlockTrace, Use
 
@@ -27,7 +28,6 @@ Key = tuple[str, int | None]
 _TOUCHED, _LEAST = 3, 8
 # Tokens behind the first that is looked at; with the others a number that no axis else has.
 _LOOKED_AT = 11
-_SOFTMAX = frozenset({functional.softmax, torch.softmax, Tensor.softmax})
 
 
 def probe_tokens(block: nn.Module) -> int:
@@ -127,7 +127,7 @@ class _StateMode(NoiseMode):
         result = super().other(func, args, kwargs)
         if func is functional.scaled_dot_product_attention:
             return torch.zeros_like(result)
-        if func in _SOFTMAX:
+        if func in SOFTMAX:
             if result.dim() > 3:
                 return torch.zeros_like(result)
             if result.dim() == 3 and result.shape[-2] == self._tokens_here:

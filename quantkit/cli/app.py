@@ -25,6 +25,7 @@ from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_crash
 from quantkit.cli.export import export
+from quantkit.cli.imatrix import imatrix
 from quantkit.cli.options import takes_options
 from quantkit.errors import QuantkitError
 from quantkit.pipeline.options import QuantizeOptions
@@ -230,6 +231,7 @@ def tune(
 
 
 app.command()(export)
+app.command()(imatrix)
 
 
 @app.command()

@@ -43,11 +43,13 @@ from quantkit.pipeline.records import Record, WeightRecord
 from quantkit.pipeline.solve import Solved, quantize_weights
 from quantkit.pipeline.work.fold import fold_block_
 from quantkit.pipeline.work.heal import HealWork
+from quantkit.pipeline.work.imatrix import GivenStats
 from quantkit.pipeline.work.needs import block_needs, fitting, stored_scheme
 from quantkit.pipeline.work.outputs import outputs_of
 from quantkit.pipeline.work.refine import refine_block_
 
 Book = StatsBook | MethodStats
+Known = Book | Staged | Mapping[str, Stats]
 # A weight, and how many tokens reached its input.
 _Solved = tuple[Solved, int | None]
 # Input key -> the rank that has its statistics and solves what reads it.
@@ -81,6 +83,7 @@ class BlockWork:
         resident: bool = False,
         late: Late = never,
         world: World = ALONE,
+        given: GivenStats | None = None,
     ) -> None:
         """keep_hidden: see CalibrationStream; ahead: read a block while the one before is at work;
         resident: hold all blocks in memory while they are healed; late: whether there are not so
@@ -98,7 +101,7 @@ class BlockWork:
             self._load = reader.load
         # The hidden states that the next step needs.
         self._generation: int | None = None
-        self.model, self.plan, self.calibration = model, plan, calibration
+        self.model, self.plan, self.calibration, self.given = model, plan, calibration, given
         recipe = plan.recipe
         self.transforms = recipe.make_transforms()
         self.target = recipe.make_target()
@@ -227,7 +230,7 @@ class BlockWork:
             block = self._load(index)
         plan = self.plan
         owners = work_owners(plan.input_groups(index), plan.groups[index], self.world.size)
-        book: Book | Staged | None = self._statistics(index, block, owners)
+        book: Known | None = self._statistics(index, block, owners)
         with phase("transform"):
             folded = self._fold(index, block, book, owners)
         rounded: dict[str, InputRounding] = {}
@@ -285,10 +288,10 @@ class BlockWork:
                 for info in fate.output:
                     self.writer.copy(info.name, self.model.source, fate.name)
 
-    def _statistics(self, index: int, block: nn.Module, owners: Owners) -> Book | None:
+    def _statistics(self, index: int, block: nn.Module, owners: Owners) -> Known | None:
         """Statistics of the block's inputs: shared with other methods, or the run's own."""
         if self.stream is None:
-            return None
+            return None if self.given is None else self.given.book(self.plan, index)
         if self.shared is not None:
             return self.shared.stats.book(self.shared.number, index)
         wanted = block_needs(self.plan, index, parts=self.target is None)
@@ -334,7 +337,7 @@ class BlockWork:
         )
 
     def _fold(
-        self, index: int, block: nn.Module, book: Book | Staged | None, owners: Owners
+        self, index: int, block: nn.Module, book: Known | None, owners: Owners
     ) -> tuple[str, ...]:
         """Applies the transforms; returns the producers that were changed."""
         if not self.plan.groups[index]:
@@ -352,7 +355,7 @@ class BlockWork:
         self,
         index: int,
         block: nn.Module,
-        book: Book | Staged | None,
+        book: Known | None,
         rounded: dict[str, InputRounding],
         owners: Owners,
     ) -> Iterator[_Solved]:
@@ -459,7 +462,7 @@ class BlockWork:
         scheme = self.plan.scheme_of(head)
         needs = input_needs((self.target, self.range, self.rounding), scheme)
         needs = fitting(needs, head.shape[1])
-        stats: Stats | None = None
+        stats: Stats | None = None if self.given is None else self.given.of(head)
         if self.stream is not None and needs:
             stream: Stream = "quantized" if self.plan.recipe.propagate else "original"
             stats = self.stream.head_stats(head.shape[1], needs, stream=stream)

@@ -43,6 +43,7 @@ from quantkit.pipeline.options import QuantizeOptions
 from quantkit.pipeline.plan import make_plan
 from quantkit.pipeline.predict import predict
 from quantkit.pipeline.session import Job, checkpoint_beside
+from quantkit.pipeline.work.imatrix import GivenStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,23 +85,9 @@ def prepare_all(
     They share the opened model (`given` may be what `open_asked` gave) and, if any
     recipe is calibrated, one calibration.
     """
-    source: Source
-    if isinstance(given, Reader):
-        source = given
-    else:
-        source = open_asked(given, requests, tokenizer=tokenizer)
     first = requests[0]
-    if first.requantize and isinstance(source.config.get("quantization_config"), dict):
-        source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
-    refuse_quantized(source)
-    source = split_experts(source, trust_remote_code=first.trust_remote_code)
     device = world.device(device_of(requests))
-    model = CausalModel.open(
-        source,
-        trust_remote_code=first.trust_remote_code,
-        dtype=_compute_dtype(device, requests),
-        device=device,
-    )
+    source, model = _opened(given, requests, tokenizer, device)
     requests = [
         dataclasses.replace(request, recipe=with_roles(request.loaded, model, request.format))
         for request in requests
@@ -140,16 +127,26 @@ def prepare_all(
         )
         for request in requests
     ]
-    calibrated = next((request for request in requests if request.loaded.calibrated), None)
+    given_stats = [_given(model, request) for request in requests]
+    calibrated = next(
+        (
+            r
+            for r, told in zip(requests, given_stats, strict=True)
+            if told is None and r.loaded.calibrated
+        ),
+        None,
+    )
     if calibrated is not None and shared is None:
         shared = _calibration(model, source, calibrated, tokenizer)
         if shared.pictured is None:
             model.check_replay(shared.ids[:1, :64])
     jobs = []
-    for request, plan, choice in zip(requests, plans, budgets, strict=True):
+    for request, plan, choice, told in zip(requests, plans, budgets, given_stats, strict=True):
+        if told is not None:
+            plan = dataclasses.replace(plan, notes=(*plan.notes, told.note))
         if request.reader is not None and (reason := plan.readers[request.reader]) is not None:
             raise FormatError(f"--for {request.reader}: {reason}")
-        calibration = shared if request.loaded.calibrated else None
+        calibration = shared if request.loaded.calibrated and told is None else None
         prediction = predict(model, plan, calibration, device=device, processes=world.size)
         prediction.check(request.max_ram_bytes)
         max_vram = request.max_vram_bytes if device.startswith("cuda") else None
@@ -163,7 +160,9 @@ def prepare_all(
                 fingerprint={
                     **_fingerprint(source, request, calibration, plan.format, device),
                     **_chosen(choice),
+                    **({} if told is None else {"imatrix": told.fingerprint}),
                 },
+                given=told,
                 budget=choice,
                 max_ram=request.max_ram_bytes,
                 max_vram=max_vram,
@@ -178,6 +177,54 @@ def prepare_all(
             model.check_replay(ids, shared.pictured.inputs(0))
         release_free_memory()
     return jobs
+
+
+def prepare_text(given: str, request: QuantizeOptions) -> tuple[CausalModel, Calibration, str]:
+    """The model, the calibration text, and the device, for what only looks at activations."""
+    device = device_of([request])
+    source, model = _opened(given, [request], None, device)
+    calibration = _calibration(model, source, request, None)
+    if calibration.pictured is None:
+        model.check_replay(calibration.ids[:1, :64])
+    return model, calibration, device
+
+
+def _opened(
+    given: str | PreTrainedModel | Reader,
+    requests: Sequence[QuantizeOptions],
+    tokenizer: Any,
+    device: str,
+) -> tuple[Source, CausalModel]:
+    """The source as quantized weights are named in it, and its model without weights."""
+    source: Source
+    if isinstance(given, Reader):
+        source = given
+    else:
+        source = open_asked(given, requests, tokenizer=tokenizer)
+    first = requests[0]
+    if first.requantize and isinstance(source.config.get("quantization_config"), dict):
+        source = Unpacked.open(source, trust_remote_code=first.trust_remote_code)
+    refuse_quantized(source)
+    source = split_experts(source, trust_remote_code=first.trust_remote_code)
+    model = CausalModel.open(
+        source,
+        trust_remote_code=first.trust_remote_code,
+        dtype=_compute_dtype(device, requests),
+        device=device,
+    )
+    return source, model
+
+
+def _given(model: CausalModel, request: QuantizeOptions) -> GivenStats | None:
+    """The imatrix that a request names.  RecipeError with a format or option that it is not for."""
+    if request.imatrix is None:
+        return None
+    if whole_format(request) is None or request.has_budget:
+        raise RecipeError(
+            "--imatrix is for --format gguf with a named scheme: its names are those of a GGUF; "
+            "leave it out"
+        )
+    return GivenStats(Path(request.imatrix), model, request.loaded)
 
 
 def _chosen(choice: Choice | None) -> dict[str, str]:

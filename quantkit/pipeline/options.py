@@ -252,6 +252,15 @@ class QuantizeOptions:
             shown="`keep`",
         ),
     )
+    imatrix: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata=_told(
+            "--imatrix",
+            "an importance matrix of llama.cpp (GGUF or .dat) in the place of calibration text, "
+            "for gguf; see [imatrix](formats/gguf.md#importance-matrices)",
+            type=Path | None,
+        ),
+    )
     kv: str | None = field(
         default=None,
         metadata=_told(
@@ -373,7 +382,11 @@ class QuantizeOptions:
 
         if isinstance(self.recipe, Recipe):
             return self.recipe
-        method = self.method
+        method, overrides = self.method, tuple(self.overrides)
+        if self.imatrix is not None and self.recipe is None and method in (None, "rtn"):
+            # What `rtn` makes of mean squares.
+            method = "rtn"
+            overrides = ("range.name=weighted_mse", "range.metric=diagonal", *overrides)
         if method is None and self.recipe is None:
             scheme = None if self.scheme is None else Scheme.parse(self.scheme)
             fmt = asked_format(self.format, scheme)
@@ -383,7 +396,7 @@ class QuantizeOptions:
         return load_recipe(
             method,
             path=None if self.recipe is None else Path(self.recipe),
-            overrides=self.overrides,
+            overrides=overrides,
             scheme=self.scheme,
             skip=self.skip,
             rules=self.rules,

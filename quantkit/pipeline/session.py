@@ -42,6 +42,7 @@ from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.predict import Prediction
 from quantkit.pipeline.records import Record
 from quantkit.pipeline.report import build_report
+from quantkit.pipeline.work.imatrix import GivenStats
 
 # The first block warms caches up; from two on the time that is left is told.
 _BLOCKS_TO_TELL = 2
@@ -63,6 +64,7 @@ class Job:
     device: str = "cpu"
     budget: Choice | None = None
     world: World = ALONE
+    given: GivenStats | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +284,7 @@ class Session:
             ahead=job.device.startswith("cuda") and job.max_ram is None,
             resident=job.prediction.heals_in_memory(job.max_ram, job.max_vram, job.device),
             late=self.late,
+            given=job.given,
             world=world,
         )
 

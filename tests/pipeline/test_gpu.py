@@ -261,7 +261,7 @@ def test_a_run_goes_on_from_the_hidden_states_that_were_saved(
     with fake_gpu(monkeypatch):
         whole = jobs.make_job(models["deep"], method, "w4a16_g32", device="cuda")
         jobs.finish(whole, tmp_path / "whole")
-        monkeypatch.setattr(stream, "_TIMES_SAVING", times)
+        monkeypatch.setattr(stream, "TIMES_SAVING", times)
         for kill in kills:
             out = tmp_path / f"killed-{kill}"
             with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -75,6 +76,11 @@ def current_rss() -> int:
     except OSError:
         return peak_rss()
     return pages * resource.getpagesize()
+
+
+def machine_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_rss() -> int:

@@ -1,7 +1,7 @@
 """The command line.  Results go to stdout, everything else to stderr.
 
-Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 3 stopped at --until or
-by another process's end, 70 an error of quantkit's own, 130 interrupted.
+Exit codes: 0 done, 1 a check failed, 2 a mistake in what was asked for, 3 stopped at --until (0 of
+several processes) or by another process's end, 70 an error of quantkit's own, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_cr
 from quantkit.cli.export import export
 from quantkit.cli.imatrix import imatrix
 from quantkit.cli.options import takes_options
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, StoppedError
 from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def quantize(
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
     began = time.monotonic()
-
+    stopped: StoppedError | None = None
     try:
         with contextlib.ExitStack() as stack:
             world = _joined(stack, model, options, out) if several_processes() else None
@@ -80,19 +80,25 @@ def quantize(
                     job, text=text, limits=fail_if or (), requantize=options.requantize
                 )
             limit = options.until_seconds
-            outcome = run(
-                job,
-                out,
-                fresh=options.fresh,
-                profile=None if options.profile is None else Path(options.profile),
-                deadline=None if limit is None else began + limit,
-            )
+            try:
+                outcome = run(
+                    job,
+                    out,
+                    fresh=options.fresh,
+                    profile=None if options.profile is None else Path(options.profile),
+                    deadline=None if limit is None else began + limit,
+                )
+            except StoppedError as stop:
+                # All processes know, and none is to blame.
+                stopped = stop
     except KeyboardInterrupt:
         partial = out.with_name(f"{out.name}.partial")
         kept = f"what is done is kept in {partial}: the same command goes on there"
         typer.echo(f"interrupted; {kept if partial.exists() else 'nothing was written'}", err=True)
         raise typer.Exit(130) from None
-    if not is_first_process():
+    if stopped is not None:
+        _tell_stopped(stopped, out, as_json)
+    if stopped is not None or not is_first_process():
         return
     from quantkit.cli.summary import outcome_json, outcome_text
 
@@ -117,9 +123,15 @@ def plan(
     options: QuantizeOptions,
     as_json: Json = False,
     out: Annotated[Path | None, typer.Option("--out", help="Where it would go.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="Of a run on this machine, as torchrun starts."),
+    ] = None,
 ) -> None:
     """Show every tensor's fate and what the run needs; exit 2 if it cannot fit."""
-    job = _job(model, options, out)
+    if not is_first_process():
+        return
+    job = _job(model, options, out, processes=processes)
     from quantkit.cli.summary import plan_json, plan_text
 
     typer.echo(json.dumps(plan_json(job), indent=2) if as_json else plan_text(job))
@@ -276,6 +288,16 @@ app.command()(cli_compare.compare)
 app.command()(cli_eval.bench)
 
 
+def _tell_stopped(stop: StoppedError, out: Path, as_json: bool) -> None:
+    """Says how to go on.  Raises it, for its exit code, in a process by itself: a launcher would
+    report code 3 as a failure and end with 1."""
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "written": False, "stopped": str(stop)}, indent=2))
+    if not several_processes():
+        raise stop
+    typer.echo(f"quantkit: {stop}", err=True)
+
+
 def _joined(stack: contextlib.ExitStack, model: str, options: QuantizeOptions, out: Path) -> World:
     """This process among those that share the work, once all are asked for the same."""
     from quantkit.calibration.processes.ranks import joined, same_everywhere
@@ -289,17 +311,31 @@ def _joined(stack: contextlib.ExitStack, model: str, options: QuantizeOptions, o
     return world
 
 
-def _job(model: str, options: QuantizeOptions, out: Path | None, world: World | None = None) -> Job:
+def _planned(processes: int | None) -> World:
+    """Those of the run that is planned: as many as asked for, or as a launcher started."""
+    from quantkit.calibration.processes.ranks import ALONE, Planned
+
+    if processes is not None:
+        return Planned(processes, processes)
+    return Planned.launched() if several_processes() else ALONE
+
+
+def _job(
+    model: str,
+    options: QuantizeOptions,
+    out: Path | None,
+    world: World | None = None,
+    processes: int | None = None,
+) -> Job:
     from quantkit.checkpoint.memory import return_large_blocks
     from quantkit.pipeline.asked import open_asked
 
     source = open_asked(model, [options])
-    from quantkit.calibration.processes.ranks import ALONE
     from quantkit.pipeline.job import prepare
 
     if options.max_ram_bytes is not None:
         return_large_blocks()
-    return prepare(source, options, out=out, world=world or ALONE)
+    return prepare(source, options, out=out, world=world or _planned(processes))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -312,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] != ["quantize"]:
+        if given[:1] not in (["quantize"], ["plan"]):
             refuse_several(f"quantkit {given[0] if given else ''}".rstrip())
         app(args=None if arguments is None else given)
     except QuantkitError as error:

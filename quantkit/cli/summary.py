@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit.checkpoint.door import RECORD_BYTES, read_json
 from quantkit.checkpoint.manifest import RUN
-from quantkit.checkpoint.memory import format_size, with_spare
+from quantkit.checkpoint.memory import format_size, machine_bytes, with_spare
 from quantkit.checkpoint.record import read_report
 from quantkit.checkpoint.sidefiles import SideRecord, left_lines, side_record
 from quantkit.formats.format import BuiltFormat
@@ -43,6 +43,15 @@ def plan_json(job: Job) -> dict[str, Any]:
             "disk_bytes": need.disk,
             "seconds": round(need.seconds, 1),
             "note": need.note,
+            **_on_gpu(job),
+            "machine": {
+                "processes": need.here,
+                "of": job.world.size,
+                "peak_ram_bytes": need.here * need.peak(job.max_ram),
+                "max_ram_bytes": None if job.max_ram is None else need.here * job.max_ram,
+                "ram_bytes": machine_bytes(),
+                "note": need.machine_note(job.max_ram),
+            },
         },
         "calibration": None if job.calibration is None else job.calibration.record.to_dict(),
         "tensors": [
@@ -71,11 +80,14 @@ def plan_text(job: Job) -> str:
     if table := _roles(job):
         lines += [*columns([("role", "weights", "scheme"), *table]), ""]
     lines += [*_totals(job), *left_lines(beside(job).left)]
-    lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted")
+    lines.append(f"peak RAM   {format_size(need.peak(job.max_ram))} predicted{_for_each(job)}")
+    for size in _on_gpu(job).values():
+        lines.append(f"peak VRAM  {format_size(size)} predicted on each GPU")
     lines.append(f"disk       {format_size(need.disk)}")
     lines.append(f"time       about {_duration(need.seconds)}")
-    if need.note is not None:
-        lines.append(f"note: {need.note}")
+    for note in (need.note, need.machine_note(job.max_ram)):
+        if note is not None:
+            lines.append(f"note: {note}")
     return "\n".join(lines)
 
 
@@ -104,6 +116,24 @@ def _roles(job: Job) -> list[tuple[str, str, str]]:
     ]
 
 
+def _on_gpu(job: Job) -> dict[str, int]:
+    """What a process needs of its GPU; empty where it has none."""
+    if not job.device.startswith("cuda"):
+        return {}
+    return {"peak_vram_bytes": job.prediction.peak_vram(job.max_vram)}
+
+
+def _for_each(job: Job) -> str:
+    """What several processes need together, of people's interest."""
+    need = job.prediction
+    if job.world.size == 1:
+        return ""
+    together = format_size(need.here * need.peak(job.max_ram))
+    if need.here == job.world.size:
+        return f" for each of {need.here} processes, {together} together"
+    return f" for each of {job.world.size} processes, {together} for the {need.here} of a machine"
+
+
 def outcome_json(job: Job, outcome: Outcome) -> dict[str, Any]:
     """The final summary as JSON values."""
     report = read_report(outcome.out)
@@ -129,7 +159,8 @@ def outcome_text(job: Job, outcome: Outcome) -> str:
         size = format_size(sum(path.stat().st_size for path in _files(outcome.out)))
         lines.append(f"files      {size}, as other tensors are float32 in what is built")
     peak, predicted = run["peak_rss_bytes"], run["predicted_peak_bytes"]
-    lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted)")
+    each = f", each of {run['processes']} processes at most" if run["processes"] > 1 else ""
+    lines.append(f"peak RAM   {format_size(peak)} ({format_size(predicted)} predicted){each}")
     lines += [f"note: {note}" for note in report["notes"] if note not in job.plan.notes]
     lines += left_lines(beside(job).left)
     lines += degraded_lines(report["degraded"])

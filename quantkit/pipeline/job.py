@@ -147,7 +147,9 @@ def prepare_all(
         if request.reader is not None and (reason := plan.readers[request.reader]) is not None:
             raise FormatError(f"--for {request.reader}: {reason}")
         calibration = shared if request.loaded.calibrated and told is None else None
-        prediction = predict(model, plan, calibration, device=device, processes=world.size)
+        prediction = predict(
+            model, plan, calibration, device=device, processes=world.size, here=world.here
+        )
         prediction.check(request.max_ram_bytes)
         max_vram = request.max_vram_bytes if device.startswith("cuda") else None
         prediction.check_vram(max_vram)

@@ -6,7 +6,6 @@ Letters: I in features, O out features.
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from quantkit.calibration.healing import LOGITS
 from quantkit.calibration.held_blocks import held_layout
 from quantkit.calibration.kept_training import KEPT_TIMES
 from quantkit.calibration.processes.tree import num_leaves, sums_at_once
-from quantkit.checkpoint.memory import current_rss, format_size, with_spare
+from quantkit.checkpoint.memory import current_rss, format_size, machine_bytes, with_spare
 from quantkit.checkpoint.sidefiles import side_bytes
 from quantkit.errors import BudgetError
 from quantkit.methods.parts import Heal, Refine
@@ -64,6 +63,7 @@ class Prediction:
     towers      towers for images with the activations of one sequence, before the first block
     seconds     at the speeds measured now
     note        what to know about them, or None
+    here        processes on this machine, each of which needs as much
     """
 
     base: int
@@ -79,6 +79,7 @@ class Prediction:
     resident: int = 0
     towers: int = 0
     sums: int = 1
+    here: int = 1
 
     @property
     def smallest(self) -> int:
@@ -100,6 +101,22 @@ class Prediction:
             return max(self.largest, healing)
         return max(min(self.largest, max(max_ram, self.smallest)), healing)
 
+    def peak_vram(self, max_vram: int | None) -> int:
+        """The predicted peak on a GPU, where blocks and statistics live there."""
+        least = max(self.smallest - self.base, self.block + self.heal)
+        return max(min(self.largest - self.base, max_vram or self.largest), least)
+
+    def machine_note(self, max_ram: int | None) -> str | None:
+        """What to know where processes need more than the machine has together, else None."""
+        needed = self.here * self.peak(max_ram)
+        if needed <= machine_bytes():
+            return None
+        who = "this process" if self.here == 1 else f"{self.here} processes"
+        return (
+            f"{who} may take {format_size(needed)} of memory, and this machine has "
+            f"{format_size(machine_bytes())}; give a --max-ram"
+        )
+
     def gram_budget(self, max_ram: int | None, max_vram: int | None = None) -> int | None:
         """Bytes of statistics that are gathered in one pass, finished; None for no limit.
 
@@ -120,7 +137,7 @@ class Prediction:
             return needed <= limit
         if max_ram is not None:
             return self.base + needed <= max_ram
-        return needed <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        return self.here * needed <= machine_bytes() // 4
 
     def check_vram(self, max_vram: int | None) -> None:
         """Raises BudgetError with the smallest --max-vram that works if the plan cannot fit."""
@@ -153,6 +170,7 @@ def predict(
     *,
     device: str = "cpu",
     processes: int = 1,
+    here: int = 1,
 ) -> Prediction:
     """The prediction for a plan.  Times a matrix product for a fraction of a second.
 
@@ -250,6 +268,7 @@ def predict(
         note=speeds.note,
         towers=towers,
         sums=sums,
+        here=here,
     )
 
 

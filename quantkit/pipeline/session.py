@@ -405,6 +405,7 @@ class Session:
                 "seconds": round(time.monotonic() - self._began, 3),
                 "predicted_seconds": round(job.prediction.seconds, 1),
                 "processes": self._world.size,
+                "processes_on_this_machine": self._world.here,
                 "peak_rss_bytes": peak,
                 **peak_vram(job.device),
                 "predicted_peak_bytes": job.prediction.peak(job.max_ram),

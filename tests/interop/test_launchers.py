@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,28 @@ def test_a_process_that_is_killed_ends_torchrun_with_one_sentence(
     # With another number.
     assert start((*TORCHRUN, "2"), out).wait() == 0
     assert manifest(out) == alone
+
+
+def test_a_run_that_stops_in_time_is_no_failure(alone: str, tmp_path: Path) -> None:
+    process = start((*TORCHRUN, "2"), tmp_path / "out", "--until", "0s")
+    _, told = process.communicate()
+    assert process.returncode == 0, told
+    assert told.strip().splitlines()[-1].endswith("the same command goes on there")
+    assert start((*TORCHRUN, "2"), tmp_path / "out").wait() == 0
+    assert manifest(tmp_path / "out") == alone
+
+
+def test_a_plan_adds_up_what_processes_need() -> None:
+    line = ["-m", "quantkit", "plan", str(demo_path()), *OPTIONS, "--max-ram", "2GiB", "--json"]
+    found = []
+    for launcher in ((), (*TORCHRUN, "2")):
+        more = () if launcher else ("--processes", "2")
+        told = subprocess.run(
+            [sys.executable, *launcher, *line, *more], stdout=subprocess.PIPE, check=True
+        )
+        found.append(json.loads(told.stdout)["predicted"]["machine"])
+    assert found[0]["max_ram_bytes"] == found[1]["max_ram_bytes"] == 2 * 2 * 2**30
+    assert found[0]["processes"] == found[1]["processes"] == 2
 
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:

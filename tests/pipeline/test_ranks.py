@@ -21,7 +21,7 @@ from quantkit.calibration.processes import watch
 from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import NumericsError, RanksError
-from quantkit.pipeline import session
+from quantkit.pipeline import predict, session
 from quantkit.pipeline.session import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,6 +221,43 @@ def test_an_output_that_one_does_not_see_is_refused(job: Job, tmp_path: Path) ->
 
     for code, sentence in run_ranks(2, work, tmp_path / "told"):
         assert code == 2 and "rank 1 does not see what rank 0 writes" in sentence
+
+
+def planned(capsys: pytest.CaptureFixture[str], model: Path, *more: object) -> dict[str, Any]:
+    line = ("plan", model, "--calib", model / "calibration.txt", "--samples", 8, "--seq-len", 32)
+    assert jobs.command(*line, "--method", "gptq", "--scheme", "w4a16_g32", "--json", *more) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)["predicted"]
+    return found
+
+
+def test_a_plan_adds_up_what_the_processes_of_a_machine_need(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = planned(capsys, llama)
+    assert alone["machine"]["processes"] == alone["machine"]["of"] == 1
+    assert alone["machine"]["peak_ram_bytes"] == alone["peak_ram_bytes"]
+    asked = planned(capsys, llama, "--processes", 3, "--max-ram", "4GiB")
+    assert asked["machine"]["processes"] == asked["machine"]["of"] == 3
+    assert asked["machine"]["peak_ram_bytes"] == 3 * asked["peak_ram_bytes"]
+    assert asked["machine"]["max_ram_bytes"] == 3 * 4 * 2**30
+    # Two on each of two machines.
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    launched = planned(capsys, llama)
+    assert launched["machine"]["processes"] == 2 and launched["machine"]["of"] == 4
+    line = ("plan", llama, "--method", "rtn", "--scheme", "w4a16_g32")
+    assert jobs.command(*line) == 0
+    told = capsys.readouterr().out
+    assert "for each of 4 processes" in told and "for the 2 of a machine" in told
+
+
+def test_more_than_the_machine_has_is_said(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(predict, "machine_bytes", lambda: 2**31)
+    assert planned(capsys, llama, "--max-ram", "1GiB")["machine"]["note"] is None
+    told = planned(capsys, llama, "--processes", 64)["machine"]["note"]
+    assert "64 processes may take" in told and "this machine has 2.00 GiB" in told
 
 
 def test_what_does_not_share_its_work_says_so(

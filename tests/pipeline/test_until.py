@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 
+from quantkit.calibration.processes.ranks import ALONE
+from quantkit.cli import app
 from quantkit.errors import RecipeError, StoppedError
 from quantkit.pipeline.options import format_duration, parse_duration
 from quantkit.pipeline.session import Job
@@ -52,6 +54,28 @@ def test_the_command_ends_with_code_3_and_says_how_to_go_on(
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1 and told[0].startswith("quantkit: ") and "block 0 being next" in told[0]
     assert jobs.command(*line) == 0
+
+
+@pytest.mark.parametrize(("size", "code"), [("1", 3), ("2", 0)])
+def test_json_says_it_and_a_launcher_sees_no_failure(
+    size: str,
+    code: int,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "0")
+    # The other process is not there.
+    monkeypatch.setattr(app, "_joined", lambda *_: ALONE)
+    line = ["quantize", llama, "--out", tmp_path / "out", "--method", "rtn", "--json"]
+    line += ["--scheme", "w4a16_g32", "--calib", llama / "calibration.txt", "--until", "0s"]
+    assert jobs.command(*line) == code
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert not told["written"] and "the same command goes on there" in told["stopped"]
+    assert printed.err.strip().splitlines()[-1] == f"quantkit: {told['stopped']}"
 
 
 @pytest.mark.parametrize("text", ["", "h", "3x", "3h50", "-1h", "50m3h"])

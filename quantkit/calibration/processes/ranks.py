@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from quantkit.calibration.processes.watch import SEVERAL, Watch, several_processes
+from quantkit.calibration.processes.watch import HERE, SEVERAL, Watch, several_processes
 from quantkit.errors import RanksError
 
 T = TypeVar("T")
@@ -38,6 +38,8 @@ class World:
 
     rank = 0
     size = 1
+    # How many of them run on this machine.
+    here = 1
 
     def first(self, work: Callable[[], T]) -> T:
         """What rank 0 makes of it, known to all; the others do not do it."""
@@ -70,11 +72,30 @@ class World:
 ALONE = World()
 
 
+class Planned(World):
+    """What a run of so many processes is planned for, by one of them."""
+
+    def __init__(self, size: int, here: int) -> None:
+        self.size, self.here = size, here
+
+    @classmethod
+    def launched(cls) -> Planned:
+        """As a launcher started this process."""
+        size = _number(SEVERAL[1])
+        return cls(size, processes_here(size))
+
+
+def processes_here(size: int) -> int:
+    """How many of all processes run on this machine, by what torchrun sets; else all of them."""
+    return _number(HERE) if os.environ.get(HERE) else size
+
+
 class Ranks(World):
     """One of several processes.  Raises LostError wherever another one is gone."""
 
     def __init__(self, rank: int, size: int, local_rank: int, watch: Watch) -> None:
         self.rank, self.size, self._local_rank, self._watch = rank, size, local_rank, watch
+        self.here = processes_here(size)
         self._device = torch.device("cpu")
 
     def first(self, work: Callable[[], T]) -> T:

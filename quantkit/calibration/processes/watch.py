@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What launchers set: this process's number, how many there are, its number on this machine.
 SEVERAL = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# And some of them: how many there are on this machine.
+HERE = "LOCAL_WORLD_SIZE"
 # Seconds between two beats, without any after which a process is lost, and until rank 0 has told of
 # an error elsewhere.
 _BEAT, _LOST, _TOLD = 1.0, 40.0, 10.0

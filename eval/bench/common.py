@@ -54,12 +54,14 @@ _PROBE = (
 class Finished:
     """A command that has ended.
 
+    cpu_seconds: of the processor, user's and system's, of all threads.
     peak_bytes: the operating system's peak RSS of the process, never below this one's own peak,
     because the kernel counts the moment before exec.
     """
 
     returncode: int
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     stdout: str
     stderr: str
@@ -93,6 +95,7 @@ def run(
         return Finished(
             returncode=process.returncode,
             seconds=seconds,
+            cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_bytes=usage.ru_maxrss * 1024,
             stdout=out.read().decode(errors="replace"),
             stderr=err.read().decode(errors="replace"),

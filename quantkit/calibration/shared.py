@@ -7,11 +7,14 @@ same bytes as a run of its own recipe, which says `propagate: false`.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.stream import CalibrationStream
+from quantkit.checkpoint.disk import write_file
 from quantkit.methods.stats import Needs, Stats
 
 
@@ -26,9 +29,17 @@ class BlockNeeds:
 class SharedStats:
     """Statistics of the block that is being worked on, for all methods; kept until the next one."""
 
-    def __init__(self, stream: CalibrationStream, needs: Sequence[Sequence[BlockNeeds]]) -> None:
-        """`needs[method][block]`."""
+    def __init__(
+        self,
+        stream: CalibrationStream,
+        needs: Sequence[Sequence[BlockNeeds]],
+        *,
+        states: Mapping[str, str],
+    ) -> None:
+        """`needs[method][block]`; `states`: what hidden states depend on."""
         self.stream = stream
+        self._told = stream.scratch / "states.json"
+        self._states = dict(states)
         self._needs = needs
         self._index: int | None = None
         self._book: StatsBook | None = None
@@ -49,6 +60,7 @@ class SharedStats:
         if self._index != index:
             # The old block's statistics go before the new one's come.
             self._book = None
+            self._reach(index)
             self._book = self._gather(index)
             self._index = index
         assert self._book is not None
@@ -57,6 +69,24 @@ class SharedStats:
             for key, need in self._needs[method][index].needs.items()
         }
         return MethodStats(self._book, names)
+
+    def _reach(self, index: int) -> None:
+        """Has the stream hold what enters a block, which another run may not have left here."""
+        if self._index is not None or self._embedded or self._kept() in (index, index + 1):
+            return
+        self.embed()
+        for earlier in range(index):
+            block = self.stream.model.load_block(earlier)
+            # With a tap, as where its statistics are taken.
+            self.stream.forward(earlier, block, lambda key, x_TI: None, write=True)
+
+    def _kept(self) -> int | None:
+        """The last generation of hidden states that an interrupted run left; None for others'."""
+        if not self._told.is_file():
+            return None
+        told: dict[str, Any] = json.loads(self._told.read_bytes())
+        generation: int = told.pop("generation")
+        return generation if told == self._states else None
 
     def _variants(self, index: int) -> dict[str, list[Needs]]:
         """Input key -> the different statistics that methods want of it."""
@@ -91,6 +121,8 @@ class SharedStats:
             taps=taps,
         )
         self.stream.hidden.sync(index + 1)
+        told = {**self._states, "generation": index + 1}
+        write_file(self._told, json.dumps(told).encode())
         return book
 
 

@@ -7,14 +7,12 @@ several processes) or by another process's end, 70 an error of quantkit's own, 1
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -27,6 +25,7 @@ from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_cr
 from quantkit.cli.export import export
 from quantkit.cli.imatrix import imatrix
 from quantkit.cli.options import takes_options
+from quantkit.cli.processes import joined_world
 from quantkit.errors import QuantkitError, StoppedError
 from quantkit.pipeline.options import QuantizeOptions
 
@@ -71,8 +70,7 @@ def quantize(
     stopped: StoppedError | None = None
     try:
         with contextlib.ExitStack() as stack:
-            world = _joined(stack, model, options, out) if several_processes() else None
-            job = _job(model, options, out, world)
+            job = _job(model, options, out, joined_world(stack, model, options, out))
             from quantkit.pipeline.session import run
 
             if evaluate or fail_if:
@@ -298,19 +296,6 @@ def _tell_stopped(stop: StoppedError, out: Path, as_json: bool) -> None:
     typer.echo(f"quantkit: {stop}", err=True)
 
 
-def _joined(stack: contextlib.ExitStack, model: str, options: QuantizeOptions, out: Path) -> World:
-    """This process among those that share the work, once all are asked for the same."""
-    from quantkit.calibration.processes.ranks import joined, same_everywhere
-
-    world = stack.enter_context(joined())
-    fields = dataclasses.fields(QuantizeOptions)
-    asked = {f.metadata["flag"] or f.name: str(getattr(options, f.name)) for f in fields}
-    versions = {f"{name} version": version(name) for name in ("quantkit", "torch", "transformers")}
-    told = {"MODEL": model, **asked, "--out": os.path.abspath(out), **versions}
-    same_everywhere(world, told)
-    return world
-
-
 def _planned(processes: int | None) -> World:
     """Those of the run that is planned: as many as asked for, or as a launcher started."""
     from quantkit.calibration.processes.ranks import ALONE, Planned
@@ -348,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if given[:1] not in (["quantize"], ["plan"]):
+        if given[:1] not in (["quantize"], ["plan"], ["compare"]):
             refuse_several(f"quantkit {given[0] if given else ''}".rstrip())
         app(args=None if arguments is None else given)
     except QuantkitError as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,11 @@ from quantkit.cli.evaluate import (
     finish,
 )
 from quantkit.cli.options import takes_options
+from quantkit.cli.processes import joined_world
 from quantkit.pipeline.options import QuantizeOptions
+
+if TYPE_CHECKING:
+    from quantkit.calibration.processes.ranks import World
 
 DEFAULT_METHODS = "rtn,awq,gptq,nf4,int8"
 
@@ -58,22 +63,27 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Quantize several ways from one calibration pass, and rate them in one report."""
-    evaluated = run_compare(
-        model,
-        out,
-        methods=methods.split(","),
-        bits=_numbers(bits),
-        options=options,
-        evaluation={
-            "text": text,
-            "tasks": tuple(tasks or ()),
-            "task_questions": questions,
-            "windows": windows,
-            "limits": tuple(fail_if or ()),
-            "prompts": prompts,
-        },
-    )
-    finish(evaluated, as_json)
+    evaluation = {
+        "text": text,
+        "tasks": tuple(tasks or ()),
+        "task_questions": questions,
+        "windows": windows,
+        "limits": tuple(fail_if or ()),
+        "prompts": prompts,
+    }
+    with contextlib.ExitStack() as stack:
+        more = {"--methods": methods, "--bits": bits, **evaluation}
+        evaluated = run_compare(
+            model,
+            out,
+            methods=methods.split(","),
+            bits=_numbers(bits),
+            options=options,
+            evaluation=evaluation,
+            world=joined_world(stack, model, options, out, more),
+        )
+    if evaluated is not None:
+        finish(evaluated, as_json)
 
 
 def run_compare(
@@ -85,11 +95,13 @@ def run_compare(
     options: QuantizeOptions,
     evaluation: dict[str, Any],
     title: str | None = None,
+    world: World | None = None,
 ) -> Any:
     """The evaluation of all candidates, which lie in directories of their own below `out`.
 
     options: what all of them share
     evaluation: further fields of the evaluation's request
+    world: processes that candidates are shared out over; rank 0 evaluates, others get None
     """
     from quantkit_eval.limits import parse_limit
 
@@ -110,8 +122,9 @@ def run_compare(
     from quantkit_eval.command import run_comparison
     from quantkit_eval.setting import EvaluationRequest, check_wishes
 
+    from quantkit.calibration.processes.ranks import ALONE
     from quantkit.pipeline.job import prepare_all
-    from quantkit.pipeline.together import candidates, run_together
+    from quantkit.pipeline.together import candidates, run_spread
 
     if options.max_ram is not None:
         return_large_blocks()
@@ -140,10 +153,13 @@ def run_compare(
         dataclasses.replace(options, recipe=candidate.recipe, allow_unreadable=True)
         for candidate in chosen
     ]
-    jobs = prepare_all(source, requests)
+    world = world or ALONE
+    jobs = prepare_all(source, requests, world=world.apart())
     outs = [out / candidate.name for candidate in chosen]
-    run_together(jobs, outs, out / "statistics.partial")
+    run_spread(world, jobs, outs, out / "statistics.partial")
     del jobs
+    if world.rank != 0:
+        return None
     request = dataclasses.replace(wishes, quantized=tuple(str(path) for path in outs))
     return run_comparison(request, out, names=[candidate.label for candidate in chosen])
 

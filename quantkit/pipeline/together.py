@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from quantkit.calibration.processes.ranks import World, owners_of
 from quantkit.calibration.shared import SharedMethod, SharedStats
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
@@ -23,6 +24,10 @@ from quantkit.methods.recipe import Recipe, load_recipe
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.session import Job, Outcome, Session, build, checkpoint_beside, is_built
 from quantkit.pipeline.work.needs import block_needs
+
+# What of a job's fingerprint hidden states of the original depend on.
+_STATES = ("model", "calibration", "device", "hardware", "threads", "torch version",
+           "transformers version")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,30 @@ def _widths(scheme: Scheme, bits: Sequence[int]) -> list[str]:
             raise RecipeError(f"--bits {width}: give numbers from 2 to 8")
         names.append(scheme.name.replace(f"w{scheme.bits}a", f"w{width}a", 1))
     return names
+
+
+def run_spread(
+    world: World,
+    jobs: Sequence[Job],
+    outs: Sequence[Path],
+    scratch: Path,
+    *,
+    progress: bool = True,
+) -> None:
+    """As `run_together`, outputs being shared out over ranks: each is one rank's alone.
+
+    Who does which is told by how long they are predicted to take; any number of ranks goes on.
+    """
+    seconds = {str(k): job.prediction.seconds for k, job in enumerate(jobs)}
+    owners = world.first(lambda: owners_of(seconds, world.size))
+    mine = [k for k in range(len(jobs)) if owners[str(k)] == world.rank]
+    if world.size > 1:
+        scratch = scratch.with_name(f"{scratch.stem}-{world.rank}{scratch.suffix}")
+    if mine:
+        here = [jobs[k] for k in mine], [outs[k] for k in mine]
+        run_together(*here, scratch, progress=progress and world.rank == 0)
+    # Nobody looks at outputs before all are there.
+    world.gathered(None)
 
 
 def run_together(
@@ -163,4 +192,5 @@ def _share(jobs: Sequence[Job], scratch: Path, stack: contextlib.ExitStack) -> S
         spread=first.plan.recipe.experts == "all",
     )
     blocks = range(first.model.num_blocks)
-    return SharedStats(stream, [[block_needs(job.plan, index) for index in blocks] for job in jobs])
+    needs = [[block_needs(job.plan, index) for index in blocks] for job in jobs]
+    return SharedStats(stream, needs, states={name: first.fingerprint[name] for name in _STATES})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +14,16 @@ from typing import Any
 import pytest
 import tiny_eval
 import tiny_jobs as jobs
+from many import run_ranks
 
+from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import RecipeError
 from quantkit.methods.recipe import load_recipe
 from quantkit.pipeline.job import prepare_all
 from quantkit.pipeline.options import QuantizeOptions
-from quantkit.pipeline.together import Candidate, candidates, run_together
+from quantkit.pipeline.session import Session
+from quantkit.pipeline.together import Candidate, candidates, run_spread, run_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +115,58 @@ def test_same_command_goes_on_where_it_was_killed(model: Path, tmp_path: Path) -
     assert not any(out.exists() for out in broken)
     run_together(jobs_, broken, tmp_path / "scratch", progress=False)
     assert [jobs.hashes(out) for out in broken] == expected
+
+
+def test_ranks_share_outputs_out_and_any_number_goes_on(model: Path, tmp_path: Path) -> None:
+    """Two ranks, killed in the second block, then one process without their hidden states."""
+    found = chosen(["awq", "gptq", "rtn"])
+    prepared = prepare_all(str(model), requests(model, found))
+    names = [candidate.name for candidate in found]
+    alone = [tmp_path / f"{name}-alone" for name in names]
+    run_together(prepared, alone, tmp_path / "s", progress=False)
+    outs = [tmp_path / name for name in names]
+    ran = tmp_path / "ran"
+
+    def spread(world: World) -> None:
+        run_spread(world, prepared, outs, tmp_path / "spread.partial", progress=False)
+
+    def dying(world: World) -> None:
+        patch, run = pytest.MonkeyPatch(), Session.run
+
+        def die(self: Session, step: str) -> None:
+            if step == "block 1" and self._job.calibration is not None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            run(self, step)
+            with ran.open("a") as file:
+                file.write(f"{world.rank} {self._job.plan.recipe.method}\n")
+
+        patch.setattr(Session, "run", die)
+        spread(world)
+
+    codes = [code for code, _ in run_ranks(2, dying, tmp_path / "told")]
+    assert -signal.SIGKILL in codes and set(codes) <= {3, -signal.SIGKILL}
+    who = {tuple(line.split()) for line in ran.read_text().splitlines()}
+    assert {rank for rank, _ in who} == {"0", "1"} and len(who) == len({name for _, name in who})
+    for scratch in tmp_path.glob("spread-*.partial"):
+        shutil.rmtree(scratch)
+    spread(ALONE)
+    assert [jobs.hashes(out) for out in outs] == [jobs.hashes(out) for out in alone]
+
+
+def test_two_ranks_write_every_output(model: Path, tmp_path: Path) -> None:
+    found = chosen(["awq", "gptq", "rtn"])
+    prepared = prepare_all(str(model), requests(model, found))
+    outs = [tmp_path / candidate.name for candidate in found]
+
+    def spread(world: World) -> None:
+        run_spread(world, prepared, outs, tmp_path / "spread.partial", progress=False)
+        # Rank 0 evaluates what others wrote.
+        assert all((out / "quantkit/manifest.json").exists() for out in outs)
+
+    assert run_ranks(2, spread, tmp_path / "told") == [(0, ""), (0, "")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*(out.name for out in outs), "told"]
+    )
 
 
 def test_bits_make_candidates_of_methods_that_have_them() -> None:

@@ -68,7 +68,7 @@ def test_json_says_it_and_a_launcher_sees_no_failure(
     monkeypatch.setenv("WORLD_SIZE", size)
     monkeypatch.setenv("RANK", "0")
     # The other process is not there.
-    monkeypatch.setattr(app, "_joined", lambda *_: ALONE)
+    monkeypatch.setattr(app, "joined_world", lambda *_: ALONE)
     line = ["quantize", llama, "--out", tmp_path / "out", "--method", "rtn", "--json"]
     line += ["--scheme", "w4a16_g32", "--calib", llama / "calibration.txt", "--until", "0s"]
     assert jobs.command(*line) == code

@@ -68,6 +68,10 @@ class World:
         """This rank's own of the kind of device."""
         return device
 
+    def apart(self) -> World:
+        """This process by itself, for work of its own beside that of others."""
+        return self
+
 
 ALONE = World()
 
@@ -144,6 +148,10 @@ class Ranks(World):
         self._device = torch.device("cuda", self._local_rank)
         return str(self._device)
 
+    def apart(self) -> World:
+        """This process by itself, on its own device, for work of its own beside that of others."""
+        return _Apart(self)
+
     def _shared(self, value: T, owner: int) -> T:
         """The owner's value, which is this one there."""
         if owner == self.rank:
@@ -186,6 +194,17 @@ class Ranks(World):
             raise
         except (RuntimeError, ValueError) as error:
             raise self._watch.lost() from error
+
+
+class _Apart(World):
+    """One of several that works by itself."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self.here = ranks, ranks.here
+
+    def device(self, device: str) -> str:
+        """That of the rank."""
+        return self._ranks.device(device)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def refuse_several(what: str) -> None:
     if several_processes():
         raise RanksError(
             f"{what} runs in one process, and {os.environ[SEVERAL[1]]} were started; "
-            "`quantkit quantize` shares its work out"
+            "quantize and compare share their work out"
         )
 
 

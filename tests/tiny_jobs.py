@@ -14,6 +14,7 @@ import tiny_models as tiny
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from quantkit.calibration.processes.ranks import ALONE
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.manifest import RUN
 from quantkit.cli.app import main
@@ -107,8 +108,9 @@ def make_job(
     if text is None and isinstance(model, Path):
         text = model / "calibration.txt"
     request.setdefault("calibration", str(text))
-    tokenizer = request.pop("tokenizer", None)
-    return prepare(source, QuantizeOptions(recipe=recipe, **request), tokenizer=tokenizer)
+    tokenizer, world = request.pop("tokenizer", None), request.pop("world", ALONE)
+    options = QuantizeOptions(recipe=recipe, **request)
+    return prepare(source, options, tokenizer=tokenizer, world=world)
 
 
 def finish(job: Job, out: Path, **options: Any) -> Outcome:

@@ -19,7 +19,7 @@ from quantkit.calibration.data.tokens import (
     holds_token_ids,
     load_calibration,
 )
-from quantkit.calibration.processes.ranks import ALONE, World
+from quantkit.calibration.processes.ranks import ALONE, Planned, World
 from quantkit.calibration.processes.tree import ORDER
 from quantkit.checkpoint.dtypes import dtype_of
 from quantkit.checkpoint.files import refuse_quantized
@@ -102,13 +102,22 @@ def prepare_all(
                 "give text"
             )
         model.check_replay(shared.ids[:1, :64])
+        # Others of a run that is planned only are not there.
+        sharing = ALONE if isinstance(world, Planned) else world
         earlier: dict[str, str] = {}
         if out is not None and not first.fresh:
-            earlier = earlier_fingerprint(out) or earlier_fingerprint(checkpoint_beside(out))
+            earlier = sharing.first(lambda: _earlier(out))
         budgets = [
             None
             if not request.has_budget
-            else choose(model, request, shared, device=device, earlier=earlier.get(_CHOICE))
+            else choose(
+                model,
+                request,
+                shared,
+                device=device,
+                earlier=earlier.get(_CHOICE),
+                world=sharing,
+            )
             for request in requests
         ]
         requests = [
@@ -227,6 +236,11 @@ def _given(model: CausalModel, request: QuantizeOptions) -> GivenStats | None:
             "leave it out"
         )
     return GivenStats(Path(request.imatrix), model, request.loaded)
+
+
+def _earlier(out: Path) -> dict[str, str]:
+    """The fingerprint of what lies at `out`, or is on its way there; empty if nothing does."""
+    return earlier_fingerprint(out) or earlier_fingerprint(checkpoint_beside(out))
 
 
 def _chosen(choice: Choice | None) -> dict[str, str]:

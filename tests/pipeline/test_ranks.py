@@ -21,7 +21,9 @@ from quantkit.calibration.processes import watch
 from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import NumericsError, RanksError
+from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline import predict, session
+from quantkit.pipeline.budget.sensitivity import _Solver
 from quantkit.pipeline.session import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,6 +84,31 @@ def test_the_bytes_are_those_of_one_process(
         assert told == [(0, "")] * size
         assert jobs.hashes(out) == alone
         assert json.loads((out / "quantkit/run.json").read_bytes())["processes"] == size
+
+
+def test_groups_of_a_budget_are_measured_by_one_rank_each(llama: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"bits": 4.3}
+    job = jobs.make_job(llama, "gptq", None, **asked)
+    assert job.budget is not None
+    quantized = _Solver.quantized
+    told = tmp_path / "measured"
+
+    def work(world: World) -> None:
+        patch = pytest.MonkeyPatch()
+
+        def note(self: _Solver, scheme: Scheme) -> Any:
+            with told.open("a") as file:
+                file.write(f"{world.rank} {self.group.refs[0].name} {scheme.name}\n")
+            return quantized(self, scheme)
+
+        patch.setattr(_Solver, "quantized", note)
+        found = jobs.make_job(llama, "gptq", None, world=world, **asked)
+        assert found.budget == job.budget and found.fingerprint == job.fingerprint
+
+    assert run_ranks(2, work, tmp_path / "told") == [(0, ""), (0, "")]
+    lines = [line.split() for line in told.read_text().splitlines()]
+    assert {rank for rank, *_ in lines} == {"0", "1"}
+    assert len({tuple(rest) for _, *rest in lines}) == len(lines)
 
 
 @pytest.fixture(scope="module")

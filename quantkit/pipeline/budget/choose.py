@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.calibration.data.tokens import Calibration
+from quantkit.calibration.processes.ranks import ALONE, World, same_everywhere
 from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import BudgetError, FormatError, RecipeError
@@ -133,13 +134,17 @@ def choose(
     *,
     device: str,
     earlier: str | None,
+    world: World = ALONE,
 ) -> Choice:
     """The choice for a request with a budget; `earlier` is that of a run to go on with, as JSON.
+
+    Ranks of a `world` share the measuring.
 
     Raises BudgetError with what can be reached, FormatError if no runtime can mix.
     """
     recipe = request.loaded
     key = _key(model, request, calibration, device)
+    same_everywhere(world, {"what the budget is chosen by": key})
     if earlier is not None and (found := _earlier(earlier)) is not None and found.key == key:
         return found
     wish = wish_of(request, model)
@@ -187,6 +192,7 @@ def choose(
             gram_budget=prediction.gram_budget(request.max_ram_bytes, request.max_vram_bytes),
             device=device,
             progress=request.progress,
+            world=world,
         )
     choices = [
         Choice(

@@ -21,6 +21,7 @@ from quantkit.calibration.batches import batches_of
 from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.hidden import HiddenStore
+from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.methods.parts import Range, Rounding, make_part
@@ -71,15 +72,18 @@ def measure(
     gram_budget: int | None,
     device: str,
     progress: bool,
+    world: World = ALONE,
 ) -> list[dict[Scheme, float]]:
     """For each group, scheme -> estimated KL in nats per token; `schemes` are those it may have.
 
-    Hidden states of all branches go to `scratch`.
+    Hidden states of all branches go to `scratch`.  Each rank of `world` measures groups of its own,
+    which depend on no others, and is told the rest.
     """
+    own = range(world.rank, len(groups), world.size)
     scored, counted = split_calibration(calibration)
     probes = [_probes(tuple(choices)) for choices in schemes]
     parts = recipe.make_range(), _cheap(recipe)
-    errors: list[dict[Scheme, float]] = []
+    errors: dict[int, dict[Scheme, float]] = {}
     with contextlib.ExitStack() as stack, torch.no_grad():
         stream = CalibrationStream(
             model,
@@ -90,9 +94,8 @@ def measure(
             stack=stack,
             spread=recipe.experts == "all",
         )
-        branches = _Branches(
-            model, scored, sum(map(len, probes)), device, scratch / "scored", stack
-        )
+        most = sum(len(probes[k]) for k in own)
+        branches = _Branches(model, scored, most, device, scratch / "scored", stack)
         stream.embed()
         branches.embed()
         bar = stack.enter_context(
@@ -101,7 +104,7 @@ def measure(
         bar.set_description("sensitivity")
         for index in range(model.num_blocks):
             block = model.load_block(index)
-            mine = [k for k, group in enumerate(groups) if group.block == index]
+            mine = [k for k in own if groups[k].block == index]
             book = _gather(stream, index, block, parts, [groups[k] for k in mine], schemes)
             branches.forward(index, block)
             for k in mine:
@@ -109,15 +112,17 @@ def measure(
                 for scheme in probes[k]:
                     with solver.quantized(scheme):
                         branches.start(index, block)
-                errors.append({scheme: solver.error(scheme) for scheme in schemes[k]})
+                errors[k] = {scheme: solver.error(scheme) for scheme in schemes[k]}
             del block
             release_free_memory()
             bar.update()
         found = iter(branches.divergences())
-    return [
-        _curve(errors[k], {scheme: next(found) for scheme in probes[k]}, schemes[k])
-        for k in range(len(groups))
-    ]
+    curves = {
+        k: _curve(errors[k], {scheme: next(found) for scheme in probes[k]}, schemes[k])
+        for k in errors
+    }
+    every = {k: curve for told in world.gathered(curves) for k, curve in told.items()}
+    return [every[k] for k in range(len(groups))]
 
 
 class _Branches:

@@ -86,6 +86,11 @@ class Layout(Protocol):
         ...
 
     @property
+    def file_bytes(self) -> int:
+        """The same with what files hold beside tensors."""
+        ...
+
+    @property
     def side_files(self) -> Mapping[str, bytes] | None:
         """Files beside it by name, where the file describes the model itself; None where that is
         for config.json and the files of the source."""
@@ -132,6 +137,11 @@ class ShardLayout:
     def num_bytes(self) -> int:
         """Exact bytes of all shards on disk, without the index."""
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def file_bytes(self) -> int:
+        """The same: headers are counted."""
+        return self.num_bytes
 
     @cached_property
     def places(self) -> Mapping[str, tuple[Shard, StoredTensor]]:

@@ -250,7 +250,7 @@ class Container(Protocol):
     def spread(
         self, mix: Scheme, shapes: Mapping[str, tuple[int, int]]
     ) -> dict[str, tuple[Scheme | None, str]]:
-        """Scheme (None: kept) and reason of each matrix, where one name stands for a mix."""
+        """Scheme (None: kept) and reason of each of these, where one name stands for a mix."""
         ...
 
     def place(self, name: str) -> tuple[TensorInfo, ...]:

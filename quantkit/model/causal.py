@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from quantkit.model.attention import Attention
 from quantkit.model.extra_layers import find_extra_layers
 from quantkit.model.fold import fold_
 from quantkit.model.names import NameMap, check_complete, load_into, map_names
-from quantkit.model.passes import Inputs, Layout, Passes, as_float, call_block, load_outside
+from quantkit.model.passes import Inputs, Layout, OnHead, Passes, as_float, call_block, load_outside
 from quantkit.model.probes.kinds import Probes
 from quantkit.model.probes.replay import check_replay
 from quantkit.model.probes.scales import Found
@@ -189,6 +189,10 @@ class CausalModel:
         blocks that hand their input on.  Blocks share argument objects, so keeping them is cheap.
         """
         return self._passes.calls(ids_BT, mask_BT, inputs)
+
+    def embedding_as(self, change: OnHead) -> AbstractContextManager[None]:
+        """While active, rows [R, H] of the embedding are what `change` makes of them."""
+        return self._passes.embedding_as(change)
 
     def run(self, block: nn.Module, hidden_BTH: torch.Tensor, call: BlockCall) -> torch.Tensor:
         """The block's hidden states [B, T, H]; no gradients."""

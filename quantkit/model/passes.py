@@ -8,8 +8,9 @@ Letters: O out features, I in features, B sequences, T tokens, H hidden size, V 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +74,8 @@ class Passes:
         self.embedding_path, self.head_path = lazy_paths(model)
         self.embedding_name = names.of(self.embedding_path)[0].name
         self._head_name = names.of(self.head_path)[0].name
+        # What stands for rows of the embedding that are read; None: they themselves.
+        self._changed: OnHead | None = None
 
     @property
     def head(self) -> WeightRef:
@@ -162,6 +165,15 @@ class Passes:
     def _placed(self, value: torch.Tensor) -> torch.Tensor:
         """An input where the model is, in its dtype."""
         return value.to(self.device, self._model.dtype if value.is_floating_point() else None)
+
+    @contextlib.contextmanager
+    def embedding_as(self, change: OnHead) -> Iterator[None]:
+        """While active, rows [R, H] of the embedding are what `change` makes of them."""
+        self._changed = change
+        try:
+            yield
+        finally:
+            self._changed = None
 
     def calls(
         self, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None, inputs: Inputs | None
@@ -277,7 +289,7 @@ class Passes:
             ) from error
         if not bool(table.isfinite().all()):
             raise NumericsError(f"{self.embedding_name}: an embedding is NaN or infinite")
-        return table
+        return table if self._changed is None else self._changed(table)
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         """The head's product with its rows read in ranges."""

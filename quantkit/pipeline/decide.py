@@ -210,11 +210,13 @@ def spread(
         raise SchemeError(f"--scheme {recipe.scheme.name}: with --format {fmt.name} {reason}")
     kept = ("router", "read")
     shapes = {ref.name: ref.shape for block in refs for ref in block if ref.role not in kept}
-    found = container.spread(recipe.scheme, shapes)
-    for name in found:
-        if (rule := recipe.rule_for(name)) is not None:
-            found[name] = rule.scheme, rule.told
-    return found
+    shapes |= container.matrices()
+    rules = {name: recipe.rule_for(name) for name in shapes}
+    # What a rule decides is not the mix's to say, nor to tell of.
+    mixed = {name: shape for name, shape in shapes.items() if rules[name] is None}
+    found = container.spread(recipe.scheme, mixed)
+    ruled = {name: rule for name, rule in rules.items() if rule is not None}
+    return found | {name: (rule.scheme, rule.told) for name, rule in ruled.items()}
 
 
 def fit(
@@ -277,6 +279,11 @@ def kept_reason(model: CausalModel, info: TensorInfo, in_block: bool) -> str:
     if len(info.shape) < 2:
         return "norm or bias"
     return "not a matrix product's weight" if in_block else "outside of the blocks that run on text"
+
+
+def table_ref(name: str, shape: tuple[int, int]) -> WeightRef:
+    """The table of embeddings as a weight: it multiplies nothing and reads tokens."""
+    return WeightRef(name=name, block=None, shape=shape, parameter=name, input="tokens")
 
 
 def planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> PlannedWeight:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DEFAULT_METHOD = "awq"
 BUDGET_METHOD = "best"
+# What a runtime reads that reads no safetensors.
+_FORMAT_OF = {"llama.cpp": "gguf", "ollama": "gguf", "onnxruntime": "onnx"}
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _DURATION = re.compile(rf"(?:{_NUMBER}h)?\s*(?:{_NUMBER}m)?\s*(?:{_NUMBER}s)?")
 
@@ -372,6 +374,10 @@ class QuantizeOptions:
         default=None, metadata=_told(None, "replaces the one that comes with a path")
     )
     progress: bool = field(default=True, metadata=_told(None, "a progress bar, on terminals only"))
+
+    def __post_init__(self) -> None:
+        if self.format is None and self.reader in _FORMAT_OF:
+            object.__setattr__(self, "format", _FORMAT_OF[self.reader])
 
     @cached_property
     def loaded(self) -> Recipe:

@@ -39,6 +39,7 @@ from quantkit.pipeline.decide import (
     notes_on,
     planned,
     spread,
+    table_ref,
     unquantizable,
 )
 from quantkit.pipeline.extra import (
@@ -270,7 +271,7 @@ def lay_out(
     outside = {} if container is None else container.matrices()
     embedding = next(
         (
-            _table(name, shape)
+            table_ref(name, shape)
             for name, shape in outside.items()
             if name != head_is and schemes.get(name) is not None
         ),
@@ -374,11 +375,6 @@ def lay_out(
 
 def _block_weights(model: CausalModel) -> tuple[tuple[WeightRef, ...], ...]:
     return tuple(model.weights(index) for index in range(model.num_blocks))
-
-
-def _table(name: str, shape: tuple[int, int]) -> WeightRef:
-    """The table of embeddings as a weight: it multiplies nothing and reads tokens."""
-    return WeightRef(name=name, block=None, shape=shape, parameter=name, input="tokens")
 
 
 def _transformed_groups(

@@ -70,9 +70,8 @@ class GgufContainer:
     def spread(
         self, mix: Scheme, shapes: Mapping[str, tuple[int, int]]
     ) -> dict[str, tuple[Scheme | None, str]]:
-        """Matrix name -> its block type (None: kept) and the reason, for those with these shapes
-        and those of `matrices`, as the mix says."""
-        shapes = {**shapes, **self.matrices()}
+        """Matrix name -> its block type (None: kept) and the reason, for those with these shapes,
+        as the mix says."""
         config, family = self._config, self._family
         weights = [
             Weight(

@@ -52,6 +52,11 @@ def check_recipe(name: str) -> None:
         )
 
 
+def mix_named_after(block: str) -> str:
+    """The recipe most of whose tensors have a block type, as in "q4_k" -> "q4_k_m"."""
+    return next(name for name, (base, _) in RECIPES.items() if base == block.upper())
+
+
 def choose_types(
     recipe: str,
     weights: Sequence[Weight],

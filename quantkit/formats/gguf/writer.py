@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ class GgufLayout:
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Exact size of the file, with metadata and tokenizer; writes a header to find out."""
+        with tempfile.TemporaryDirectory(prefix="quantkit-header-") as folder:
+            path = Path(folder) / self.file
+            write_header(path, self.architecture, self.entries, self.tensors)
+            read_gguf_layout(path, self.tensors)
+            return path.stat().st_size
 
     @cached_property
     def places(self) -> Mapping[str, tuple[PlannedTensor, int]]:

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from quantkit.errors import FormatError, SchemeError
-from quantkit.formats.format import Format, PlannedWeight, WholeFormat
+from quantkit.formats.format import Container, Format, PlannedWeight, WholeFormat
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import GROUP_SIZES, shared_inputs
 from quantkit.model.refs import WeightRef
-from quantkit.numbers.scheme import Scheme
-from quantkit.pipeline.decide import decide, head_name, planned
+from quantkit.numbers.scheme import BLOCKS, Scheme
+from quantkit.pipeline.decide import decide, head_name, planned, table_ref
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Weights of one block that runtimes fuse, so that they get one scheme: q/k/v, experts."""
+    """Weights that get one scheme: of one block those that runtimes fuse (q/k/v, experts).
 
-    block: int
+    block   None: the table of embeddings, the head, or both in one tensor
+    """
+
+    block: int | None
     refs: tuple[WeightRef, ...]
 
     @property
@@ -50,22 +53,53 @@ class Group:
         )
 
 
-def budget_groups(model: CausalModel, recipe: Recipe) -> list[Group]:
-    """The groups of all blocks in order; what a rule of the recipe decides belongs to none."""
-    return [
+def budget_groups(
+    model: CausalModel, recipe: Recipe, container: Container | None = None
+) -> list[Group]:
+    """The groups of all blocks in order; what a rule of the recipe decides belongs to none.
+
+    In a container each tensor has a type of its own, and the embedding and the head have one too:
+    the first comes first, the other last.
+    """
+    groups = [
         Group(block=index, refs=tuple(refs))
         for index in range(model.num_blocks)
-        for refs in shared_inputs(model.weights(index))
+        for shared in shared_inputs(model.weights(index))
+        for refs in ([shared] if container is None else _tensors(shared))
         if all(recipe.rule_for(ref.name) is None for ref in refs)
     ]
+    outside = {} if container is None else container.matrices()
+    for name, shape in outside.items():
+        if recipe.rule_for(name) is not None:
+            continue
+        if name != model.head.name:
+            groups.insert(0, Group(block=None, refs=(table_ref(name, shape),)))
+        elif recipe.head is None:
+            groups.append(Group(block=None, refs=(model.head,)))
+    return groups
 
 
-def integers() -> Iterator[Scheme]:
-    """Integers of 2 to 8 bits with and without zeros, in the groups that all runtimes have."""
-    for bits in range(2, 9):
-        for size in GROUP_SIZES:
-            for symmetric in (True, False):
-                yield Scheme(kind="int", bits=bits, group_size=size, symmetric=symmetric)
+def _tensors(refs: Sequence[WeightRef]) -> list[list[WeightRef]]:
+    """Weights that a container keeps in one tensor: all experts of a layer by their parameter."""
+    found: dict[str, list[WeightRef]] = {}
+    for ref in refs:
+        found.setdefault(ref.parameter if ref.role == "expert" else ref.name, []).append(ref)
+    return list(found.values())
+
+
+def offered(fmt: Format) -> Iterator[Scheme]:
+    """What a format may mix: block types of a container, else integers of 2 to 8 bits with and
+    without zeros, in the groups that all runtimes have."""
+    if isinstance(fmt, WholeFormat):
+        schemes: Iterator[Scheme] = map(Scheme.parse, BLOCKS)
+    else:
+        schemes = (
+            Scheme(kind="int", bits=bits, group_size=size, symmetric=symmetric)
+            for bits in range(2, 9)
+            for size in GROUP_SIZES
+            for symmetric in (True, False)
+        )
+    return (scheme for scheme in schemes if fmt.supports(scheme) is None)
 
 
 def mixes(
@@ -82,12 +116,7 @@ def mixes(
     `reader` names the only runtime that matters; `unreadable`: without one, what the format holds
     is enough, under the key None.  Raises FormatError if there is no mix.
     """
-    if isinstance(fmt, WholeFormat):
-        raise FormatError(
-            f"--bits: schemes are chosen for compressed-tensors, not for {fmt.name}; leave "
-            "--format out"
-        )
-    held = [scheme for scheme in integers() if fmt.supports(scheme) is None]
+    held = list(offered(fmt))
     told = _reasons(model, recipe, fmt, groups, held[:1])
     if reader is not None and reader not in told:
         raise FormatError(
@@ -106,7 +135,7 @@ def mixes(
     if not found:
         listed = "; ".join(f"{runtime}: {reason}" for runtime, reason in why.items())
         raise FormatError(
-            f"--bits: no mix of schemes in {fmt.name} is read: {listed}; give --scheme instead"
+            f"no mix of schemes in {fmt.name} is read: {listed}; give --scheme instead"
         )
     return found
 
@@ -185,5 +214,5 @@ def sizes_of(
                 for info in fmt.layout(weight, model.source.info(weight.name).dtype)
             )
     if not found:
-        raise SchemeError(f"{group.name}: none of the schemes that --bits may mix fits its shape")
+        raise SchemeError(f"{group.name}: none of the schemes that may be mixed fits its shape")
     return found

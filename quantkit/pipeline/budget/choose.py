@@ -19,6 +19,7 @@ from quantkit.checkpoint.memory import format_size
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import BudgetError, FormatError, RecipeError
 from quantkit.formats.format import BuiltFormat
+from quantkit.formats.gguf.mixes import mix_named_after
 from quantkit.formats.registry import make_format
 from quantkit.methods.recipe import Recipe
 from quantkit.methods.rules import Rule
@@ -29,7 +30,7 @@ from quantkit.pipeline.budget.candidates import Group, budget_groups, mixes, siz
 from quantkit.pipeline.budget.sensitivity import measure, split_calibration
 from quantkit.pipeline.budget.wish import Counted, Room, Wish, wish_of
 from quantkit.pipeline.options import QuantizeOptions
-from quantkit.pipeline.plan import Plan, make_plan
+from quantkit.pipeline.plan import Plan, make_plan, open_container
 from quantkit.pipeline.predict import predict
 
 Sizes = Mapping[Scheme, int]
@@ -119,9 +120,12 @@ def applied(recipe: Recipe, groups: Sequence[ChosenGroup]) -> Recipe:
         for group in groups
         for name in group.weights
     )
+    most = max(sorted(counts), key=lambda name: counts[name])
+    scheme = Scheme.parse(most)
     return dataclasses.replace(
         recipe,
-        scheme=Scheme.parse(max(sorted(counts), key=lambda name: counts[name])),
+        # A file of ggml's blocks is called after a mix, which says what rules do not.
+        scheme=Scheme.parse(mix_named_after(most)) if scheme.kind == "ggml" else scheme,
         fit=False,
         rules=(*recipe.rules, *rules),
     )
@@ -154,7 +158,7 @@ def choose(
             f"{wish.flag}: {fmt.name} files are made by {fmt.built_by} and their size shows then "
             "only; give --bits"
         )
-    groups = budget_groups(model, recipe)
+    groups = budget_groups(model, recipe, open_container(model, fmt))
     if not groups:
         raise RecipeError("rules decide every weight already, so nothing is left to choose")
     families = mixes(
@@ -317,7 +321,7 @@ def _counted(plan: Plan, counted: Counted) -> tuple[int, int]:
     fates = [f for f in plan.fates if counted != "linears" or f.fate == "quantized"]
     num_bytes = sum(f.num_bytes for f in fates)
     if counted == "files":
-        num_bytes = plan.layout.num_bytes
+        num_bytes = plan.layout.file_bytes
     return num_bytes, sum(f.parameters for f in fates)
 
 

@@ -2,7 +2,7 @@
 
 Measured at two widths with cheap rounding, and carried to other schemes along the output error of
 rounding to nearest on a sample of rows.  All branches advance together, so that every block is read
-once.  Letters: O out features, I in features.
+once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,23 +24,19 @@ from quantkit.calibration.hidden import HiddenStore
 from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.checkpoint.memory import release_free_memory
-from quantkit.methods.parts import Range, Rounding, make_part
 from quantkit.methods.recipe import Recipe, input_needs
-from quantkit.methods.rounding.nearest import Nearest
 from quantkit.methods.stats import Needs, Stats
 from quantkit.model.causal import CausalModel
 from quantkit.model.refs import BlockCall, WeightRef
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.budget.candidates import Group
+from quantkit.pipeline.budget.cheap import Cheap
 from quantkit.pipeline.budget.divergence import mean_divergences
-from quantkit.pipeline.solve import quantize_weights
 
 # Tokens that divergence is measured on, and those that statistics are taken of.
 KL_TOKENS, STATS_TOKENS = 4096, 16384
 # Bits of the two schemes that are measured; what lies between follows a power of the error.
 PROBED_BITS = (2, 4)
-# Rows of each weight that errors of all schemes are compared on.
-_SAMPLED_ROWS = 128
 # A divergence below this is the noise of float32 logits.
 _LEAST_KL = 1e-9
 _SLOPES = (0.5, 2.0)
@@ -81,9 +77,11 @@ def measure(
     """
     own = range(world.rank, len(groups), world.size)
     scored, counted = split_calibration(calibration)
-    probes = [_probes(tuple(choices)) for choices in schemes]
-    parts = recipe.make_range(), _cheap(recipe)
+    probes = [_probes(choices) for choices in schemes]
+    cheap = Cheap.of(recipe)
+    needs = _needs(cheap, schemes)
     errors: dict[int, dict[Scheme, float]] = {}
+    started: dict[int, dict[Scheme, int]] = {k: {} for k in own}
     with contextlib.ExitStack() as stack, torch.no_grad():
         stream = CalibrationStream(
             model,
@@ -98,6 +96,14 @@ def measure(
         branches = _Branches(model, scored, most, device, scratch / "scored", stack)
         stream.embed()
         branches.embed()
+        for k in own:
+            (ref, *_) = groups[k].refs
+            if groups[k].block is not None or not (ref.role != "head" or model.head_tied):
+                continue
+            errors[k] = cheap.errors(model, [([ref], None, [_read(model, ref)])], schemes[k])
+            for scheme in probes[k]:
+                with model.embedding_as(cheap.rows_as(model, ref, scheme, None)):
+                    started[k][scheme] = branches.start_embedded()
         bar = stack.enter_context(
             tqdm(total=model.num_blocks, unit="block", disable=None if progress else True)
         )
@@ -105,21 +111,33 @@ def measure(
         for index in range(model.num_blocks):
             block = model.load_block(index)
             mine = [k for k in own if groups[k].block == index]
-            book = _gather(stream, index, block, parts, [groups[k] for k in mine], schemes)
+            book = _gather(stream, index, block, needs, [groups[k] for k in mine])
             branches.forward(index, block)
             for k in mine:
-                solver = _Solver(model, block, groups[k], book, parts)
                 for scheme in probes[k]:
-                    with solver.quantized(scheme):
-                        branches.start(index, block)
-                errors[k] = {scheme: solver.error(scheme) for scheme in schemes[k]}
+                    with _quantized(model, block, groups[k], book, cheap, scheme):
+                        started[k][scheme] = branches.start(index, block)
+                inputs = [
+                    (refs, _stats(book, key), [model.weight(block, ref) for ref in refs])
+                    for key, refs in groups[k].inputs.items()
+                ]
+                errors[k] = cheap.errors(model, inputs, schemes[k])
             del block
             release_free_memory()
             bar.update()
-        found = iter(branches.divergences())
+        for k in own:
+            (ref, *_) = groups[k].refs
+            if groups[k].block is not None or ref.role != "head":
+                continue
+            stats = stream.head_stats(ref.shape[1], needs, stream="original")
+            errors[k] = cheap.errors(model, [([ref], stats, [_read(model, ref)])], schemes[k])
+            for scheme in probes[k]:
+                head = cheap.rows_as(model, ref, scheme, stats)
+                started[k][scheme] = branches.project(head, started[k].get(scheme))
+        found = branches.divergences()
     curves = {
-        k: _curve(errors[k], {scheme: next(found) for scheme in probes[k]}, schemes[k])
-        for k in errors
+        k: _curve(errors[k], {s: found[branch - 1] for s, branch in started[k].items()}, schemes[k])
+        for k in own
     }
     every = {k: curve for told in world.gathered(curves) for k, curve in told.items()}
     return [every[k] for k in range(len(groups))]
@@ -145,6 +163,9 @@ class _Branches:
         shape = ((most + 1) * self.windows, *first.shape[1:])
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
         self._calls: dict[int, tuple[BlockCall, ...]] = {}
+        # Of branches with a head of their own: what it makes of rows, and whose states it reads.
+        self._heads: dict[int, Callable[[Tensor], Tensor]] = {}
+        self._states: dict[int, int] = {}
 
     def embed(self) -> None:
         """Stores what enters the first block."""
@@ -153,25 +174,45 @@ class _Branches:
             hidden, self._calls[number] = self.model.calls(ids, batch.mask)
             self.hidden.write(0, batch.start, hidden)
 
+    def start_embedded(self) -> int:
+        """A new branch, of the embedding as the model has it now; returns its number."""
+        for batch in self.batches:
+            ids = self.calibration.ids[batch.start : batch.stop]
+            hidden, _ = self.model.calls(ids, batch.mask)
+            first = self.count * self.windows
+            self.hidden.write(0, first + batch.start, hidden)
+        self.count += 1
+        return self.count - 1
+
     def forward(self, index: int, block: nn.Module) -> None:
         """All branches that have begun, through the original block."""
         for branch in range(self.count):
             self._run(index, block, branch, branch)
 
-    def start(self, index: int, block: nn.Module) -> None:
-        """A new branch: the original's hidden states through this block."""
+    def start(self, index: int, block: nn.Module) -> int:
+        """A new branch: the original's hidden states through this block; returns its number."""
         self._run(index, block, 0, self.count)
         self.count += 1
+        return self.count - 1
+
+    def project(self, head: Callable[[Tensor], Tensor], branch: int | None) -> int:
+        """Gives a branch (None: a new one, as the original up to there) a head of its own."""
+        if branch is None:
+            branch = self.count
+            self.count += 1
+            self._states[branch] = 0
+        self._heads[branch] = head
+        return branch
 
     def divergences(self) -> list[float]:
-        """KL of each branch to the original in the order in which they were started."""
+        """KL of each branch to the original, by number from 1 on."""
         last = self.model.num_blocks
 
         def read(branch: int, number: int) -> Tensor:
-            return self._read(last, branch, number)
+            return self._read(last, self._states.get(branch, branch), number)
 
         masks = [self.calibration.mask[b.start : b.stop] for b in self.batches]
-        return mean_divergences(self.model, read, masks, self.count - 1)
+        return mean_divergences(self.model, read, masks, self.count - 1, self._heads)
 
     def _read(self, index: int, branch: int, number: int) -> Tensor:
         batch, first = self.batches[number], branch * self.windows
@@ -184,121 +225,68 @@ class _Branches:
             self.hidden.write(index + 1, target * self.windows + batch.start, out)
 
 
-class _Solver:
-    """One group in its block: quantized for a while, and what rounding to nearest costs it."""
-
-    def __init__(
-        self,
-        model: CausalModel,
-        block: nn.Module,
-        group: Group,
-        book: StatsBook,
-        parts: tuple[Range, Rounding],
-    ) -> None:
-        self.model, self.block, self.group = model, block, group
-        self.range, self.rounding = parts
-        self.inputs = [
-            (refs, book.get(key) if key in book else None) for key, refs in group.inputs.items()
-        ]
-
-    @contextlib.contextmanager
-    def quantized(self, scheme: Scheme) -> Iterator[None]:
-        """A context in which the block holds the group's weights decoded from the scheme."""
-        kept = [(ref, self.model.weight(self.block, ref).clone()) for ref in self.group.refs]
-        for refs, stats in self.inputs:
-            weights = [self.model.weight(self.block, ref) for ref in refs]
-            for ref, value in zip(
-                refs, self._solve(refs, weights, scheme, stats, self.rounding), strict=True
-            ):
-                self.model.set_weight_(self.block, ref, value)
-        yield
-        for ref, value in kept:
-            self.model.set_weight_(self.block, ref, value)
-
-    def error(self, scheme: Scheme) -> float:
-        """Relative output error of rounding to nearest on some rows, summed over the weights."""
-        total = 0.0
-        for refs, stats in self.inputs:
-            rows = [_sample(self.model.weight(self.block, ref)) for ref in refs]
-            values = self._solve(refs, rows, scheme, stats, Nearest())
-            for weight, value in zip(rows, values, strict=True):
-                whole = _energy(weight.float(), stats)
-                lost = _energy(weight.float() - value.float(), stats)
-                total += lost / whole if whole > 0 else 0.0
-        return total
-
-    def _solve(
-        self,
-        refs: Sequence[WeightRef],
-        weights: Sequence[Tensor],
-        scheme: Scheme,
-        stats: Stats | None,
-        rounding: Rounding,
-    ) -> list[Tensor]:
-        solved = quantize_weights(
-            refs,
-            weights,
-            scheme,
-            stats,
-            # The original's activations are measured: nothing has drifted.
-            target=None,
-            range_part=self.range,
-            rounding=rounding,
-            dtype=self.model.source.info(refs[0].name).dtype,
-        )
-        return [each.tensor.dequantize() for each in solved]
+@contextlib.contextmanager
+def _quantized(
+    model: CausalModel,
+    block: nn.Module,
+    group: Group,
+    book: StatsBook,
+    cheap: Cheap,
+    scheme: Scheme,
+) -> Iterator[None]:
+    """A context in which the block holds the group's weights decoded from the scheme."""
+    kept = [(ref, model.weight(block, ref).clone()) for ref in group.refs]
+    for key, refs in group.inputs.items():
+        weights = [model.weight(block, ref) for ref in refs]
+        values = cheap.decoded(model, refs, weights, scheme, _stats(book, key))
+        for ref, value in zip(refs, values, strict=True):
+            model.set_weight_(block, ref, value)
+    yield
+    for ref, value in kept:
+        model.set_weight_(block, ref, value)
 
 
-def _sample(weight_OI: Tensor) -> Tensor:
-    """Rows at equal distances."""
-    return weight_OI[:: max(1, len(weight_OI) // _SAMPLED_ROWS)]
+def _stats(book: StatsBook, key: str) -> Stats | None:
+    return book.get(key) if key in book else None
 
 
-def _energy(weight_OI: Tensor, stats: Stats | None) -> float:
-    """tr(W H Wᵀ), with the diagonal of H where only that is known, or plain squares."""
-    if stats is None or stats.count == 0:
-        return float(weight_OI.square().sum())
-    if stats.gram is not None and stats.gram.ndim == 2:
-        return float(((weight_OI @ stats.gram) * weight_OI).sum())
-    return float((weight_OI.square() @ stats.sum_sq.float()).sum())
+def _read(model: CausalModel, ref: WeightRef) -> Tensor:
+    return model.source.read(ref.name).to(model.device, model.dtype)
+
+
+def _needs(cheap: Cheap, schemes: Sequence[Mapping[Scheme, int]]) -> Needs:
+    """The statistics that the parts want for any of the schemes."""
+    needs = Needs(moments=True)
+    for scheme in {scheme for choices in schemes for scheme in choices}:
+        needs |= input_needs((None, cheap.range, cheap.rounding), scheme)
+    return needs
 
 
 def _gather(
     stream: CalibrationStream,
     index: int,
     block: nn.Module,
-    parts: tuple[Range, Rounding],
+    needs: Needs,
     groups: Sequence[Group],
-    schemes: Sequence[Mapping[Scheme, int]],
 ) -> StatsBook:
-    """Statistics of the groups' inputs in the original model, as the parts need them."""
-    needs = Needs(moments=True)
-    for scheme in {scheme for choices in schemes for scheme in choices}:
-        needs |= input_needs((None, *parts), scheme)
+    """Statistics of the groups' inputs in the original model."""
     features = {key: refs[0].shape[1] for g in groups for key, refs in g.inputs.items()}
     return stream.gather(
         index, block, dict.fromkeys(features, needs), features, stream="original", write=True
     )
 
 
-def _cheap(recipe: Recipe) -> Rounding:
-    """The recipe's rounding without what refines it afterwards."""
-    options = {key: value for key, value in recipe.rounding.options if key != "sweeps"}
-    part: Rounding = make_part("rounding", recipe.rounding.name, options)
-    return part
-
-
-def _probes(schemes: Sequence[Scheme]) -> tuple[Scheme, ...]:
+def _probes(sizes: Mapping[Scheme, int]) -> tuple[Scheme, ...]:
     """The schemes that are measured: with the widest groups, at the widths nearest `PROBED_BITS`.
 
-    Those with zeros are taken where there are any.
+    Those with zeros are taken where there are any, of two alike the smaller one.
     """
     found: dict[Scheme, None] = {}
     for wanted in PROBED_BITS:
         best = min(
-            schemes,
+            sizes,
             key=lambda s: (abs(s.bits - wanted), s.group_size is None, s.symmetric,
-                           -(s.group_size or 0)),
+                           -(s.group_size or 0), sizes[s]),
         )  # fmt: skip
         found[best] = None
     return tuple(found)

@@ -92,7 +92,7 @@ def test_a_broken_rule_is_told(tmp_path: Path, files: dict[str, str], told: str)
 
 def test_only_commands_reach_up_to_quantkit_eval() -> None:
     users = {_module(p) for p in SOURCES if any("quantkit_eval" in n for n in _imports(p))}
-    allowed = {"quantkit.cli.compare", "quantkit.cli.evaluate"}
+    allowed = {"quantkit.cli.auto", "quantkit.cli.compare", "quantkit.cli.evaluate"}
     assert {u for u in users if u.startswith("quantkit.")} <= allowed
 
 

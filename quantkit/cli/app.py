@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from quantkit.calibration.processes.watch import is_first_process, refuse_several, several_processes
+from quantkit.cli import auto as cli_auto
 from quantkit.cli import compare as cli_compare
 from quantkit.cli import evaluate as cli_eval
 from quantkit.cli.crash import EXIT_CODE, command_line, machine_error, report_crash
@@ -63,10 +64,35 @@ def quantize(
     ] = False,
     text: cli_eval.TextOption = "demo",
     fail_if: cli_eval.FailOption = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", help="With --method auto: most KL divergence, nats per token."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
     began = time.monotonic()
+    cli_auto.check_auto(options, max_kl, fail_if or ())
+    if options.method == cli_auto.METHOD:
+        refuse_several("quantkit quantize --method auto")
+        try:
+            found = cli_auto.run_auto(
+                model,
+                out,
+                options,
+                max_kl=max_kl,
+                text=text,
+                limits=fail_if or (),
+                tell=lambda line: typer.echo(line, err=True),
+            )
+        except KeyboardInterrupt:
+            kept = f"what was tried is kept in {out}.auto: the same command goes on there"
+            typer.echo(f"interrupted; {kept}", err=True)
+            raise typer.Exit(130) from None
+        told = {"out": str(found.out), "tried": found.rows}
+        typer.echo(json.dumps(told, indent=2) if as_json else f"{found.table}\n\n{found.out}")
+        return
+
     stopped: StoppedError | None = None
     try:
         with contextlib.ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from quantkit.pipeline.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from quantkit.calibration.processes.ranks import World
+    from quantkit.pipeline.together import Candidate
 
 DEFAULT_METHODS = "rtn,awq,gptq,nf4,int8"
 
@@ -122,9 +124,7 @@ def run_compare(
     from quantkit_eval.command import run_comparison
     from quantkit_eval.setting import EvaluationRequest, check_wishes
 
-    from quantkit.calibration.processes.ranks import ALONE
-    from quantkit.pipeline.job import prepare_all
-    from quantkit.pipeline.together import candidates, run_spread
+    from quantkit.pipeline.together import candidates
 
     if options.max_ram is not None:
         return_large_blocks()
@@ -148,20 +148,38 @@ def run_compare(
         seq_len=options.seq_len,
         default_scheme=default_scheme(options.format),
     )
+    outs = quantize_together(source, options, chosen, out, world)
+    if world is not None and world.rank != 0:
+        return None
+    request = dataclasses.replace(wishes, quantized=tuple(str(path) for path in outs))
+    return run_comparison(request, out, names=[candidate.label for candidate in chosen])
+
+
+def quantize_together(
+    source: Any,
+    options: QuantizeOptions,
+    chosen: Sequence[Candidate],
+    out: Path,
+    world: World | None = None,
+) -> list[Path]:
+    """Where the candidates' checkpoints lie below `out`, from one calibration pass.
+
+    world: processes that candidates are shared out over
+    """
+    from quantkit.calibration.processes.ranks import ALONE
+    from quantkit.pipeline.job import prepare_all
+    from quantkit.pipeline.together import run_spread
+
     requests = [
         # What few runtimes read may still be worth knowing the price of.
-        dataclasses.replace(options, recipe=candidate.recipe, allow_unreadable=True)
+        dataclasses.replace(options, method=None, recipe=candidate.recipe, allow_unreadable=True)
         for candidate in chosen
     ]
     world = world or ALONE
     jobs = prepare_all(source, requests, world=world.apart())
     outs = [out / candidate.name for candidate in chosen]
     run_spread(world, jobs, outs, out / "statistics.partial")
-    del jobs
-    if world.rank != 0:
-        return None
-    request = dataclasses.replace(wishes, quantized=tuple(str(path) for path in outs))
-    return run_comparison(request, out, names=[candidate.label for candidate in chosen])
+    return outs
 
 
 def _numbers(text: str | None) -> list[int]:

@@ -55,8 +55,9 @@ class QuantizeOptions:
         default=None,
         metadata=_told(
             "--method",
-            "a built-in method, see `quantkit methods`; without it and `--recipe` `awq`, for gguf "
-            "`gptq`, with a budget `best`",
+            "a built-in method, see `quantkit methods`, or `auto`, see "
+            "[limits](budget.md#a-limit-instead-of-a-budget); without it and `--recipe` `awq`, for "
+            "gguf `gptq`, with a budget `best`",
         ),
     )
     out: str | os.PathLike[str] | None = field(

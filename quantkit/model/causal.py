@@ -400,11 +400,7 @@ class CausalModel:
 
     def module_name(self, index: int, path: str) -> str:
         """What the checkpoint calls a module of a block: its tensors' names less their own."""
-        full = f"{self.block_path(index)}.{path}"
-        for inner, pieces in self._names.under(full).items():
-            if (prefix := pieces[0].name.removesuffix(f".{inner}")) != pieces[0].name:
-                return prefix
-        return full
+        return self._names.module(f"{self.block_path(index)}.{path}")
 
     @property
     def head(self) -> WeightRef:

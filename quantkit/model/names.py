@@ -136,6 +136,13 @@ class NameMap:
             )
         return found
 
+    def module(self, path: str) -> str:
+        """What the checkpoint calls the module at a path: its tensors' names less their own."""
+        for inner, pieces in self.under(path).items():
+            if (prefix := pieces[0].name.removesuffix(f".{inner}")) != pieces[0].name:
+                return prefix
+        return path
+
     def under(self, prefix: str) -> dict[str, tuple[Piece, ...]]:
         """Parameters below a module path, by their paths within it."""
         start = f"{prefix}."

@@ -21,9 +21,10 @@ from quantkit.calibration.processes import watch
 from quantkit.calibration.processes.ranks import World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.errors import NumericsError, RanksError
-from quantkit.numbers.scheme import Scheme
+from quantkit.model.causal import CausalModel
 from quantkit.pipeline import predict, session
-from quantkit.pipeline.budget.sensitivity import _Solver
+from quantkit.pipeline.budget import sensitivity
+from quantkit.pipeline.budget.candidates import Group
 from quantkit.pipeline.session import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -90,18 +91,18 @@ def test_groups_of_a_budget_are_measured_by_one_rank_each(llama: Path, tmp_path:
     asked: dict[str, Any] = {"bits": 4.3}
     job = jobs.make_job(llama, "gptq", None, **asked)
     assert job.budget is not None
-    quantized = _Solver.quantized
+    quantized = sensitivity._quantized
     told = tmp_path / "measured"
 
     def work(world: World) -> None:
         patch = pytest.MonkeyPatch()
 
-        def note(self: _Solver, scheme: Scheme) -> Any:
+        def note(model: CausalModel, block: Any, group: Group, *rest: Any) -> Any:
             with told.open("a") as file:
-                file.write(f"{world.rank} {self.group.refs[0].name} {scheme.name}\n")
-            return quantized(self, scheme)
+                file.write(f"{world.rank} {group.refs[0].name} {rest[-1].name}\n")
+            return quantized(model, block, group, *rest)
 
-        patch.setattr(_Solver, "quantized", note)
+        patch.setattr(sensitivity, "_quantized", note)
         found = jobs.make_job(llama, "gptq", None, world=world, **asked)
         assert found.budget == job.budget and found.fingerprint == job.fingerprint
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from quantkit.demo import (
     TASKS,
     calibration_text,
+    corpus,
     demo_path,
     documents,
     examples,
@@ -180,6 +181,29 @@ def test_documents_are_the_same_every_time_and_split_by_name():
     english = [name for name in names if not name.startswith("tasks/")]
     assert all(name_split(name) == "heldout" for name in english)
     assert len(english) < len(names)
+
+
+def test_what_is_known_without_parsing_chooses_the_same_documents(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = [name for name, _ in corpus._library_documents("heldout")]
+    for shortcut in ("_surely_long", "_long_from_the_start"):
+        monkeypatch.setattr(corpus, shortcut, lambda source: False)
+    assert found == [name for name, _ in corpus._library_documents("heldout")]
+
+
+@pytest.mark.parametrize(
+    ("source", "long"),
+    [
+        ('def f():\n    """%s"""\n    return (\n', True),
+        ("text = '''\ndef f():\n    \"\"\"%s\"\"\"\n'''\n", False),
+        ('try:\n    """%s"""\nexcept OSError:\n    pass\n', False),
+        ('def f():\n    return """\n    """, """%s"""\n', False),
+    ],
+    ids=["in a function", "in a string", "in a statement", "no docstring"],
+)
+def test_a_docstring_counts_where_it_is_one(source: str, long: bool) -> None:
+    assert corpus._long_from_the_start((source % ("a word " * 80)).encode()) is long
 
 
 def test_heldout_text_is_long_enough_to_measure_on(demo):

@@ -46,6 +46,7 @@ def main() -> None:
     parts = (
         _accuracy(),
         _speed(),
+        _startup(),
         _on_gpu(),
         decoding,
         _memory(),
@@ -166,6 +167,27 @@ def _speed() -> str:
                 f"| {row['method']} | {len(ours['seconds'])} | {ours['median_seconds']:.0f} "
                 f"| {theirs['median_seconds']:.0f} | {row['ratio']:.2f}x |"
             )
+    return "\n".join(lines)
+
+
+def _startup() -> str:
+    """Processor seconds of commands before work begins, beside their goals."""
+    found = _figures("startup")
+    if found is None:
+        return ""
+    load = sorted((found["load_before"], found["load_after"]))
+    lines = [
+        f"\nProcessor seconds before work begins, in one thread (medians of {found['runs']} runs, "
+        f"on {found['hardware']['cores']} cores with a load of {load[0]:.0f} to {load[1]:.0f}; "
+        f"{found['model']}; [startup.json](eval/results/startup.json)):\n",
+        "| | seconds | goal |",
+        "|---|---|---|",
+    ]
+    for row in found["rows"]:
+        beyond = "" if row["beyond"] is None else f", beyond `{row['beyond']}`"
+        goal = "" if row["goal_seconds"] is None else f"{row['goal_seconds']:g}"
+        name = row["name"] if row["name"].startswith(("a ", "an ")) else f"`{row['name']}`"
+        lines.append(f"| {name}{beyond} | {row['own_seconds']:.2f} | {goal} |")
     return "\n".join(lines)
 
 

@@ -29,6 +29,11 @@ _FIRST_STRING = re.compile(
     rb"(?:[ \t]*(?:#[^\n]*)?\r?\n)*[rR]?(?P<quotes>\"\"\"|''')(?P<text>.*?)(?P=quotes)[ \t]*\r?\n",
     re.DOTALL,
 )
+# The same on lines of its own, further in.
+_INNER_STRING = re.compile(
+    rb"^[ \t]+[rR]?(?P<quotes>\"\"\"|''')(?P<text>.*?)(?P=quotes)[ \t]*\r?\n",
+    re.DOTALL | re.MULTILINE,
+)
 # A document's name, and what makes its text.
 _Named = tuple[str, Callable[[], str]]
 _SKIPPED_DIRECTORIES = frozenset(
@@ -138,7 +143,7 @@ def _library_documents(split: Split) -> list[_Named]:
         # Parsing is the slow part, so it comes after the choice by name.
         if name_split(name) == split:
             source = (root / relative).read_bytes()
-            if _surely_long(source):
+            if _surely_long(source) or _long_from_the_start(source):
                 found.append((name, partial(_docstrings, source)))
             elif len(text := _docstrings(source)) >= _MIN_CHARACTERS:
                 found.append((name, partial(str, text)))
@@ -154,6 +159,21 @@ def _surely_long(source: bytes) -> bool:
     text = inspect.cleandoc(start["text"].decode("utf-8", "replace"))
     # Names are nothing a module's docstring has, and the last line's end is one more character.
     return len(text) >= _MIN_CHARACTERS
+
+
+def _long_from_the_start(source: bytes) -> bool:
+    """True if docstrings are long enough up to a place that is likely to tell, which takes parsing
+    that much only; False does not mean that all of them are not."""
+    likely = 0
+    for found in _INNER_STRING.finditer(source):
+        likely += len(found["text"])
+        if likely >= 2 * _MIN_CHARACTERS:
+            try:
+                return len(_docstrings(source[: found.end()])) >= _MIN_CHARACTERS
+            except SyntaxError:
+                # Within a statement that ends further down, or within another string.
+                return False
+    return False
 
 
 def _source_files(root: Path) -> Iterator[str]:

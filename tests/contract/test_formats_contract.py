@@ -11,7 +11,7 @@ from format_samples import planned, quantized, same, sample_scale, stored
 from torch import Tensor
 
 from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats.format import BuiltFormat, Format, PartFormat, PlannedWeight
+from quantkit.formats.format import BuiltFormat, Format, PartFormat, PlannedWeight, WholeFormat
 from quantkit.formats.registry import (
     available_formats,
     check_supported,
@@ -71,7 +71,7 @@ def holdable(*names: str) -> list[Any]:
     for format_name in names:
         chosen = make_format(format_name)
         # What is built of a checkpoint is packed as that: its own numbers are read from a graph.
-        if isinstance(chosen, BuiltFormat):
+        if isinstance(chosen, (BuiltFormat, WholeFormat)):
             continue
         for scheme_name in SCHEMES:
             scheme = Scheme.parse(scheme_name)
@@ -101,13 +101,13 @@ def together(chosen: Format) -> list[Scheme]:
 
 
 def of_these_schemes() -> list[str]:
-    """Names of the formats that hold any of `SCHEMES` by any name: ggml's blocks and slices of
-    tensors for all experts have tests of their own."""
+    """Names of the formats that hold any of `SCHEMES` by any name: files of whole models and
+    slices of tensors for all experts have tests of their own."""
     schemes = [Scheme.parse(name) for name in SCHEMES]
     return [
         name
         for name in available_formats()
-        if not isinstance(chosen := make_format(name), (BuiltFormat, PartFormat))
+        if not isinstance(chosen := make_format(name), (BuiltFormat, PartFormat, WholeFormat))
         and any(chosen.supports(scheme) is None for scheme in schemes)
     ]
 

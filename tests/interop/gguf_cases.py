@@ -20,6 +20,10 @@ QUANTIZED: dict[str, tuple[str, ...]] = {
     name: ("--format", "gguf", "--scheme", name, *_CALIBRATION)
     for name in ("q2_k", "q3_k_m", "q4_k_m", "q5_0", "q5_1", "q5_k_m", "q6_k")
 }
+# Blocks of 4-bit floats, which llama-quantize makes of experts only.
+FLOATS: dict[str, tuple[str, ...]] = {
+    "mxfp4": ("--format", "gguf", "--scheme", "mxfp4a16", "--method", "gptq", *_CALIBRATION)
+}
 # The owner's numbers of the same recipes (llama_ftype).
 FILE_TYPES = {
     "q2_k": 10,

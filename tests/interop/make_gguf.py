@@ -42,7 +42,7 @@ from quantkit.pipeline.export import export
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cases import MAX_NEW_TOKENS, PROMPTS
-from gguf_cases import EXPORTED, FAMILIES, PERPLEXITY_TOKENS, QUANTIZED, SENTENCEPIECE
+from gguf_cases import EXPORTED, FAMILIES, FLOATS, PERPLEXITY_TOKENS, QUANTIZED, SENTENCEPIECE
 from spm import TEXTS, sentencepiece_tokenizer
 
 
@@ -57,7 +57,7 @@ def main() -> None:
             checkpoint = root / f"{name}-checkpoint"
             _run("quantize", str(demo), "--out", str(checkpoint), *options)
         _export(checkpoint, root / name, demo)
-    for name, options in QUANTIZED.items():
+    for name, options in {**QUANTIZED, **FLOATS}.items():
         _quantize(demo, root / name, options)
     _judge(demo, root)
     for name, sizes in FAMILIES.items():

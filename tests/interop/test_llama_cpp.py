@@ -11,12 +11,12 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from gguf_cases import EXPORTED, FAMILIES, FILE_TYPES, QUANTIZED, SENTENCEPIECE
+from gguf_cases import EXPORTED, FAMILIES, FILE_TYPES, FLOATS, QUANTIZED, SENTENCEPIECE
 from safetensors.numpy import load_file
 
 # Logits of bfloat16 and 8-bit activations (llama.cpp rounds both) are off by up to about this much.
 TIE = 0.15
-NAMES = [*EXPORTED, *QUANTIZED]
+NAMES = [*EXPORTED, *QUANTIZED, *FLOATS]
 TINY = [f"tiny-{name.replace('phi3', 'phi')}" for name in FAMILIES]
 
 

@@ -14,13 +14,13 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError
 from quantkit.formats.gguf.families import Family, family_of
+from quantkit.formats.gguf.floats import MXFP4
 from quantkit.formats.gguf.metadata import Entry, describe
-from quantkit.formats.gguf.mixes import RECIPES, Weight, choose_types
+from quantkit.formats.gguf.mixes import RECIPES, Weight, choose_types, scheme_of
 from quantkit.formats.gguf.names import Place, note_unused, place_of
 from quantkit.formats.gguf.tokenizer import describe_tokenizer
 from quantkit.formats.gguf.writer import DENSE, GgufLayout, Member, PlannedTensor, import_gguf
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.superblock import BLOCK_TYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ MODEL_FILE, OLLAMA_FILE = "model.gguf", "Modelfile"
 # The owner's numbers of what most of a file is (llama_ftype).
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
+    "MXFP4": 38,
 }  # fmt: skip
 _OUTSIDE = ("token_embd", "output")
 
@@ -100,8 +101,8 @@ class GgufContainer:
                 reason = f"{choice.fallback} does not divide its rows"
                 self.notes.append(f"{target}: {reason}, {choice.type} is written")
             for name, _ in self._placed[target]:
-                if choice.type in BLOCK_TYPES:
-                    decided[name] = Scheme.parse(choice.type.lower()), reason
+                if choice.type not in DENSE:
+                    decided[name] = scheme_of(choice.type), reason
                 else:
                     decided[name] = None, reason
                     self._half.add(name)
@@ -158,7 +159,9 @@ class GgufContainer:
         info, (scheme,) = self._source.info(first), decided
         turned = self._turned(place, info)
         shape = info.shape[::-1] if turned else info.shape
-        if scheme is not None and scheme.block is not None:
+        if scheme == MXFP4:
+            label = "MXFP4"
+        elif scheme is not None and scheme.block is not None:
             label = scheme.block.upper()
         else:
             label = self._dense_type(first, place, info)

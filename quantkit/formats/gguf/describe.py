@@ -6,6 +6,7 @@ from pathlib import Path
 
 from quantkit.formats.contents import Contents, Item
 from quantkit.formats.gguf.file import read_gguf
+from quantkit.formats.gguf.floats import FLOAT_TYPES
 from quantkit.numbers.superblock import BLOCK_TYPES
 
 _DENSE = ("F32", "F16", "BF16")
@@ -17,7 +18,7 @@ def describe_gguf(path: Path) -> Contents:
     notes = []
     if (made_by := header.metadata.get("quantkit.version")) is not None:
         notes.append(f"written by quantkit {made_by}")
-    undecoded = {t.type for t in header.tensors.values()} - {*_DENSE, *BLOCK_TYPES}
+    undecoded = {t.type for t in header.tensors.values()} - {*_DENSE, *BLOCK_TYPES, *FLOAT_TYPES}
     if undecoded:
         notes.append(f"not decoded by quantkit: {', '.join(sorted(undecoded))}")
     items = (

@@ -17,7 +17,8 @@ from quantkit.errors import CheckpointError, NumericsError
 from quantkit.formats.format import PlannedWeight, StoredWeight
 from quantkit.formats.gguf.blocks import pack
 from quantkit.formats.gguf.container import GgufContainer
-from quantkit.formats.gguf.mixes import RECIPES
+from quantkit.formats.gguf.floats import FLOAT_TYPES, MXFP4, pack_mxfp4, unpack_floats
+from quantkit.formats.gguf.mixes import RECIPES, scheme_of
 from quantkit.formats.gguf.source import GgufSource
 from quantkit.formats.stored import round_scale
 from quantkit.numbers.scheme import BLOCKS, Scheme
@@ -45,8 +46,10 @@ class Gguf:
 
     def supports(self, scheme: Scheme) -> str | None:
         """None for block types of ggml, else why not."""
-        if scheme.kind == "ggml":
+        if scheme.kind == "ggml" or scheme == MXFP4:
             return None
+        if scheme.kind == "nvfp4":
+            return "NVFP4 blocks have no divisor for the weight, without which small ones are lost"
         return (
             f"it is quantized in blocks of ggml: --scheme {', '.join(RECIPES)}; other schemes are "
             "quantized to another format first and then written with `quantkit export`"
@@ -55,6 +58,9 @@ class Gguf:
     def supports_shape(self, weight: PlannedWeight) -> str | None:
         """None if rows are whole blocks, else why not and what fits."""
         assert weight.scheme is not None
+        if weight.scheme == MXFP4:
+            # Groups of 32 are its blocks.
+            return None
         if weight.scheme.block not in BLOCKS:
             return f"{weight.scheme.name} is a mix for a whole model; one weight has a block type"
         kind = _kind(weight.scheme)
@@ -79,13 +85,19 @@ class Gguf:
         """Rows of packed blocks, uint8 [O, bytes of a row], under the weight's own name."""
         assert weight.scheme is not None
         rows, columns = weight.shape
-        kind = _kind(weight.scheme)
-        shape = (rows, columns // kind.size * kind.num_bytes)
+        if weight.scheme == MXFP4:
+            _, size, num_bytes = FLOAT_TYPES["MXFP4"]
+        else:
+            kind = _kind(weight.scheme)
+            size, num_bytes = kind.size, kind.num_bytes
+        shape = (rows, columns // size * num_bytes)
         return (TensorInfo(name=weight.name, dtype="U8", shape=shape),)
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
         """The packed rows, under the weight's own name."""
         (info,) = self.layout(weight, tensor.dtype)
+        if tensor.scheme == MXFP4:
+            return {weight.name: pack_mxfp4(weight.name, tensor)}
         assert isinstance(tensor.scale, BlockScale), weight.name
         packed = torch.empty(info.shape, dtype=torch.uint8)
         step = max(1, _CHUNK // tensor.shape[1])
@@ -113,10 +125,10 @@ class Gguf:
         found = {}
         for name in source.names():
             label = source.type_of(name)
-            if label in BLOCK_TYPES:
+            if label in BLOCK_TYPES or label in FLOAT_TYPES:
                 found[name] = StoredWeight(
                     name=name,
-                    scheme=Scheme.parse(label.lower()),
+                    scheme=scheme_of(label),
                     shape=source.stored_shape(name),
                     label="F16",
                     tensors=(name,),
@@ -126,6 +138,9 @@ class Gguf:
     def unpack(self, weight: StoredWeight, source: Source) -> QuantizedTensor:
         """The very codes, scales and minima of the file."""
         assert isinstance(source, GgufSource)
+        if (label := source.type_of(weight.name)) in FLOAT_TYPES:
+            data = source.packed_rows(weight.name)
+            return unpack_floats(weight.name, label, data, weight.dtype)
         blocks = source.blocks(weight.name)
         return QuantizedTensor(
             codes=blocks.codes.reshape(weight.shape),
@@ -147,7 +162,7 @@ class Gguf:
 
     def stored_as(self, scheme: Scheme) -> Scheme | str:
         """The block type that holds another format's codes as they are, or why none does."""
-        if scheme.kind == "ggml":
+        if scheme.kind == "ggml" or scheme == MXFP4:
             return scheme
         if (reason := why_not(scheme)) is not None:
             return reason
@@ -159,7 +174,7 @@ class Gguf:
         Raises NumericsError if a minimum overflows float16.
         """
         scheme = tensor.scheme
-        if scheme.kind == "ggml":
+        if scheme.kind == "ggml" or scheme == MXFP4:
             return tensor, None
         target = Scheme.parse(_holder(scheme))
         kind = _kind(target)

@@ -11,14 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantkit.errors import SchemeError
-from quantkit.numbers.superblock import BLOCK_TYPES
+from quantkit.formats.gguf.file import TENSOR_TYPES
+from quantkit.formats.gguf.floats import FLOAT_TYPES
+from quantkit.numbers.scheme import Scheme
 
 # Name -> (the type of most tensors, the owner's number of the file type).
 RECIPES: Mapping[str, tuple[str, int]] = {
     "q8_0": ("Q8_0", 7), "q4_0": ("Q4_0", 2), "q4_1": ("Q4_1", 3), "q5_0": ("Q5_0", 8),
     "q5_1": ("Q5_1", 9), "q2_k": ("Q2_K", 10), "q3_k_m": ("Q3_K", 12), "q4_k_m": ("Q4_K", 15),
-    "q5_k_m": ("Q5_K", 17), "q6_k": ("Q6_K", 18),
+    "q5_k_m": ("Q5_K", 17), "q6_k": ("Q6_K", 18), "mxfp4a16": ("MXFP4", 38),
 }  # fmt: skip
+# Weights in a block of each type.
+SIZES = {label: size for label, size, _ in TENSOR_TYPES.values()}
 # What llama-quantize takes where a row is no whole number of 256-weight blocks.
 _SMALLER = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _VALUES = ("attn_v", "attn_qkv")
@@ -57,6 +61,11 @@ def mix_named_after(block: str) -> str:
     return next(name for name, (base, _) in RECIPES.items() if base == block.upper())
 
 
+def scheme_of(label: str) -> Scheme:
+    """The scheme of a matrix of this type."""
+    return Scheme.parse(FLOAT_TYPES[label][0] if label in FLOAT_TYPES else label.lower())
+
+
 def choose_types(
     recipe: str,
     weights: Sequence[Weight],
@@ -79,9 +88,9 @@ def choose_types(
     for weight in weights:
         wanted = _wanted(recipe, weight, model)
         fitting = wanted
-        if weight.columns % BLOCK_TYPES[wanted].size:
+        if weight.columns % SIZES[wanted]:
             fitting = _SMALLER.get(wanted, wanted)
-        if weight.columns % BLOCK_TYPES[fitting].size:
+        if weight.columns % SIZES[fitting]:
             fitting = "F16"
         found[weight.name] = Choice(type=fitting, fallback=None if fitting == wanted else wanted)
     return found
@@ -98,8 +107,11 @@ class _Model:
 def _wanted(recipe: str, weight: Weight, model: _Model) -> str:
     base = RECIPES[recipe][0]
     block, stem = weight.block, weight.stem
+    if base == "MXFP4":
+        # llama-quantize has these for experts only, and Q8_0 for all else.
+        return "Q8_0" if stem in ("output", "token_embd") else base
     if stem == "output" or (stem == "token_embd" and model.tied):
-        return "Q8_0" if base == "Q8_0" or weight.columns % BLOCK_TYPES[base].size else "Q6_K"
+        return "Q8_0" if base == "Q8_0" or weight.columns % SIZES[base] else "Q6_K"
     more = _more_bits(block, model.layers) and recipe in ("q4_k_m", "q5_k_m")
     if stem in _VALUES:
         if model.experts == 8:

@@ -17,9 +17,10 @@ from quantkit.checkpoint.source import Reader
 from quantkit.errors import CheckpointError
 from quantkit.formats.gguf.blocks import decode, unpack
 from quantkit.formats.gguf.file import GgufTensor, damaged, read_gguf, shown
+from quantkit.formats.gguf.floats import FLOAT_TYPES, unpack_floats
 from quantkit.formats.gguf.metadata import llama3_rope, reconstruct
 from quantkit.formats.gguf.names import checkpoint_names
-from quantkit.numbers.superblock import BLOCK_TYPES, Blocks, BlockType
+from quantkit.numbers.superblock import BLOCK_TYPES, Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,14 @@ class _Part:
     heads: int | None
     transposed: bool
     shift: float
+
+
+def _block(label: str) -> tuple[int, int]:
+    """Weights and bytes of a block of this type."""
+    if label in FLOAT_TYPES:
+        return FLOAT_TYPES[label][1:]
+    kind = BLOCK_TYPES[label]
+    return kind.size, kind.num_bytes
 
 
 class GgufSource(Reader):
@@ -92,7 +101,7 @@ class GgufSource(Reader):
     def packed_as(self) -> str | None:
         """ "gguf" if any tensor lies in blocks."""
         types = {part.tensor.type for part in self._parts.values()}
-        return "gguf" if types.intersection(BLOCK_TYPES) else None
+        return "gguf" if types - {*_DENSE} else None
 
     @property
     def recast(self) -> bool:
@@ -138,15 +147,19 @@ class GgufSource(Reader):
 
     def blocks(self, name: str) -> Blocks:
         """The stored numbers of a quantized matrix, rows in transformers' order."""
+        return unpack(BLOCK_TYPES[self.type_of(name)], self.packed_rows(name))
+
+    def packed_rows(self, name: str) -> Tensor:
+        """The bytes of a quantized matrix, uint8 [O, bytes of a row], in transformers' order."""
         part = self._part(name)
-        kind = BLOCK_TYPES[part.tensor.type]
+        size, num_bytes = _block(part.tensor.type)
         rows, columns = part.shape
-        width = columns // kind.size * kind.num_bytes
+        width = columns // size * num_bytes
         data = torch.empty(rows, width, dtype=torch.uint8)
-        self._read(part.tensor, data, part.first // kind.size * kind.num_bytes)
+        self._read(part.tensor, data, part.first // size * num_bytes)
         if part.heads is not None:
             data = data.view(part.heads, -1, 2, width).transpose(1, 2).reshape(rows, width)
-        return unpack(kind, data)
+        return data
 
     def side_files(self) -> dict[str, Path | bytes]:
         """None: the tokenizer is in the file's metadata."""
@@ -169,8 +182,8 @@ class GgufSource(Reader):
                 f"{self.path}: {where}: a {self._family.architecture} model of transformers has no "
                 "such tensor"
             )
-        if tensor.type not in _DENSE and tensor.type not in BLOCK_TYPES:
-            known = ", ".join((*_DENSE, *BLOCK_TYPES))
+        if tensor.type not in (*_DENSE, *BLOCK_TYPES, *FLOAT_TYPES):
+            known = ", ".join((*_DENSE, *BLOCK_TYPES, *FLOAT_TYPES))
             raise CheckpointError(
                 f"{self.path}: {where}: {tensor.type} is not decoded; {known} are"
             )
@@ -225,17 +238,16 @@ class GgufSource(Reader):
             buffer = torch.empty(stop - start, dtype=dtype_of(tensor.type))
             self._read(tensor, buffer, start * buffer.dtype.itemsize)
             return buffer
-        kind = BLOCK_TYPES[tensor.type]
-        values = decode(kind, self._blocks(tensor, kind, start, stop)).view(-1)
-        first = start // kind.size * kind.size
-        return values[start - first : stop - first].clone()
-
-    def _blocks(self, tensor: GgufTensor, kind: BlockType, start: int, stop: int) -> Tensor:
-        """The blocks (uint8) that hold weights start..stop of a quantized tensor."""
-        first, last = start // kind.size, -(-stop // kind.size)
-        data = torch.empty((last - first) * kind.num_bytes, dtype=torch.uint8)
-        self._read(tensor, data, first * kind.num_bytes)
-        return data
+        size, num_bytes = _block(tensor.type)
+        first, last = start // size, -(-stop // size)
+        data = torch.empty((last - first) * num_bytes, dtype=torch.uint8)
+        self._read(tensor, data, first * num_bytes)
+        if tensor.type in FLOAT_TYPES:
+            found = unpack_floats(tensor.name, tensor.type, data.view(1, -1), torch.float32)
+            values = found.dequantize(torch.float32).view(-1)
+        else:
+            values = decode(BLOCK_TYPES[tensor.type], data).view(-1)
+        return values[start - first * size : stop - first * size].clone()
 
     def _read(self, tensor: GgufTensor, buffer: Tensor, position: int) -> None:
         try:

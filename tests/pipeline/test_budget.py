@@ -233,6 +233,14 @@ def test_the_same_command_chooses_the_same(llama: Path) -> None:
     assert first == second
 
 
+def test_a_graph_mixes_what_its_operators_hold(llama: Path) -> None:
+    made = job(llama, method="rtn", bits=4.4, reader="onnxruntime")
+    assert made.plan.format.name == "onnx" and made.plan.readers["onnxruntime"] is None
+    schemes = {weight.scheme for weight in made.plan.weights if weight.scheme is not None}
+    assert len(schemes) > 1 and all(s.kind == "int" for s in schemes)
+    assert 4.0 < made.plan.bits_per_quantized_weight <= 4.4
+
+
 def test_rules_come_before_the_budget(llama: Path) -> None:
     made = job(llama, method="rtn", bits=5.0, skip=("*layers.0.*",))
     kept = [w for w in made.plan.weights if w.scheme is None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -34,8 +35,31 @@ def write_manifest(directory: Path, *, ignore: frozenset[str] = frozenset()) -> 
         for name, path in _files(directory, ignore).items():
             if path.is_symlink() or not path.is_file():
                 raise OutputError(f"{path}: not a plain file; a checkpoint holds nothing else")
-            files[name] = {"sha256": file_sha256(path), "size": path.stat().st_size}
+            files[name] = _entry(path)
         (directory / MANIFEST).parent.mkdir(exist_ok=True)
+    return _write(directory, files)
+
+
+def amend_manifest(directory: Path, names: Sequence[str]) -> Path:
+    """The manifest's path, with what these files are now; all others keep their entries.
+
+    For files that a later command adds or changes: weights are not read again.
+    """
+    found = _entries(read_json(directory / MANIFEST, largest=RECORD_BYTES))
+    files = {name: _as_entry(digest, size) for name, (digest, size) in found.items()}
+    with disk_errors(directory):
+        return _write(directory, files | {name: _entry(directory / name) for name in names})
+
+
+def _entry(path: Path) -> dict[str, str | int]:
+    return _as_entry(file_sha256(path), path.stat().st_size)
+
+
+def _as_entry(digest: str, size: int) -> dict[str, str | int]:
+    return {"sha256": digest, "size": size}
+
+
+def _write(directory: Path, files: Mapping[str, Mapping[str, str | int]]) -> Path:
     text = json.dumps({"version": 1, "files": files}, indent=2, sort_keys=True) + "\n"
     write_file(directory / MANIFEST, text.encode())
     return directory / MANIFEST

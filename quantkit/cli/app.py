@@ -68,11 +68,14 @@ def quantize(
         float | None,
         typer.Option("--max-kl", help="With --method auto: most KL divergence, nats per token."),
     ] = None,
+    card_results: cli_eval.CardOption = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a model.  The same command goes on where an interrupted one stopped."""
     began = time.monotonic()
     cli_auto.check_auto(options, max_kl, fail_if or ())
+    cli_eval.check_card(card_results)
+    measured = evaluate or bool(fail_if) or card_results is not None
     if options.method == cli_auto.METHOD:
         refuse_several("quantkit quantize --method auto")
         try:
@@ -89,6 +92,7 @@ def quantize(
             kept = f"what was tried is kept in {out}.auto: the same command goes on there"
             typer.echo(f"interrupted; {kept}", err=True)
             raise typer.Exit(130) from None
+        cli_eval.write_card(found.out, card_results)
         told = {"out": str(found.out), "tried": found.rows}
         typer.echo(json.dumps(told, indent=2) if as_json else f"{found.table}\n\n{found.out}")
         return
@@ -99,7 +103,7 @@ def quantize(
             job = _job(model, options, out, joined_world(stack, model, options, out))
             from quantkit.pipeline.session import run
 
-            if evaluate or fail_if:
+            if measured:
                 cli_eval.check_wishes(
                     job, text=text, limits=fail_if or (), requantize=options.requantize
                 )
@@ -129,8 +133,9 @@ def quantize(
     summary = outcome_json(job, outcome) if as_json else {}
     if not as_json:
         typer.echo(outcome_text(job, outcome))
-    if evaluate or fail_if:
+    if measured:
         evaluated = cli_eval.evaluate_output(job, outcome.out, text=text, limits=fail_if or ())
+        cli_eval.write_card(outcome.out, card_results)
         if not as_json:
             cli_eval.finish(evaluated, as_json)
         summary["evaluation"] = evaluated.summary()

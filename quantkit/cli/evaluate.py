@@ -35,6 +35,14 @@ FailOption = Annotated[
     list[str] | None,
     typer.Option("--fail-if", help='Exit with 1 if shown, as in "kl>0.05", "task:sort<-2pt".'),
 ]
+CardOption = Annotated[
+    str | None,
+    typer.Option(
+        "--card-results",
+        help="With --eval (which it implies): ORG/DATASET:TASK, under which the model card and "
+        ".eval_results list perplexity; ORG/DATASET:TASK,KL_TASK lists KL too.",
+    ),
+]
 RamOption = Annotated[
     str | None, typer.Option("--max-ram", help="Most memory the process may use, as in 6GiB.")
 ]
@@ -135,6 +143,22 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     finish(run_evaluation(request, out, tell=lambda line: typer.echo(line, err=True)), as_json)
+
+
+def check_card(names: str | None) -> None:
+    """Nothing if a card's figures can be named so."""
+    if names is not None:
+        from quantkit_eval.card import parse_card_names
+
+        parse_card_names(names)
+
+
+def write_card(out: Path, names: str | None) -> None:
+    """The evaluation's figures in the model card of a finished checkpoint, if they are named."""
+    if names is not None:
+        from quantkit_eval.card import parse_card_names, write_card_results
+
+        write_card_results(out, parse_card_names(names))
 
 
 def check_wishes(job: Job, *, text: str, limits: Sequence[str], requantize: bool) -> None:

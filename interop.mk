@@ -8,7 +8,7 @@ QUANTKIT_INTEROP_MODEL ?=
 CHECKPOINTS := $(INTEROP)/checkpoints$(if $(QUANTKIT_INTEROP_MODEL),-$(notdir $(QUANTKIT_INTEROP_MODEL:/=)))
 INTEROP_PYTEST := -m pytest -c tests/interop/pytest.ini --checkpoints $(CHECKPOINTS)
 
-READERS := transformers gptqmodel vllm llama onnx tasks
+READERS := transformers gptqmodel vllm modelopt llama onnx tasks
 .PHONY: interop interop-environments interop-checkpoints interop-launchers $(READERS:%=interop-%)
 
 interop: $(READERS:%=interop-%) interop-launchers
@@ -29,7 +29,13 @@ interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
 	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py
 
 interop-vllm: $(INTEROP)/vllm/.installed interop-checkpoints
-	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py
+	$(INTEROP)/vllm/bin/python -P $(INTEROP_PYTEST) -rP tests/interop/test_vllm.py \
+		tests/interop/test_vllm_modelopt.py
+
+# Both read each other in one process; the demo model is all it needs.
+interop-modelopt: $(INTEROP)/modelopt/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/eval $(INTEROP)/modelopt/bin/python -P \
+		$(INTEROP_PYTEST) tests/interop/test_modelopt.py
 
 # The export itself needs the model builder, so quantkit's sources are on the path here.
 interop-onnx: $(INTEROP)/onnx/.installed interop-checkpoints

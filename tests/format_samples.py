@@ -115,14 +115,15 @@ def quantized(
         zero=None if scheme.symmetric else whole(1, 2**scheme.bits, size),
         scheme=scheme,
         dtype=dtype,
-        input_scale=torch.tensor(0.3125) if scheme.static_input else None,
+        input_scale=torch.tensor(0.25) if scheme.static_input else None,
     )
 
 
 def sample_scale(values: Tensor, scheme: Scheme, *, half: bool = False) -> Scale:
     """Scales of about these sizes that the scheme has; `half`: that float16 holds too."""
     if scheme.kind == "nvfp4":
-        return DividedScale.of(float_scale(6 * values, scheme), 37.5)
+        # A power of two, as quantkit's are: layouts that store the reciprocal hold it exactly.
+        return DividedScale.of(float_scale(6 * values, scheme), 32.0)
     if scheme.kind in ("mxfp4", "mxfp8"):
         return PlainScale(tensor=float_scale(values, scheme))
     if scheme.flat:

@@ -41,6 +41,9 @@ from quantkit.errors import CheckpointError
 
 __all__ = ["FileSource", "Source", "TensorInfo", "refuse_quantized"]
 
+# Where older ModelOpt says how it quantized a model, and config.json says nothing.
+_BESIDE = "hf_quant_config.json"
+
 
 class FileSource(Reader):
     """A directory of config.json and safetensors, as `save_pretrained` or the Hub's cache has it.
@@ -63,7 +66,14 @@ class FileSource(Reader):
             )
         config = _contained(self.path, "config.json")
         self._config_content = read_plain(config, largest=CONFIG_BYTES)
-        check_config(parse_json(self._config_content, str(config), wide=True), str(config))
+        found = parse_json(self._config_content, str(config), wide=True)
+        beside = self.path / _BESIDE
+        if "quantization_config" not in found and os.path.lexists(beside):
+            content = read_plain(_contained(self.path, _BESIDE), largest=CONFIG_BYTES)
+            told = parse_json(content, str(beside))
+            found["quantization_config"] = {"quant_method": "modelopt", **told}
+            self._config_content = json.dumps(found).encode()
+        check_config(found, str(config))
         self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}
         for file, wanted in self._weight_files().items():

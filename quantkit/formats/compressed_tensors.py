@@ -76,7 +76,9 @@ from quantkit.formats.stored import (
     exponents_of,
     model_dtype,
     power_of_two,
+    round_divisor,
     round_scale,
+    stored_divisor,
     stored_scale,
 )
 from quantkit.numbers.cache import CACHE_NAMES, CacheScheme
@@ -163,8 +165,10 @@ class CompressedTensors:
 
     def represent(self, tensor: QuantizedTensor) -> tuple[QuantizedTensor, str | None]:
         """The tensor with scales in the weight's dtype, and what was rounded for that, or None."""
-        if tensor.scheme.kind in (*_MICROSCALED, "nvfp4"):
+        if tensor.scheme.kind in _MICROSCALED:
             return tensor, None
+        if tensor.scheme.kind == "nvfp4":
+            return round_divisor(tensor, inverted=False)
         return round_scale(tensor, self.scale_dtype(tensor.dtype))
 
     def pack(self, weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -363,9 +367,10 @@ def _stored_scales(weight: PlannedWeight, tensor: QuantizedTensor) -> dict[str, 
     """The tensors of `_scale_infos`.  NumericsError if a scale is not exact in them."""
     scheme, name = tensor.scheme, weight.name + _SCALE
     found: dict[str, Tensor] = {}
-    if isinstance(tensor.scale, DividedScale):
-        found[name] = tensor.scale.tensor.cpu().contiguous()
-        found[weight.name + _GLOBAL] = tensor.scale.divisor.cpu().reshape(1)
+    if scheme.kind == "nvfp4":
+        divided = stored_divisor(weight.name, tensor, inverted=False)
+        found[name] = divided.tensor.cpu().contiguous()
+        found[weight.name + _GLOBAL] = divided.divisor.cpu().reshape(1)
     elif scheme.kind in _MICROSCALED:
         found[name] = exponents_of(weight.name, tensor)
     else:

@@ -214,6 +214,15 @@ class PartFormat(Format, Protocol):
 
 
 @runtime_checkable
+class DescribedFormat(Format, Protocol):
+    """A format whose readers want files beside config.json."""
+
+    def side_files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """File name -> its JSON, for a `quantization_config`."""
+        ...
+
+
+@runtime_checkable
 class CacheFormat(Format, Protocol):
     """A format with a place for scales of the cache of keys and values."""
 

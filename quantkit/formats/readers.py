@@ -76,6 +76,20 @@ def mxfp4_readers(model_type: str) -> dict[str, str | None]:
     return {"transformers": f"it {only}", "vllm": f"vLLM 0.32 {only}"}
 
 
+def modelopt_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
+    """Runtime -> None if it reads ModelOpt's layout of these weights, else why not.
+
+    TensorRT-LLM cannot run here: its column is read in its source alone.
+    """
+    lacking = _vllm_lacks(weights, model_type) or _vllm_stacks(weights)
+    split = _lacks_split_experts(weights, model_type)
+    return {
+        "transformers": "transformers 5.24 does not know ModelOpt's layout",
+        "vllm": lacking or _vllm_modelopt(weights),
+        "tensorrt-llm": split or _tensorrt_modelopt(weights),
+    }
+
+
 def gptq_readers(weights: Sequence[PlannedWeight], model_type: str) -> dict[str, str | None]:
     """Runtime -> None if it reads gptq_v2 files of these weights, else why not."""
     return {
@@ -210,6 +224,31 @@ def _vllm_compressed(weights: Sequence[PlannedWeight], model_type: str) -> str |
             return (
                 f"vLLM 0.32 has kernels for groups of {allowed} or a row, not {scheme.group_size}"
             )
+    return None
+
+
+def _vllm_modelopt(weights: Sequence[PlannedWeight]) -> str | None:
+    if any(scheme.kind == "int" for scheme in _schemes(weights)):
+        return "vLLM 0.32 does not have ModelOpt's W4A16_AWQ"
+    fused: dict[str, Scheme | None] = {}
+    for weight in weights:
+        parent, _, leaf = weight.module.rpartition(".")
+        kind = next((kind for kind in ("q k v", "gate up") if leaf in _projections(kind)), None)
+        if kind and fused.setdefault(f"{parent} {kind}", weight.scheme) != weight.scheme:
+            return f"{weight.name}: vLLM 0.32 fuses it with others, which have another scheme"
+    return None
+
+
+def _projections(kind: str) -> list[str]:
+    return [f"{name}_proj" for name in kind.split()]
+
+
+def _tensorrt_modelopt(weights: Sequence[PlannedWeight]) -> str | None:
+    for scheme in _schemes(weights):
+        if scheme.kind == "mxfp8" or scheme.name == "nvfp4a16":
+            return f"its source has no linear layer for {scheme.name} in ModelOpt's layout"
+        if scheme.kind == "int" and scheme.group_size not in (64, 128):
+            return f"its int4 kernels have groups of 64 and 128, not {scheme.group_size}"
     return None
 
 

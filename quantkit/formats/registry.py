@@ -135,6 +135,9 @@ def format_of(source: Source) -> FormatReader:
         version = str(config.get("checkpoint_format", "gptq"))
         if version in ("gptq", "gptq_v2"):
             return make_format(version)
+    elif isinstance(method, str) and method.partition("_")[0] == "modelopt":
+        # vLLM has names of its own for kinds of it: modelopt_fp4, modelopt_mxfp8.
+        return make_format("modelopt")
     elif method in ("awq", "compressed-tensors", "bitsandbytes", "fp8", "mxfp4", "onnx"):
         return make_format(method)
     elif isinstance(method, str) and (found := _installed(method)) is not None:

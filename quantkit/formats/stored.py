@@ -14,7 +14,7 @@ from quantkit.checkpoint.dtypes import label_of
 from quantkit.checkpoint.source import Source
 from quantkit.errors import NumericsError
 from quantkit.numbers.scheme import Scheme
-from quantkit.numbers.tensor import PlainScale, QuantizedTensor
+from quantkit.numbers.tensor import DividedScale, PlainScale, QuantizedTensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,36 @@ def round_scale(tensor: QuantizedTensor, dtype: torch.dtype) -> tuple[QuantizedT
     if bool(lost.any()):
         tensor, rounded = _emptied(tensor, rounded, lost)
     return dataclasses.replace(tensor, scale=PlainScale(tensor=rounded)), told
+
+
+def round_divisor(tensor: QuantizedTensor, *, inverted: bool) -> tuple[QuantizedTensor, str | None]:
+    """The tensor with NVFP4's divisors in one form, and what was rounded; itself if exact in it.
+
+    A file that is `inverted` has reciprocals, also of the divisor that its input's scales have.
+    """
+    scale, given = tensor.scale, tensor.input_scale
+    assert isinstance(scale, DividedScale)
+    turned, told = scale.turned(inverted=inverted), []
+    if not torch.equal(turned.values(), scale.values()):
+        told.append("the divisor of its scales")
+        tensor = dataclasses.replace(tensor, scale=turned)
+    if inverted and given is not None and not torch.equal(1 / (1 / given), given):
+        told.append("that of its input's scales")
+        tensor = dataclasses.replace(tensor, input_scale=1 / (1 / given))
+    if not told:
+        return tensor, None
+    return tensor, f"{' and '.join(told)}: the file has the nearest float32 of a reciprocal"
+
+
+def stored_divisor(name: str, tensor: QuantizedTensor, *, inverted: bool) -> DividedScale:
+    """The scales in the form of a file.  NumericsError if they are not exact in it."""
+    assert isinstance(tensor.scale, DividedScale)
+    turned = tensor.scale.turned(inverted=inverted)
+    if not torch.equal(turned.values(), tensor.scale.values()):
+        raise NumericsError(
+            f"{name}: the reciprocal of its scales' divisor is not exact; round_divisor first"
+        )
+    return turned
 
 
 def _emptied(

@@ -378,7 +378,8 @@ class E2m1Kernel(PackedKernel):
         super().__init__(tensor, device)
         scale, outer = tensor.scale.values(), None
         if isinstance(tensor.scale, DividedScale):
-            scale, outer = tensor.scale.tensor.to(torch.float32), 1 / tensor.scale.divisor
+            scale = tensor.scale.tensor.to(torch.float32)
+            outer = tensor.scale.turned(inverted=True).divisor
         self.group_size = tensor.scheme.group_size or 0
         weight = e2m1.pack(tensor.codes, scale, outer, self.group_size, device)
         self.register_buffer("packed", weight.packed)

@@ -6,6 +6,7 @@ same codes.  Shapes: T tokens (any leading dimensions), I in features, G groups 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,15 +74,17 @@ def static_input_scale(largest: float, scheme: Scheme) -> float:
     """The `input_scale` of a scheme for inputs of at most this magnitude; 1 for zero.
 
     A bfloat16 value, so that every reader's cast leaves it as it is; rounded so that nothing clips.
+    nvfp4's is a power of two, as the divisors of weights are: the reciprocal that ModelOpt's layout
+    has in its place is exact, and scales of groups lose no digit by it.
     """
     if largest <= 0:
         return 1.0
-    wanted = _DIVIDED / largest if scheme.kind == "nvfp4" else largest / E4M3_LARGEST
+    if scheme.kind == "nvfp4":
+        return float(2.0 ** math.floor(math.log2(_DIVIDED / largest)))
+    wanted = largest / E4M3_LARGEST
     scale = torch.tensor(wanted, dtype=torch.float64).to(torch.bfloat16)
-    beyond = float(scale) > wanted if scheme.kind == "nvfp4" else float(scale) < wanted
-    if beyond:
-        toward = 0.0 if scheme.kind == "nvfp4" else float("inf")
-        scale = torch.nextafter(scale, torch.tensor(toward, dtype=torch.bfloat16))
+    if float(scale) < wanted:
+        scale = torch.nextafter(scale, torch.tensor(float("inf"), dtype=torch.bfloat16))
     return float(scale)
 
 

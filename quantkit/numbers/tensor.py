@@ -61,11 +61,13 @@ class NestedScale:
 class DividedScale:
     """Group scales as NVFP4 stores them: `tensor` float8_e4m3fn [O, G] over one float32 `divisor`.
 
-    value = tensor / divisor, divided and rounded in float32 as compressed-tensors and vLLM do.
+    value = tensor / divisor, divided and rounded in float32 as compressed-tensors and vLLM do.  If
+    `inverted`, the file has the divisor's reciprocal, as ModelOpt's do: value = tensor · divisor.
     """
 
     tensor: Tensor
     divisor: Tensor
+    inverted: bool = False
 
     @classmethod
     def of(cls, scale_OG: Tensor, divisor: float) -> DividedScale:
@@ -78,7 +80,14 @@ class DividedScale:
 
     def values(self) -> Tensor:
         """The scales in float32, [O, G]."""
-        return self.tensor.to(torch.float32) / self.divisor
+        numbers = self.tensor.to(torch.float32)
+        return numbers * self.divisor if self.inverted else numbers / self.divisor
+
+    def turned(self, *, inverted: bool) -> DividedScale:
+        """The same with the divisor, or its reciprocal, as stored; exact for powers of two."""
+        if inverted == self.inverted:
+            return self
+        return dataclasses.replace(self, divisor=1 / self.divisor, inverted=inverted)
 
 
 Scale = PlainScale | NestedScale | DividedScale | BlockScale

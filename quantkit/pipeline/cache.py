@@ -56,7 +56,7 @@ def plan_cache(model: CausalModel, scheme: CacheScheme, fmt: Format) -> CachePla
     if not isinstance(fmt, CacheFormat):
         raise FormatError(
             f"--kv {scheme.name}: {fmt.name} has no place for scales of the cache; "
-            "--format compressed-tensors has"
+            "--format compressed-tensors and, for fp8, modelopt have"
         )
     if caches_latent(model.text_config):
         raise RecipeError(

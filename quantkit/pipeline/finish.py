@@ -14,6 +14,7 @@ from quantkit.checkpoint.dtypes import name_of
 from quantkit.checkpoint.manifest import RUN
 from quantkit.checkpoint.record import REPORT
 from quantkit.checkpoint.sidefiles import copy_side_files, side_record
+from quantkit.formats.format import DescribedFormat
 from quantkit.formats.stored import model_dtype
 from quantkit.model.causal import CausalModel
 from quantkit.pipeline.plan import Plan
@@ -54,6 +55,9 @@ def write_finished_files(
         contents |= own
     else:
         contents["config.json"] = _json(_config(model, plan))
+        if isinstance(plan.format, DescribedFormat):
+            described = plan.format.side_files(plan.quantization_config)
+            contents |= {name: _json(data) for name, data in described.items()}
         copy_side_files(model.source, directory)
     with disk_errors(directory):
         for name, data in contents.items():

@@ -60,6 +60,16 @@ FLOATS = {
 # Attention in other numbers than the rest, and what their names end in.
 MIXED = {"mix": "", "mix_asym": "_asym"}
 
+# ModelOpt's layout: scheme, and what else makes the checkpoint.
+MODELOPT = {
+    "modelopt_fp8": ("fp8a8_tensor", ("--kv", "fp8", *_CALIBRATION)),
+    "modelopt_rows": ("fp8a8_row", ()),
+    "modelopt_blocks": ("fp8a8_b128", ()),
+    "modelopt_mxfp8": ("mxfp8a8", ()),
+    "modelopt_nvfp4": ("nvfp4a4", ("--kv", "fp8", *_CALIBRATION)),
+    "modelopt_nvfp4_weights": ("nvfp4a16", ()),
+}
+
 # Keys and values that a server is to cache in 8 bits, with a scale for each layer or head.
 CACHED = {"kv": "fp8", "kv_head": "fp8_head"}
 
@@ -99,6 +109,14 @@ CASES = (
     *(
         Case(name=name, source="demo", options=("--method", "fp8", "--scheme", scheme, *options))
         for name, (scheme, options) in FLOATS.items()
+    ),
+    *(
+        Case(
+            name=name,
+            source="demo",
+            options=("--method", "fp8", "--scheme", scheme, "--format", "modelopt", *options),
+        )
+        for name, (scheme, options) in MODELOPT.items()
     ),
     Case(
         name="w3",

@@ -217,6 +217,7 @@ def test_static_scales_clip_nothing_and_survive_casts() -> None:
             static_input_scale(largest, Scheme.parse(name)) for name in ("fp8a8_tensor", "nvfp4a4")
         )
         assert largest / fp8 <= 448 and largest / 6 * nvfp4 <= 448
+        assert largest / 6 * nvfp4 > 224 and math.frexp(nvfp4)[0] == 0.5
         for value in (fp8, nvfp4):
             assert float(torch.tensor(value).to(torch.bfloat16)) == value
     assert static_input_scale(0.0, Scheme.parse("nvfp4a4")) == 1.0

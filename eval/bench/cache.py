@@ -78,16 +78,16 @@ def _rows(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             )
             for plain in _WITHOUT if first else ():
                 yield _measured(out, plain, "", "", options, scratch)
-            variants = {"twice absmax": out, "absmax": _scaled(out, 0.5)}
+            variants = {"twice absmax": out, "absmax": scaled(out, 0.5)}
             if cache == "fp8" and first:
-                variants["ones"] = _scaled(out, None)
+                variants["ones"] = scaled(out, None)
             for scales, folder in variants.items():
                 said = "" if scales == "ones" else calibration
                 yield _measured(folder, cache, scales, said, options, scratch)
             first = False
 
 
-def _scaled(out: Path, factor: float | None) -> Path:
+def scaled(out: Path, factor: float | None) -> Path:
     """The checkpoint with its cache's scales times a factor, or ones."""
     copy = out.with_name(f"{out.name}-{factor}")
     shutil.copytree(out, copy)

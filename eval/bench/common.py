@@ -36,6 +36,7 @@ _PACKAGES = (
     "triton",
     "compressed-tensors",
     "llmcompressor",
+    "nvidia-modelopt",
     "auto-round",
     "bitsandbytes",
 )

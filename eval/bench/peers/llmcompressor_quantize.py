@@ -1,7 +1,7 @@
 """Quantizes a model with llm-compressor on a CPU, as the peer that quantkit is measured against.
 
 Run with a Python that has llmcompressor 0.14:
-    llmcompressor_quantize.py MODEL OUT --method gptq --calib-text FILE
+    llmcompressor_quantize.py MODEL OUT --method gptq --calib-text FILE [--preset NVFP4A16]
 Calibration is the first ``samples * seq_len`` tokens of the text, tokenized at once, so that every
 tool under comparison sees the same tokens.  Prints one JSON line with the seconds of each part.
 """
@@ -36,7 +36,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     loaded = time.perf_counter()
     settings = {}
-    if args.method != "rtn":
+    if args.method != "rtn" or args.calibrated:
         rows = calibration_rows(tokenizer, args)
         settings = {
             "dataset": Dataset.from_dict(
@@ -47,7 +47,7 @@ def main() -> None:
             "shuffle_calibration_samples": False,
             "batch_size": args.batch_size,
         }
-    modifiers = recipe(args.method, args.group_size)
+    modifiers = recipe(args.method, args.group_size, args.preset, cached=args.cache)
     oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, **settings)
     quantized = time.perf_counter()
     model.save_pretrained(args.out, save_compressed=True)
@@ -72,6 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method", required=True, choices=["rtn", "gptq", "awq", "smoothquant", "smoothquant-gptq"]
     )
+    parser.add_argument(
+        "--preset", help="llm-compressor's name of a scheme, for rtn and gptq (default: W4A16)"
+    )
+    parser.add_argument("--cache", action="store_true", help="float8 keys and values too")
+    parser.add_argument("--calibrated", action="store_true", help="rtn reads the text too")
     parser.add_argument("--calib-text", help="text file; not read by rtn")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -86,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
         help="to compute in and to save; float32 is far faster on CPUs without AVX512-BF16",
     )
     args = parser.parse_args()
-    if args.method != "rtn" and args.calib_text is None:
+    if (args.method != "rtn" or args.calibrated) and args.calib_text is None:
         parser.error(f"--method {args.method} needs --calib-text")
     return args
 
@@ -101,14 +106,19 @@ def calibration_rows(tokenizer: object, args: argparse.Namespace) -> list[list[i
     return [ids[start : start + args.seq_len] for start in range(0, wanted, args.seq_len)]
 
 
-def recipe(method: str, group_size: int) -> list[Modifier]:
+def recipe(
+    method: str, group_size: int, preset: str | None = None, *, cached: bool = False
+) -> list[Modifier]:
     """llm-compressor's own presets: 4 bit in groups of 128 or so, or int8 rows with int8 tokens."""
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True,
+             "dynamic": False}  # fmt: skip
 
     def quantized_by(modifier: type[Modifier], name: str) -> Modifier:
-        scheme = preset_name_to_scheme(name, targets=["Linear"])
-        if scheme.weights is not None and scheme.weights.group_size is not None:
+        scheme = preset_name_to_scheme(preset or name, targets=["Linear"])
+        if scheme.weights is not None and scheme.weights.group_size == 128:
             scheme.weights.group_size = group_size
-        return modifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+        more = {"kv_cache_scheme": cache} if cached else {}
+        return modifier(config_groups={"group_0": scheme}, ignore=["lm_head"], **more)
 
     recipes = {
         "rtn": lambda: [quantized_by(QuantizationModifier, "W4A16")],

@@ -26,6 +26,9 @@ def check_budget(streams: Sequence[ModelStream], max_ram: int | None) -> int | N
     if max_ram is None:
         return None
     blocks = max(_block_bytes(stream) for stream in streams)
+    if (pictured := streams[0].workload.pictured) is not None:
+        towers = max(stream.model.towers.working_bytes(pictured.largest) for stream in streams)
+        blocks = max(blocks, towers)
     scoring = (2 * len(streams) + 2) * _LOGIT_BYTES
     fixed = current_rss() + _OVERHEAD_BYTES
     scores = len(streams) * streams[0].workload.scored_tokens * _SCORE_BYTES
@@ -33,8 +36,8 @@ def check_budget(streams: Sequence[ModelStream], max_ram: int | None) -> int | N
     if needed > max_ram:
         raise BudgetError(
             f"--max-ram {format_size(max_ram)} is too small: evaluating needs "
-            f"{format_size(needed)} (process {format_size(fixed)}, one block with its activations "
-            f"{format_size(blocks)}); the smallest that works is --max-ram "
+            f"{format_size(needed)} (process {format_size(fixed)}, one block or the towers "
+            f"with activations {format_size(blocks)}); the smallest that works is --max-ram "
             f"{with_spare(needed) // 2**20}MiB"
         )
     return max_ram - fixed - scores - scoring

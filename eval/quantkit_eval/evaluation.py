@@ -14,7 +14,7 @@ from quantkit.checkpoint.memory import peak_rss
 from quantkit_eval.budget import check_budget
 from quantkit_eval.figures.divergence import Divergence, divergence_of
 from quantkit_eval.figures.measure import Measured, measure
-from quantkit_eval.figures.perplexity import perplexity_of, window_sequences
+from quantkit_eval.figures.perplexity import perplexity_of
 from quantkit_eval.figures.sensitivity import (
     BlockSensitivity,
     cost,
@@ -56,7 +56,7 @@ def evaluate(
     sensitivity = _sensitivity(request, setting, scratch, progress, tell)
     whole = run_whole(request, setting)
     asked = [verdicts(task, whole.logs) for task in setting.harness]
-    windows = range(len(setting.windows.ids))
+    windows = range(len(setting.sequences))
     candidates = []
     for number, subject in enumerate(setting.quantized):
         divergence = divergence_of(measured.base, measured.pairs[number], setting.workload, windows)
@@ -151,7 +151,7 @@ def _sensitivity(
     """The blocks' sensitivities of every quantized model; empty ones if nobody asked."""
     if not request.sensitivity:
         return [()] * len(setting.quantized)
-    workload = few_windows(window_sequences(setting.windows), setting.positions)
+    workload = few_windows(setting.sequences, setting.positions, setting.workload.pictured)
     found = []
     for number, subject in enumerate(setting.quantized):
         with contextlib.ExitStack() as stack:
@@ -203,7 +203,7 @@ def _candidate(
     defects = None
     if subject.comparable is None:
         defects = sum(weight.defect is not None for weight in seen.weights)
-    tokens = setting.windows.protocol.scored_tokens
+    tokens = setting.text.protocol.scored_tokens
     judgements = tuple(judge(limit, divergence, tasks, defects, tokens) for limit in setting.limits)
     return Candidate(
         identity=subject.identity,
@@ -225,7 +225,7 @@ def _candidate(
 
 def _answers(setting: Setting, measured: Measured, number: int) -> tuple[Answer, ...]:
     """Who answered each question of the tasks that are part of the workload."""
-    start = len(setting.windows.ids)
+    start = len(setting.sequences)
     before, after = (
         answers(setting.items, scores, setting.workload, start)
         for scores in (measured.base, measured.pairs[number].scores)
@@ -266,7 +266,7 @@ def _worst_tokens(setting: Setting, divergence: Divergence) -> tuple[TokenShown,
     decode = setting.tokenizer.decode
     found = []
     for worst_token in divergence.worst:
-        ids = setting.windows.ids[worst_token.window].tolist()
+        ids = setting.sequences[worst_token.window].ids
         start = max(0, worst_token.position - _CONTEXT_TOKENS)
         found.append(
             TokenShown(
@@ -298,9 +298,10 @@ def _notes(setting: Setting, subject: Subject, kv: str) -> tuple[str, ...]:
                 "It was calibrated on this very text: the numbers look better than they are. "
                 "Evaluate on other text."
             )
-    if len(setting.windows.ids) < 20:
+    if (count := len(setting.sequences)) < 20:
+        kind = "windows" if setting.talks is None else "conversations"
         notes.append(
-            f"The text gives {len(setting.windows.ids)} windows only: intervals are wide, and "
+            f"The text gives {count} {kind} only: intervals are wide, and "
             "rare large errors may not have shown."
         )
     return tuple(notes)

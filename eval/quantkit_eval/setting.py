@@ -17,13 +17,14 @@ from quantkit_eval.figures.perplexity import window_sequences
 from quantkit_eval.gate import DEFAULT_LIMITS, DEFAULT_TASK_LIMIT
 from quantkit_eval.limits import Limit, parse_limit
 from quantkit_eval.records import Fact, TextUsed
-from quantkit_eval.sequences import Workload, make_workload
+from quantkit_eval.sequences import Scored, Workload, make_workload
 from quantkit_eval.subjects import Subject, check_source, open_original, open_subject
+from quantkit_eval.talks import Talks, read_talks
 from quantkit_eval.tasks.accuracy import ALL, Item
 from quantkit_eval.tasks.harness_tasks import HarnessTask
 from quantkit_eval.tasks.tasklist import TaskList, parse_tasks
 from quantkit_eval.texts import read_text
-from quantkit_eval.windows import ProtocolKind, Windows, text_windows
+from quantkit_eval.windows import ProtocolKind, text_windows
 
 # Of a text that is longer, the beginning is used; the protocol says so.
 MAX_TOKENS = 524_288
@@ -86,18 +87,19 @@ class EvaluationRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The models, the text as windows, the questions, and all of them as one workload.
+    """The models, the text in sequences, the questions, and all of them as one workload.
 
-    The workload's first sequences are the windows, the rest are those of `items`, in order.
-    `harness` are lm-eval's tasks, which whole models answer; `task_sources` says where the
-    questions of `items` come from.
+    The workload's first sequences are the text's, the rest are those of `items`, in order.  `talks`
+    are conversations with images that the text is, None for text alone.  `harness` are lm-eval's
+    tasks, which whole models answer; `task_sources` says where the questions of `items` come from.
     """
 
     original: Subject
     quantized: tuple[Subject, ...]
     tokenizer: Any
     text: TextUsed
-    windows: Windows
+    sequences: tuple[Scored, ...]
+    talks: Talks | None
     items: tuple[Item, ...]
     task_sources: tuple[Fact, ...]
     harness: tuple[HarnessTask, ...]
@@ -129,7 +131,8 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
         quantized=quantized,
         tokenizer=tokenizer,
         text=wishes.text,
-        windows=wishes.windows,
+        sequences=wishes.sequences,
+        talks=wishes.talks,
         items=listed.items,
         task_sources=tuple(Fact(name=name, value=value) for name, value in listed.sources.items()),
         harness=listed.harness,
@@ -151,7 +154,8 @@ def check_wishes(request: EvaluationRequest) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wishes:
-    windows: Windows
+    sequences: tuple[Scored, ...]
+    talks: Talks | None
     text: TextUsed
     tasks: TaskList
     workload: Workload
@@ -168,7 +172,24 @@ def _wishes(request: EvaluationRequest, source: Source, tokenizer: Any) -> _Wish
         )
     check_backend(request.backend, request.device)
     positions = _positions(source)
-    windows, text = _windows(request, tokenizer, positions)
+    seq_len = request.seq_len if positions is None else min(request.seq_len, positions)
+    talks = read_talks(
+        request.text,
+        source,
+        tokenizer,
+        most=request.windows or max(1, MAX_TOKENS // seq_len),
+        seq_len=seq_len,
+        trust_remote_code=request.trust_remote_code,
+    )
+    if talks is None:
+        text_sequences, text = _windows(request, tokenizer, seq_len)
+    else:
+        text_sequences, text = talks.sequences, talks.text
+        if request.protocol != "standard" or request.stride is not None:
+            raise EvaluationError(
+                "--protocol and --stride cut text into windows, and conversations with images are "
+                "never cut; leave them out"
+            )
     listed = parse_tasks(request.tasks, tokenizer, limit=request.task_questions, seed=request.seed)
     known = [*listed.names, *([ALL] if listed.names else [])]
     for limit in limits:
@@ -177,12 +198,17 @@ def _wishes(request: EvaluationRequest, source: Source, tokenizer: Any) -> _Wish
                 f"--fail-if {limit.text!r}: there is no task {limit.task!r}; asked for with "
                 f"--tasks: {', '.join(listed.names) or 'none'}"
             )
-    sequences = [*window_sequences(windows), *(s for item in listed.items for s in item.sequences)]
+    sequences = [*text_sequences, *(s for item in listed.items for s in item.sequences)]
     return _Wishes(
-        windows=windows,
+        sequences=text_sequences,
+        talks=talks,
         text=text,
         tasks=listed,
-        workload=make_workload(sequences, max_length=positions),
+        workload=make_workload(
+            sequences,
+            max_length=positions,
+            pictured=None if talks is None else talks.pictured,
+        ),
         positions=positions,
         limits=limits,
     )
@@ -212,10 +238,9 @@ def _positions(source: Source) -> int | None:
 
 
 def _windows(
-    request: EvaluationRequest, tokenizer: Any, positions: int | None
-) -> tuple[Windows, TextUsed]:
+    request: EvaluationRequest, tokenizer: Any, seq_len: int
+) -> tuple[tuple[Scored, ...], TextUsed]:
     text = read_text(request.text)
-    seq_len = request.seq_len if positions is None else min(request.seq_len, positions)
     windows = text_windows(
         text.content,
         tokenizer,
@@ -228,4 +253,4 @@ def _windows(
     )
     facts = tuple(Fact(name=name, value=value) for name, value in text.details.items())
     used = TextUsed(source=text.source, sha256=text.sha256, facts=facts, protocol=windows.protocol)
-    return windows, used
+    return tuple(window_sequences(windows)), used

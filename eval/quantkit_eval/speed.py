@@ -16,6 +16,7 @@ from quantkit.checkpoint.output import refuse_unfinished
 from quantkit.formats.open import open_source
 from quantkit.inference.load import load
 from quantkit.inference.room import check_continues, check_room
+from quantkit.model.towers.loaded import without_placeholders
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import Fact
@@ -169,6 +170,7 @@ def _measure_batch(
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (batch, prompt_tokens), generator=generator)
+    ids = without_placeholders(ids, model.config)
     first: list[float] = []
     following: list[float] = []
     cache_bytes = 0

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quantkit.calibration.data.corpora import open_corpus
-from quantkit.calibration.data.documents import Corpus, Document
+from quantkit.calibration.data.documents import Corpus, Document, Origin
 from quantkit.errors import CalibrationError
 from quantkit_eval.errors import EvaluationError
 from quantkit_eval.windows import DOCUMENT_SEPARATOR
 
 # Bounds what is read of a dataset that has no end: about 60 million tokens.
-_MAX_CHARACTERS = 250_000_000
+MAX_CHARACTERS = 250_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,17 @@ def read_text(spec: str) -> Text:
         return _text(DOCUMENT_SEPARATOR.join(heldout_text()), "demo (held out)", {})
     try:
         corpus = open_corpus(
-            spec, column=None, seed=None, prefer_messages=False, max_characters=_MAX_CHARACTERS
+            spec, column=None, seed=None, prefer_messages=False, max_characters=MAX_CHARACTERS
         )
         parts = list(_parts(corpus, spec))
     except CalibrationError as error:
         raise EvaluationError(f"--text: {str(error).removeprefix('calibration ')}") from error
     origin = corpus.origin
+    return _text(DOCUMENT_SEPARATOR.join(parts), origin.source, details_of(origin))
+
+
+def details_of(origin: Origin) -> dict[str, str]:
+    """Config, split, column, revision and hash of where documents came from, what there is."""
     fields = {
         "config": origin.config,
         "split": origin.split,
@@ -57,12 +62,11 @@ def read_text(spec: str) -> Text:
         "revision": origin.revision,
         "file sha256": origin.file_sha256,
     }
-    details = {name: value for name, value in fields.items() if value is not None}
-    return _text(DOCUMENT_SEPARATOR.join(parts), origin.source, details)
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _parts(corpus: Corpus, spec: str) -> Iterator[str]:
-    left = _MAX_CHARACTERS
+    left = MAX_CHARACTERS
     for number, document in enumerate(corpus.documents):
         part = _plain(document, spec, number)
         yield part

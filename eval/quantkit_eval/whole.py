@@ -70,22 +70,23 @@ def check_whole(request: EvaluationRequest, setting: Setting) -> None:
 def run_whole(request: EvaluationRequest, setting: Setting) -> Whole:
     """Completions and lm-eval's answers of all models; completions give way to --max-ram."""
     note = None
-    ids = draw_prompts(request, setting)
-    if ids and request.max_ram is not None:
+    drawn = draw_prompts(request, setting)
+    if drawn and request.max_ram is not None:
         needed = _needed(request, setting)
         if needed > request.max_ram:
-            ids = []
+            drawn = []
             note = (
                 f"Writing text needs a whole model in memory, about {format_size(needed)}; "
                 f"--max-ram is {format_size(request.max_ram)}."
             )
     texts, logs = [], []
-    if ids or setting.harness:
+    if drawn or setting.harness:
         for path in (request.model, *request.quantized):
             model = _load(path, request, setting)
-            if ids and not model.can_generate():
-                ids, note = [], f"{type(model).__name__} has no generate, by which text is written."
-            texts.append(tuple(continue_prompts(model, ids, setting.tokenizer)))
+            if drawn and not model.can_generate():
+                drawn = []
+                note = f"{type(model).__name__} has no generate, by which text is written."
+            texts.append(tuple(continue_prompts(model, drawn, setting.tokenizer)))
             # lm-eval may give the tokenizer a padding token, and changes the model's config.
             tokenizer = load_tokenizer(
                 setting.original.source, trust_remote_code=request.trust_remote_code
@@ -103,8 +104,11 @@ def run_whole(request: EvaluationRequest, setting: Setting) -> Whole:
             del model
             release_free_memory()
     return Whole(
-        prompts=tuple(setting.tokenizer.decode(row, skip_special_tokens=True) for row in ids),
-        texts=tuple(texts) if ids else (),
+        prompts=tuple(
+            setting.tokenizer.decode(prompt["input_ids"][0], skip_special_tokens=True)
+            for prompt in drawn
+        ),
+        texts=tuple(texts) if drawn else (),
         logs=tuple(logs),
         note=note,
     )

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 DOCUMENT_SEPARATOR = "\n\n"
 ProtocolKind = Literal["standard", "strided", "llama.cpp"]
 KINDS: tuple[str, ...] = get_args(ProtocolKind)
+# Those of text, and that of conversations with images.
+UsedProtocol = Literal["standard", "strided", "llama.cpp", "conversations"]
 LLAMA_CPP_CONTEXT = 512
 
 
@@ -36,13 +38,14 @@ class Protocol:
                      strided: windows start `stride` tokens apart, each scores only the tokens that
                      no earlier one has scored; llama.cpp: windows of 512 tokens do not overlap,
                      each starts with the tokenizer's BOS token if it has one that it adds, and
-                     only the second half is scored
+                     only the second half is scored; conversations: each is a window of its own,
+                     of up to `seq_len` tokens, and the answers' tokens are scored
     dropped_tokens   tokens of the text beyond the last window, or beyond the number asked for
     tokenizer        class, and how many tokens it knows
     adds_bos         whether the tokenizer puts a BOS token before the text
     """
 
-    kind: ProtocolKind
+    kind: UsedProtocol
     source: str
     tokenizer: str
     adds_bos: bool
@@ -53,6 +56,13 @@ class Protocol:
     scored_tokens: int
     dropped_tokens: int
     ids_sha256: str
+
+    @property
+    def cut(self) -> str:
+        """In what the text was cut, in words."""
+        if self.kind == "conversations":
+            return f"the answers of {self.windows} conversations of up to {self.seq_len} tokens"
+        return f"{self.windows} windows of {self.seq_len}, {self.kind} protocol"
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol as JSON types."""

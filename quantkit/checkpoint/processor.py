@@ -53,6 +53,12 @@ class Processor(Protocol):
         ...
 
 
+def has_processor(source: Source) -> bool:
+    """Whether files of a processor lie beside a checkpoint; reads small files only."""
+    contents = tokenizer_files(source)
+    return any(name in contents for name in _PROCESSORS)
+
+
 def load_processor(source: Source, *, trust_remote_code: bool = False) -> Any:
     """The transformers processor of a checkpoint, which makes a model's inputs of text and images.
 

@@ -24,9 +24,11 @@ def _transformers(path: str, prompts: list[list[int]], count: int, trust: bool) 
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", trust_remote_code=trust
-    ).eval()
+    config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    kind, other = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    if type(config) in other._model_mapping and type(config) not in kind._model_mapping:
+        kind = other
+    model = kind.from_pretrained(path, dtype="auto", trust_remote_code=trust).eval()
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])

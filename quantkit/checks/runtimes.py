@@ -8,6 +8,7 @@ the best.  Letters: T tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -24,12 +25,15 @@ from quantkit.errors import CheckpointError
 from quantkit.formats.open import container_of, is_onnx
 from quantkit.inference.load import load
 from quantkit.inference.room import check_continues
+from quantkit.model.towers.loaded import placeholders_of, without_placeholders
 
 # Prompts are token ids: whatever the tokenizer, they are the same for everyone.
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS = 4, 16, 32
 # Runtimes compute in 16 bits, which moves logits of this size by about 0.06 each.
 _TIE = 0.30
 _LEAST_AGREEMENT = 0.9
+# Characters of a runtime's own words: transformers lists all that it knows.
+_MOST_SHOWN = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +99,9 @@ def compare_runtime(
         raise CheckpointError(f"--runtime-python {python}: there is no such program")
     model = load(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     check_continues(model)
+    pictures = placeholders_of(model.config)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompts = _prompts(vocabulary)
+    prompts = without_placeholders(_prompts(vocabulary), model.config).tolist()
     version, continuations = _ask(
         given, runtime, prompts, python or Path(sys.executable), trust_remote_code
     )
@@ -105,19 +110,29 @@ def compare_runtime(
             f"{path}: {runtime} {version} continued {sum(map(bool, continuations))} of "
             f"{len(prompts)} prompts, so there is nothing to judge; run it by itself to see why"
         )
-    agreed, worst = 0, 0.0
-    for prompt, tokens in zip(prompts, continuations, strict=True):
+    judged, agreed, worst = 0, 0, 0.0
+    for prompt, told in zip(prompts, continuations, strict=True):
+        # What would follow an image that is not there cannot be asked for.
+        tokens = list(itertools.takewhile(lambda token: token not in pictures, told))
+        if not tokens:
+            continue
         ids = torch.tensor([[*prompt, *tokens]])
         with torch.no_grad():
             logits_TV = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
         chosen = logits_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        judged += len(tokens)
         gap = logits_TV.amax(-1) - chosen
         agreed += int((gap == 0).sum())
         worst = max(worst, float(gap.max()))
+    if not judged:
+        raise CheckpointError(
+            f"{path}: {runtime} begins every answer with a token that stands for an image, so "
+            "nothing can be compared; verify it without --runtime"
+        )
     return Agreement(
         runtime=runtime,
         version=version,
-        tokens=sum(len(tokens) for tokens in continuations),
+        tokens=judged,
         agreed=agreed,
         worst_gap=worst,
     )
@@ -150,10 +165,9 @@ def _check_installed(runtime: str) -> None:
         )
 
 
-def _prompts(vocabulary: int) -> list[list[int]]:
+def _prompts(vocabulary: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
-    return [row.tolist() for row in ids]
+    return torch.randint(0, vocabulary, (_PROMPTS, _PROMPT_TOKENS), generator=generator)
 
 
 def _ask(
@@ -174,8 +188,7 @@ def _ask(
     lines = done.stdout.strip().splitlines()
     if done.returncode != 0 or not lines:
         told = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        raise CheckpointError(
-            f"{path}: {runtime} cannot load it: {told[-1] if told else 'it ended without a word'}"
-        )
+        last = told[-1][:_MOST_SHOWN] if told else "it ended without a word"
+        raise CheckpointError(f"{path}: {runtime} cannot load it: {last}")
     answer = json.loads(lines[-1])
     return str(answer["version"]), [list(map(int, tokens)) for tokens in answer["tokens"]]

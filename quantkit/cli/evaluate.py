@@ -20,7 +20,7 @@ TextOption = Annotated[
     typer.Option(
         "--text",
         help="Text to evaluate on: demo, a Hub dataset (name:config:split), a .txt, .jsonl or "
-        ".parquet file, or a saved dataset directory.",
+        ".parquet file, or a saved dataset directory; conversations with images as --calib does.",
     ),
 ]
 TasksOption = Annotated[

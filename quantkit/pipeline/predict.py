@@ -42,9 +42,6 @@ _STEP_COPIES, _HIDDEN_COPIES = 4, 12
 _LOGIT_COPIES = 8
 # Square matrices beside the Gram matrix while it is factorised.
 _FACTOR_COPIES = 3
-# Numbers that a tower holds at once for each pixel's: at 14 x 14 pixels to a patch of 1152 numbers
-# and 4304 inside, a layer's input, its three projections, both sides of its MLP.
-_ACTIVATIONS_PER_PIXEL = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,8 +207,7 @@ def predict(
         tokens = samples * length
         sums = sums_at_once(num_leaves(num_batches(calibration, device)), processes)
         if (pictured := calibration.pictured) is not None:
-            wide = pictured.largest * _ACTIVATIONS_PER_PIXEL
-            towers = model.towers.num_bytes + wide * model.dtype.itemsize // 4
+            towers = model.towers.working_bytes(pictured.largest)
             # Masks of up to two kinds, rotary tables, and what is added between blocks.
             wanted = 2 * length + 4 * model.text_config.hidden_size
             calls = tokens * wanted * model.dtype.itemsize

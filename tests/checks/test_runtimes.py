@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_images
 import tiny_jobs as jobs
 import torch
 from tiny_gguf import export_gguf
+from transformers import AutoConfig
 
 import quantkit
 from quantkit.checks import runtimes
 from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError
+from quantkit.model.towers.loaded import placeholders_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,6 +75,27 @@ def test_a_runtime_that_says_nothing_has_not_passed(
     monkeypatch.setattr(runtimes, "_ask", lambda *given: ("1.0", answered))
     with pytest.raises(CheckpointError, match=r"1\.0 continued \d of 4 prompts"):
         verify(out, runtime="transformers")
+
+
+def test_an_image_text_model_is_asked_of_its_own_class_about_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_images.build("llava", tmp_path)
+    config = AutoConfig.from_pretrained(model)
+    (mark,) = placeholders_of(config)
+
+    def ask(path: Path, runtime: str, prompts: Any, python: Path, trust: bool) -> Any:
+        assert all(mark not in prompt for prompt in prompts)
+        version, told = runtimes.runtime_readers.READERS[runtime](str(path), prompts, 8, trust)
+        # As if an image were to come: what follows cannot be judged.
+        return version, [[*told[0][:3], mark, *told[0][4:]], *told[1:]]
+
+    monkeypatch.setattr(runtimes, "_ask", ask)
+    drawn = runtimes._prompts(config.text_config.vocab_size)
+    drawn[0, 3] = mark
+    monkeypatch.setattr(runtimes, "_prompts", lambda _vocabulary: drawn)
+    found = runtimes.compare_runtime(model, "transformers")
+    assert (found.tokens, found.agreed) == (3 + 3 * 8, 3 + 3 * 8)
 
 
 def test_unknown_and_missing_runtimes_are_named(out: Path) -> None:

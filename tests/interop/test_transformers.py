@@ -209,7 +209,7 @@ def max_difference(model: PreTrainedModel, root: Path, name: str) -> float:
     return (logits(model, root, name) - expected).abs().max().item()
 
 
-@pytest.mark.parametrize("name", ["rtn", "awq", "w8a8", "nf4_dq", "fp8"])
+@pytest.mark.parametrize("name", ["rtn", "awq", "w8a8", "nf4_dq", "fp8", "qwen2_vl-towers"])
 def test_verify_finds_that_transformers_reads_it_right(root: Path, name: str) -> None:
     sources = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{sources}{os.pathsep}{sources / 'kernels'}"}

@@ -117,7 +117,9 @@ def test_evaluation_rounds_keys_and_values_as_the_cache_does(
 ) -> None:
     out = jobs.finish(job_of(models["llama"], "rtn", "fp8"), tmp_path / "out").out
     ids = jobs.ids()[:1]
-    workload = make_workload([Scored(ids=tuple(ids[0].tolist()), first=1, label="one")])
+    workload = make_workload(
+        [Scored(ids=tuple(ids[0].tolist()), spans=((1, ids.shape[1]),), label="one")]
+    )
     found = {}
     for kv in ("stored", "none", "int8"):
         source = open_decoded(FileSource(out))

@@ -185,12 +185,13 @@ def _worst(
         sequence = workload.sequences[windows[number]]
         within = index - int(ends[number] - counts[number])
         place = workload.offsets[windows[number]] + within
+        position = int(sequence.positions[within])
         found.append(
             WorstToken(
                 window=number,
-                position=sequence.first + within,
+                position=position,
                 kl=kl_S[index].item(),
-                token=sequence.ids[sequence.first + within],
+                token=sequence.ids[position],
                 best_original=int(base.best[place]),
                 best_quantized=int(pair.scores.best[place]),
             )

@@ -7,7 +7,7 @@ weights.  Shapes: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +75,7 @@ def _blocks(
     done: Callable[[], object],
 ) -> Iterator[Block]:
     for number, batch in enumerate(workload.batches):
-        logits = [batch_logits(model, batch.ids) for model in models]
+        logits = [batch_logits(model, batch.ids, workload.inputs(batch)) for model in models]
         for name, other in zip(names[1:], logits[1:], strict=True):
             if other.shape != logits[0].shape:
                 raise EvaluationError(
@@ -92,12 +92,27 @@ def _blocks(
         done()
 
 
-def batch_logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """A model's logits [B, T, V] in its own dtype, on its own device, without gradients."""
-    device = next(model.parameters()).device
+def batch_logits(
+    model: PreTrainedModel, ids_BT: Tensor, inputs: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """A model's logits [B, T, V] in its own dtype, on its own device, without gradients.
+
+    inputs: what comes with the ids, such as pixels.
+    """
+    more = on_device_of(model, inputs or {})
     with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids_BT.to(device), use_cache=False).logits
+        ids = ids_BT.to(next(model.parameters()).device)
+        logits: Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits
+
+
+def on_device_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs on the model's device, floating ones in its dtype."""
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 @contextlib.contextmanager

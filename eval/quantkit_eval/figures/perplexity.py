@@ -46,6 +46,6 @@ def exp(value: float) -> float:
 def window_sequences(windows: Windows) -> list[Scored]:
     """The windows as sequences to score."""
     return [
-        Scored(ids=tuple(ids), first=first, label=f"window {number}")
+        Scored(ids=tuple(ids), spans=((first, len(ids)),), label=f"window {number}")
         for number, (ids, first) in enumerate(zip(windows.ids.tolist(), windows.first, strict=True))
     ]

@@ -128,8 +128,7 @@ def places(workload: Workload, number: int, limit: int) -> Iterator[Place]:
     for row, member in enumerate(batch.members):
         sequence, found = workload.sequences[member], workload.slice(member)
         # The state at a position predicts the token after it.
-        start = row * length + sequence.first - 1
-        states.append(torch.arange(start, start + sequence.count))
+        states.append(row * length + sequence.positions - 1)
         scores.append(torch.arange(found.start, found.stop))
     for some, where in zip(
         torch.cat(states).split(limit), torch.cat(scores).split(limit), strict=True
@@ -146,7 +145,7 @@ def _check_finite(name: str, logits: Tensor, place: Place, workload: Workload) -
         index = int(place.scores[int(bad[0])])
         member = bisect.bisect_right(workload.offsets, index) - 1
         sequence = workload.sequences[member]
-        position = sequence.first - 1 + index - workload.offsets[member]
+        position = int(sequence.positions[index - workload.offsets[member]]) - 1
         raise EvaluationError(
             f"{name}: the logits at position {position} of {sequence.label} hold NaN or infinity; "
             "the model is damaged, or it overflows"

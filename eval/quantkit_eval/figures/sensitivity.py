@@ -5,6 +5,7 @@ All branches advance together, so that every block of the original is read once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from quantkit.calibration.data.images import Pictured
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.model.causal import CausalModel
 from quantkit_eval.figures.heads import score
@@ -47,10 +49,15 @@ class _Branch:
         return self.states.read(number, self.slot)
 
 
-def few_windows(sequences: list[Scored], max_length: int | None) -> Workload:
-    """The first windows, up to the tokens that sensitivity is measured on."""
-    count = max(2, TOKENS // len(sequences[0].ids))
-    return make_workload(sequences[:count], max_length=max_length)
+def few_windows(
+    sequences: Sequence[Scored], max_length: int | None, pictured: Pictured | None = None
+) -> Workload:
+    """The first windows, up to the tokens that sensitivity is measured on.
+
+    pictured: what comes with them, if they are conversations with images.
+    """
+    count = max(2, TOKENS // max(len(sequence.ids) for sequence in sequences))
+    return make_workload(sequences[:count], max_length=max_length, pictured=pictured)
 
 
 def cost(blocks: int, workload: Workload) -> str:
@@ -76,6 +83,7 @@ def measure_sensitivity(
     batches = range(len(workload.batches))
     try:
         base.embed()
+        other.embed()
         bar = tqdm(total=blocks, unit="block", disable=None if progress else True)
         with bar, torch.no_grad():
             bar.set_description(f"sensitivity of {other.name}")

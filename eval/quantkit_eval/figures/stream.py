@@ -14,6 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.rounded_cache import RoundedCache
 from quantkit.calibration.rounded_inputs import QuantizedActivations
 from quantkit.checkpoint.disk import disk_errors, open_own
@@ -26,7 +27,7 @@ from quantkit.model.causal import BlockCall, CausalModel, TapCallback
 from quantkit.model.decoded import Decoded
 from quantkit.numbers.cache import CacheScheme
 from quantkit_eval.errors import EvaluationError
-from quantkit_eval.sequences import Batch, Workload
+from quantkit_eval.sequences import Workload
 
 
 class States:
@@ -94,7 +95,16 @@ class ModelStream:
         self._rounded = source.input_roundings() if isinstance(source, Decoded) else {}
         self._cache = _cache(source, self.model, kv)
         self._calls: dict[tuple[int, int], tuple[BlockCall, ...]] = {}
-        first, _ = self._call(workload.batches[0])
+        self._kept = KeptCalls(directory / "calls") if workload.pictured is not None else None
+        if self._kept is not None and not self.model.towers.takes_images:
+            raise EvaluationError(
+                f"{name}: this checkpoint has no tower that reads images, and --text holds some; "
+                "give text alone"
+            )
+        # Without their images some models refuse the tokens that stand for them.
+        text = workload.batches[0].ids * (self._kept is None)
+        with torch.no_grad():
+            first, _ = self.model.calls(text)
         self.hidden_size: int = first.shape[-1]
         self.states = States(directory, workload, self.hidden_size, first.dtype)
 
@@ -104,9 +114,18 @@ class ModelStream:
         return self.model.num_blocks
 
     def embed(self) -> None:
-        """Writes what enters the first block."""
-        for number, batch in enumerate(self.workload.batches):
-            self.write(number, self._call(batch)[0])
+        """Writes what enters the first block; images pass the towers, which are loaded for that.
+
+        What these give to later blocks is kept on the disk.
+        """
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            if self._kept is not None:
+                stack.enter_context(self.model.towers.loaded())
+            for number, batch in enumerate(self.workload.batches):
+                hidden, calls = self.model.calls(batch.ids, inputs=self.workload.inputs(batch))
+                if batch.pictured and self._kept is not None:
+                    self._kept.write(number, calls)
+                self.write(number, hidden)
 
     def load(self, index: int) -> nn.Module:
         """A block with its weights; drop the reference to free it."""
@@ -117,9 +136,8 @@ class ModelStream:
         self, index: int, block: nn.Module, number: int, hidden_BTH: Tensor | None = None
     ) -> Tensor:
         """What the block makes of batch `number`, of its stored states or of those given."""
-        batch = self.workload.batches[number]
         hidden = self.read(number) if hidden_BTH is None else hidden_BTH
-        call = self._calls_of(batch)[index]
+        call = self._call(index, number)
         rounded = {
             ref.parameter: self._rounded[ref.name]
             for ref in self.model.weights(index)
@@ -170,21 +188,23 @@ class ModelStream:
     ) -> None:
         self.close()
 
-    def _call(self, batch: Batch) -> tuple[Tensor, tuple[BlockCall, ...]]:
-        with torch.no_grad():
-            return self.model.calls(batch.ids)
-
-    def _calls_of(self, batch: Batch) -> tuple[BlockCall, ...]:
-        """The blocks' other arguments: without padding masks they depend on the shape only.
+    def _call(self, index: int, number: int) -> BlockCall:
+        """The block's other arguments: without padding masks they depend on the shape only, but
+        where images take part on these too.
 
         A whole body gets token ids among them.
         """
-        if self.model.whole:
-            return self._call(batch)[1]
+        batch = self.workload.batches[number]
+        if batch.pictured and self._kept is not None:
+            return self._kept.read(number, index, self.model.device)
         shape = (batch.ids.shape[0], batch.ids.shape[1])
-        if shape not in self._calls:
-            self._calls[shape] = self._call(batch)[1]
-        return self._calls[shape]
+        if self.model.whole or shape not in self._calls:
+            with torch.no_grad():
+                calls = self.model.calls(batch.ids)[1]
+            if self.model.whole:
+                return calls[index]
+            self._calls[shape] = calls
+        return self._calls[shape][index]
 
 
 def cached_as(source: Source, kv: str) -> str | None:

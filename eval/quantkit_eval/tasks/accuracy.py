@@ -100,7 +100,8 @@ def exact_item(
     after: list[int] = tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
     if not before or not after:
         raise EvaluationError(f"{label}: its {'prompt' if not before else 'answer'} has no tokens")
-    sequence = Scored(ids=(*before, *after), first=len(before), label=label)
+    ids = (*before, *after)
+    sequence = Scored(ids=ids, spans=((len(before), len(ids)),), label=label)
     return Item(task=task, label=label, sequences=(sequence,), gold=None)
 
 

@@ -54,12 +54,16 @@ class Pictured:
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """Rows of ids of different lengths, what comes with them, and notes for the record."""
+    """Rows of ids of different lengths, what comes with them, and notes for the record.
+
+    `talks` are the conversations that they were made of, as far as they are known.
+    """
 
     rows: list[list[int]]
     pictured: Pictured
     notes: tuple[str, ...] = ()
     documents: int = 0
+    talks: tuple[Talk, ...] = ()
 
 
 def pack_talks(
@@ -70,10 +74,11 @@ def pack_talks(
     *,
     samples: int,
     seq_len: int,
+    least: int | None = None,
 ) -> Sequences:
     """The first `samples` conversations of no more than `seq_len` tokens, which are never cut.
 
-    Raises CalibrationError if there are too few.
+    Raises CalibrationError if there are fewer than `least`, of None: than `samples`.
     """
     where = f"calibration {corpus.origin.source}"
     talks: list[Talk] = []
@@ -93,7 +98,12 @@ def pack_talks(
         largest = max(largest, sum(value.nbytes for value in found.values()))
         if len(talks) == samples:
             break
-    if len(talks) < samples:
+    if not talks and least:
+        raise CalibrationError(
+            f"{where} has no conversation of up to {seq_len} tokens, {longer} are longer; give a "
+            "longer --seq-len, or shorter ones"
+        )
+    if len(talks) < (samples if least is None else least):
         raise CalibrationError(
             f"{where} has {len(talks)} conversations of up to {seq_len} tokens, {longer} are "
             f"longer, and {samples} were asked for; use --samples {max(len(talks), 1)} or fewer, a "
@@ -109,6 +119,7 @@ def pack_talks(
         pictured=_pictured(rows, hashes, largest, sum(len(t.images) for t in talks), make),
         notes=_notes(longer, seq_len),
         documents=len(talks),
+        talks=tuple(talks),
     )
 
 

@@ -19,7 +19,10 @@ from quantkit.model.refs import WeightRef
 from quantkit.model.towers.linears import tower_weights
 
 # What forwards call the pixels of images, whatever else they take.
-_PIXELS = "pixel_values"
+PIXELS = "pixel_values"
+# Numbers that a tower holds at once for each pixel's: at 14 x 14 pixels to a patch of 1152 numbers
+# and 4304 inside, a layer's input, its three projections, both sides of its MLP.
+_ACTIVATIONS_PER_PIXEL = 32
 
 
 class Towers:
@@ -47,7 +50,7 @@ class Towers:
     @property
     def takes_images(self) -> bool:
         """Whether the model's class reads images."""
-        return bool(self.paths) and _PIXELS in self.takes
+        return bool(self.paths) and PIXELS in self.takes
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -78,11 +81,14 @@ class Towers:
         state = self._model.state_dict()
         return sum(state[path].numel() * state[path].element_size() for path in self.paths)
 
+    def working_bytes(self, largest: int) -> int:
+        """Bytes of all towers while they read inputs of up to `largest` bytes in float32."""
+        wide = largest * _ACTIVATIONS_PER_PIXEL * self._model.dtype.itemsize // 4
+        return self.num_bytes + wide
+
     def placeholders(self) -> frozenset[int]:
         """Token ids that stand for images and the like in texts; the vocabulary may lack them."""
-        fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        found = (getattr(self._model.config, field, None) for field in fields)
-        return frozenset(value for value in found if isinstance(value, int))
+        return placeholders_of(self._model.config)
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[None]:
@@ -119,3 +125,19 @@ class Towers:
         """Path and module of everything in the towers that holds parameters of its own."""
         owners = dict.fromkeys(path.rpartition(".")[0] for path in self.paths)
         return ((path, self._model.get_submodule(path)) for path in owners)
+
+
+def placeholders_of(config: Any) -> frozenset[int]:
+    """Token ids that stand for images and the like in a model's texts, by its configuration."""
+    fields = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    found = (getattr(config, field, None) for field in fields)
+    return frozenset(value for value in found if isinstance(value, int))
+
+
+def without_placeholders(ids_BT: Tensor, config: Any) -> Tensor:
+    """Token ids with the lowest that stands for no image in the place of those that do."""
+    marks = placeholders_of(config)
+    plain = min(set(range(len(marks) + 1)) - marks)
+    return torch.where(
+        torch.isin(ids_BT, torch.tensor(sorted(marks), dtype=torch.int64)), plain, ids_BT
+    )

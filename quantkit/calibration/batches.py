@@ -43,6 +43,14 @@ def batches_of(calibration: Calibration, device: str) -> Iterator[Batch]:
         yield Batch(start=start, stop=start + len(mask), mask=None if bool(mask.all()) else mask)
 
 
+def lengths_of(calibration: Calibration) -> tuple[int, ...]:
+    """Tokens of every sequence as it runs."""
+    if calibration.pictured is not None:
+        return calibration.pictured.lengths
+    samples, length = calibration.ids.shape
+    return (length,) * samples
+
+
 def num_batches(calibration: Calibration, device: str) -> int:
     """How many those are."""
     if calibration.pictured is not None:

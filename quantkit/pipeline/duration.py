@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantkit.calibration.batches import BATCH_TOKENS
+from quantkit.calibration.batches import lengths_of, num_batches
 from quantkit.calibration.data.tokens import Calibration
 from quantkit.methods.parts import Estimated, Learning, Work
 from quantkit.methods.superblock import seconds_per_weight
@@ -23,6 +23,8 @@ from quantkit.pipeline.plan import Plan
 _BYTES_PER_SECOND = 2e8
 # Passes over an activation for its moments; over a block's activations beside its products.
 _MOMENT_PASSES, _ACTIVATION_PASSES = 12, 20
+# Values of a patch of 14 x 14 pixels, which a tower reads in one row.
+_PATCH_VALUES = 14 * 14 * 3
 # Loading a block, its bookkeeping, a journal line.
 _BLOCK_SECONDS = 0.1
 # Rows whose output error is measured.
@@ -106,17 +108,19 @@ def duration(
         if ref is not None and (scheme := plan.scheme_of(ref)).kind == "ggml":
             fitted[scheme] = fitted.get(scheme, 0) + ref.shape[0] * ref.shape[1]
     if calibration is not None:
-        tokens, length = calibration.ids.numel(), calibration.ids.shape[1]
+        lengths = lengths_of(calibration)
+        tokens, pairs = sum(lengths), float(sum(length**2 for length in lengths))
         runs = (2 if recipe.propagate else 1) + (needs.drift or recipe.heals)
         width = model.text_config.hidden_size * model.num_blocks
         own += 2.0 * tokens * weights * runs
         own += sum(tokens * float(columns) ** 2 for columns in inputs.values()) if gram else 0.0
         drift = sum(2.0 * tokens * float(columns) ** 2 for columns in inputs.values())
         work += Work(
-            products=4.0 * tokens * length * width * runs + drift * needs.drift,
+            products=4.0 * pairs * width * runs + drift * needs.drift,
             passes=_MOMENT_PASSES * float(tokens) * sum(inputs.values())
             + _ACTIVATION_PASSES * float(tokens) * width * runs,
         )
+        own += _towers(model, calibration, len(lengths))
         learners = (
             recipe.make_refine() if recipe.refines else None,
             recipe.make_heal() if recipe.heals else None,
@@ -127,9 +131,11 @@ def duration(
                 own += learning
                 work += moved
         if recipe.heals and isinstance(learners[1], Learning):
-            gradients, judged = learners[1].steps(_batches(model, calibration)[0])
+            batches, read = _batches(model, calibration)
+            gradients, judged = learners[1].steps(batches)
             head = 2.0 * model.head.shape[0] * model.head.shape[1]
-            own += head * _batches(model, calibration)[1] * (4 * gradients + 2 * judged)
+            own += head * read * (4 * gradients + 2 * judged)
+            own += _towers(model, calibration, gradients + judged)
     fitting = sum(count * seconds_per_weight(scheme) for scheme, count in fitted.items())
     arithmetic = (
         own / speeds.own + work.products / speeds.wide + work.passes / speeds.passes + fitting
@@ -141,11 +147,18 @@ def duration(
     )
 
 
-def _batches(model: CausalModel, calibration: Calibration) -> tuple[int, int]:
+def _batches(model: CausalModel, calibration: Calibration) -> tuple[int, float]:
     """How many batches there are, and the tokens of one."""
-    samples, length = calibration.ids.shape
-    size = max(1, BATCH_TOKENS[model.device.type] // length)
-    return -(-samples // size), min(size, samples) * length
+    batches = num_batches(calibration, model.device.type)
+    return batches, sum(lengths_of(calibration)) / batches
+
+
+def _towers(model: CausalModel, calibration: Calibration, runs: int) -> float:
+    """Operations of the towers on so many sequences, each as large as the largest."""
+    if calibration.pictured is None:
+        return 0.0
+    patches = calibration.pictured.largest / torch.float32.itemsize / _PATCH_VALUES
+    return 2.0 * runs * patches * model.towers.num_bytes / model.dtype.itemsize
 
 
 def _learning(
@@ -153,7 +166,8 @@ def _learning(
 ) -> tuple[float, Work]:
     """Operations of matrix products in the model's dtype, and other work, of learning in all
     blocks.  A gradient costs twice what a run of the block does."""
-    length = calibration.ids.shape[1]
+    lengths = lengths_of(calibration)
+    length = sum(length**2 for length in lengths) / sum(lengths)
     batches, tokens = _batches(model, calibration)
     gradients, runs = part.steps(batches)
     own, work = 0.0, Work()

@@ -96,12 +96,8 @@ def prepare_all(
     budgets: list[Choice | None] = [None] * len(requests)
     if any(request.has_budget for request in requests):
         shared = _calibration(model, source, first, tokenizer)
-        if shared.pictured is not None:
-            raise RecipeError(
-                "a budget weighs schemes on text, and --calib gives images; name a --scheme, or "
-                "give text"
-            )
-        model.check_replay(shared.ids[:1, :64])
+        if shared.pictured is None:
+            model.check_replay(shared.ids[:1, :64])
         # Others of a run that is planned only are not there.
         sharing = ALONE if isinstance(world, Planned) else world
         earlier: dict[str, str] = {}

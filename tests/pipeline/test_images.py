@@ -19,10 +19,12 @@ from quantkit.calibration.processes.ranks import World
 from quantkit.checkpoint.files import FileSource
 from quantkit.checkpoint.processor import load_processor
 from quantkit.checks.verify import verify
-from quantkit.errors import RecipeError, ResumeError
+from quantkit.errors import ResumeError
 from quantkit.methods.recipe import load_recipe
 from quantkit.model.towers.loaded import Towers
 from quantkit.pipeline import blocks
+from quantkit.pipeline.budget.choose import Choice
+from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.session import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,9 +141,45 @@ def test_images_are_another_run_than_text(
         jobs.finish(other, whole)
 
 
-def test_bits_are_weighed_on_text(model: Path, kind: str) -> None:
-    with pytest.raises(RecipeError, match="--bits weighs schemes on text, and --calib gives"):
-        make_job(model, kind, bits=4.5)
+@pytest.mark.parametrize("kind", ["qwen3_vl"], indirect=True)
+def test_bits_are_weighed_on_images(model: Path, kind: str, tmp_path: Path) -> None:
+    def chosen(folder: Path) -> Choice:
+        recipe = load_recipe("rtn", samples=2, seq_len=SEQ_LEN)
+        text = str(folder / "talks.jsonl")
+        job = jobs.make_job(
+            model, recipe=recipe, tokenizer=images.processor(kind), calibration=text, bits=5
+        )
+        assert job.budget is not None
+        return job.budget
+
+    first = chosen(model / "data")
+    assert len({group.scheme for group in first.groups}) > 1
+    # Other pictures of the same sizes, the same texts: what groups lose is another number.
+    images.write_dataset(tmp_path, COUNT)
+    for number in range(COUNT):
+        size = images.picture(number).size
+        images.picture(number + 20).resize(size).save(tmp_path / f"{number}.png")
+    assert chosen(tmp_path).kl != first.kl
+
+
+def test_time_is_that_of_the_conversations_and_their_towers(model: Path, kind: str) -> None:
+    job = make_job(model, kind, "gptq", "w4a16_g32")
+    assert job.calibration is not None and job.calibration.pictured is not None
+    pictured = job.calibration.pictured
+    speeds = Speeds(own=1e6, wide=1e6, passes=1e6, share=1.0)
+
+    def seconds(**changed: Any) -> float:
+        other = dataclasses.replace(pictured, **changed)
+        calibration = dataclasses.replace(job.calibration, pictured=other)
+        return duration(job.model, job.plan, calibration, speeds)
+
+    whole = seconds()
+    # Padding up to the longest conversation takes no time; longer ones do, and larger pictures.
+    padded = dataclasses.replace(job.calibration, pictured=None)
+    assert whole < seconds(lengths=(max(pictured.lengths),) * COUNT)
+    assert seconds(largest=0) < duration(job.model, job.plan, padded, speeds)
+    towers = 2 * COUNT * pictured.largest / 4 / 588 * job.model.towers.num_bytes / 4 / speeds.own
+    assert whole - seconds(largest=0) == pytest.approx(towers)
 
 
 def test_a_python_list_of_conversations_is_a_source(model: Path, kind: str, tmp_path: Path) -> None:

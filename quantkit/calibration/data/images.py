@@ -5,6 +5,7 @@ Letters: N sequences, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ class Pictured:
                 "was planned; leave the files alone while they are read"
             )
         return found
+
+    def part(self, start: int, stop: int) -> Pictured:
+        """What comes with the sequences start..stop, which are counted from 0 again."""
+        return dataclasses.replace(
+            self,
+            lengths=self.lengths[start:stop],
+            hashes=self.hashes[start:stop],
+            make=lambda sequence: self.make(start + sequence),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
 from quantkit.calibration.batches import batches_of
 from quantkit.calibration.data.tokens import Calibration
 from quantkit.calibration.gather import StatsBook
 from quantkit.calibration.hidden import HiddenStore
+from quantkit.calibration.kept_calls import KeptCalls
 from quantkit.calibration.processes.ranks import ALONE, World
 from quantkit.calibration.stream import CalibrationStream
 from quantkit.checkpoint.memory import release_free_memory
@@ -52,8 +54,12 @@ def split_calibration(calibration: Calibration) -> tuple[Calibration, Calibratio
 
 
 def _part(calibration: Calibration, chosen: slice) -> Calibration:
+    pictured = calibration.pictured
     return dataclasses.replace(
-        calibration, ids=calibration.ids[chosen], mask=calibration.mask[chosen]
+        calibration,
+        ids=calibration.ids[chosen],
+        mask=calibration.mask[chosen],
+        pictured=None if pictured is None else pictured.part(chosen.start, chosen.stop),
     )
 
 
@@ -157,8 +163,11 @@ class _Branches:
     ) -> None:
         self.model, self.calibration = model, calibration
         self.batches = list(batches_of(calibration, device))
+        self._pictured = calibration.pictured
+        self._kept = None if self._pictured is None else KeptCalls(scratch / "calls")
+        # Without their images some models refuse the tokens that stand for them.
         with torch.no_grad():
-            first, _ = model.calls(calibration.ids[:1])
+            first, _ = model.calls(calibration.ids[:1] * (self._pictured is None))
         self.windows, self.count = len(calibration.ids), 1
         shape = ((most + 1) * self.windows, *first.shape[1:])
         self.hidden = stack.enter_context(HiddenStore(scratch, shape, first.dtype))
@@ -168,21 +177,28 @@ class _Branches:
         self._states: dict[int, int] = {}
 
     def embed(self) -> None:
-        """Stores what enters the first block."""
-        for number, batch in enumerate(self.batches):
-            ids = self.calibration.ids[batch.start : batch.stop]
-            hidden, self._calls[number] = self.model.calls(ids, batch.mask)
-            self.hidden.write(0, batch.start, hidden)
+        """Stores what enters the first block; images pass the towers."""
+        self._embed(0, keep=True)
 
     def start_embedded(self) -> int:
         """A new branch, of the embedding as the model has it now; returns its number."""
-        for batch in self.batches:
-            ids = self.calibration.ids[batch.start : batch.stop]
-            hidden, _ = self.model.calls(ids, batch.mask)
-            first = self.count * self.windows
-            self.hidden.write(0, first + batch.start, hidden)
+        self._embed(self.count, keep=False)
         self.count += 1
         return self.count - 1
+
+    def _embed(self, branch: int, *, keep: bool) -> None:
+        with contextlib.ExitStack() as stack:
+            if self._pictured is not None:
+                stack.enter_context(self.model.towers.loaded())
+            for number, batch in enumerate(self.batches):
+                ids = self.calibration.ids[batch.start : batch.stop, : batch.length]
+                inputs = None if self._pictured is None else self._pictured.inputs(batch.start)
+                hidden, calls = self.model.calls(ids, batch.mask, inputs)
+                if keep and self._kept is not None:
+                    self._kept.write(number, calls)
+                elif keep:
+                    self._calls[number] = calls
+                self._write(0, branch * self.windows + batch.start, hidden)
 
     def forward(self, index: int, block: nn.Module) -> None:
         """All branches that have begun, through the original block."""
@@ -211,18 +227,41 @@ class _Branches:
         def read(branch: int, number: int) -> Tensor:
             return self._read(last, self._states.get(branch, branch), number)
 
-        masks = [self.calibration.mask[b.start : b.stop] for b in self.batches]
-        return mean_divergences(self.model, read, masks, self.count - 1, self._heads)
+        return mean_divergences(self.model, read, self._masks(), self.count - 1, self._heads)
+
+    def _masks(self) -> list[Tensor]:
+        """Tokens bool [B, T] of every batch that count: not those that an image's follows, which
+        nobody predicts."""
+        marks = torch.tensor(sorted(self.model.towers.placeholders()), dtype=torch.int64)
+        found = []
+        for batch in self.batches:
+            mask = self.calibration.mask[batch.start : batch.stop, : batch.length].clone()
+            if self._pictured is not None:
+                ids = self.calibration.ids[batch.start : batch.stop, : batch.length]
+                mask[:, :-1] &= ~torch.isin(ids[:, 1:], marks)
+            found.append(mask)
+        return found
 
     def _read(self, index: int, branch: int, number: int) -> Tensor:
         batch, first = self.batches[number], branch * self.windows
-        return self.hidden.read(index, first + batch.start, first + batch.stop)
+        hidden = self.hidden.read(index, first + batch.start, first + batch.stop)
+        return hidden[:, : batch.length]
+
+    def _write(self, index: int, first: int, hidden_BTH: Tensor) -> None:
+        """Stores hidden states, with zeros behind a shorter sequence."""
+        short = self.hidden.shape[1] - hidden_BTH.shape[1]
+        self.hidden.write(index, first, functional.pad(hidden_BTH, (0, 0, 0, short)))
+
+    def _call(self, index: int, number: int) -> BlockCall:
+        if self._kept is not None:
+            return self._kept.read(number, index, self.model.device)
+        return self._calls[number][index]
 
     def _run(self, index: int, block: nn.Module, source: int, target: int) -> None:
         for number, batch in enumerate(self.batches):
             entered = self._read(index, source, number).to(self.model.device)
-            out = self.model.run(block, entered, self._calls[number][index])
-            self.hidden.write(index + 1, target * self.windows + batch.start, out)
+            out = self.model.run(block, entered, self._call(index, number))
+            self._write(index + 1, target * self.windows + batch.start, out)
 
 
 @contextlib.contextmanager

@@ -292,9 +292,13 @@ def _mark(kind: str, made: Any) -> str:
     return str(made.image_token)
 
 
-def build(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """The directory, which now holds a tiny random model of a type and its processor's files."""
-    config = _kinds(tokenizer())[kind][0]
+def build(kind: str, directory: Path, *, dtype: torch.dtype = torch.float32, **text: Any) -> Path:
+    """The directory, which now holds a tiny random model of a type and its processor's files.
+
+    text: changes of the text model's configuration.
+    """
+    config = dict(_kinds(tokenizer())[kind][0])
+    config["text_config"] = {**config["text_config"], **text}
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(
         CONFIG_MAPPING[kind](**config), dtype=torch.float32

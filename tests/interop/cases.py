@@ -164,3 +164,14 @@ TOWERS = dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "mistral3", "internvl"),
     "w8a16_row",
 )
+
+# An image-text type that vLLM's class reads without torchvision, its heads as large as attention on
+# a CPU wants them, its weights so large that logits differ; what it is asked about two pictures.
+SERVED_PICTURES = ("idefics3-served", "idefics3-served-towers")
+SERVED_TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "initializer_range": 0.2,
+}
+PICTURE_PROMPT = "user: <image>What is on picture 7?\nassistant: "

@@ -12,6 +12,7 @@ the embedded demo model.  For each case and export of cases.py:
     ROOT/NAME-logits.safetensors input_ids and float32 logits of `quantkit.load(ROOT/NAME)`
     ROOT/KIND-kept, -mtp         models with an extra layer, see tiny_extra.py
     ROOT/KIND-pictures, -towers  models calibrated on images, whose logits are of an image too
+    ROOT/idefics3-served...      one that vLLM serves, and -0.png, -1.png to ask it about
     ROOT/samples                 single weights, see make_samples.py
 """
 
@@ -49,7 +50,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_extra
 import tiny_images
 import tiny_models
-from cases import CASES, EXPORTS, IMAGES, PICTURES, PROMPTS, TOWERS
+from cases import (
+    CASES,
+    EXPORTS,
+    IMAGES,
+    PICTURES,
+    PROMPTS,
+    SERVED_PICTURES,
+    SERVED_TEXT,
+    TOWERS,
+)
 from make_samples import write_samples
 
 _MOE_SIZES = {
@@ -76,6 +86,21 @@ def main() -> None:
         write_extra(root, tiny_extra.build(kind, root / "source" / kind), kind)
     for kind in PICTURES:
         write_pictured(root, tiny_images.build(kind, root / "source" / f"{kind}-pictures"), kind)
+    write_served_pictures(root)
+
+
+def write_served_pictures(root: Path) -> None:
+    """A model that vLLM serves with images, its towers as they are and rounded; two pictures."""
+    source = tiny_images.build(
+        "idefics3", root / "source/idefics3-served", dtype=torch.bfloat16, **SERVED_TEXT
+    )
+    for name, towers in zip(SERVED_PICTURES, (None, "w8a8_row"), strict=True):
+        quantkit.quantize(
+            str(source), "rtn", scheme="w4a16_g32", out=root / name, towers=towers, progress=False
+        )
+        for number in range(2):
+            tiny_images.picture(number + 7).save(root / f"{name}-{number}.png")
+        print(f"{name}: written", flush=True)
 
 
 def write_pictured(root: Path, source: Path, kind: str) -> None:

@@ -10,10 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CACHED, EXPORTS, MAX_NEW_TOKENS
+from cases import CACHED, EXPORTS, MAX_NEW_TOKENS, PICTURE_PROMPT, SERVED_PICTURES
 from dense import Activation, Float8Cache, dense_model, float8_tokens, int8_tokens
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Mxfp4Config,
+    PreTrainedModel,
+)
 
 # bfloat16 rounds logits of this size by about 0.06 each; two can change places below 0.15.
 TIE = 0.15
@@ -43,14 +50,15 @@ class Continuation:
 @pytest.fixture(scope="session")
 def served(root: Path) -> dict[str, list[Continuation]]:
     """vLLM's continuations of all prompts, by checkpoint."""
-    for name in SERVED:
+    names = [*SERVED, *SERVED_PICTURES]
+    for name in names:
         (root / f"{name}-vllm.json").unlink(missing_ok=True)
     script = Path(__file__).with_name("vllm_continue.py")
-    command = [sys.executable, str(script), str(root), *SERVED]
+    command = [sys.executable, str(script), str(root), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = {}
-    for name in SERVED:
+    for name in names:
         record = json.loads((root / f"{name}-vllm.json").read_text(encoding="utf-8"))
         kernel = record["experts" if name in MXFP4_EXPERTS else "kernel"]
         print(f"{name}: vLLM's 4-bit kernel is {kernel}")
@@ -134,6 +142,43 @@ def test_fp8_weights_alone_still_have_no_kernel_on_a_cpu(
     """When this fails, serve `fp8_weights`, and mend docs/formats/compressed-tensors.md."""
     found = json.loads((root / "vllm-kernels.json").read_text(encoding="utf-8"))
     assert found["fp8a16"] == []
+
+
+@pytest.mark.parametrize("name", SERVED_PICTURES)
+def test_an_image_text_model_says_of_pictures_what_transformers_says(
+    root: Path, served: dict[str, list[Continuation]], name: str
+) -> None:
+    """Teacher-forced, on the pixels: the tower's names are found in `ignore`, or its layers are
+    read as quantized ones."""
+    processor = AutoProcessor.from_pretrained(root / name)
+    model = AutoModelForImageTextToText.from_pretrained(root / name, dtype=torch.float32).eval()
+    rows = []
+    for number, continuation in enumerate(served[name]):
+        with Image.open(root / f"{name}-{number}.png") as image:
+            given = processor(text=[PICTURE_PROMPT], images=[image], return_tensors="pt")
+        assert given["input_ids"][0].tolist() == continuation.prompt
+        rows.append({key: given[key] for key in ("pixel_values", "pixel_attention_mask")})
+    agreed, total = 0, 0
+    for continuation, pixels, others in zip(served[name], rows, reversed(rows), strict=True):
+        gaps = [pictured_gaps(model, continuation, seen) for seen in (pixels, others)]
+        agreed += int((gaps[0] == 0).sum())
+        total += len(gaps[0])
+        print(f"{name}: worst gap {gaps[0].max():.3f}, with the other picture {gaps[1].max():.3f}")
+        # As above; with the picture that was not shown it is far from the best.
+        assert gaps[0].max() < 2 * TIE < gaps[1].max()
+    assert agreed >= 0.9 * total
+
+
+def pictured_gaps(
+    model: PreTrainedModel, continuation: Continuation, pixels: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """By how much each token's logit is behind the best one's."""
+    ids = torch.tensor([continuation.prompt + continuation.tokens])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False, **pixels).logits[0]
+    logits = logits[len(continuation.prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(continuation.tokens)[:, None])[:, 0]
+    return logits.amax(-1) - chosen
 
 
 def float32_reference(root: Path, name: str) -> PreTrainedModel:

@@ -28,7 +28,8 @@ os.environ.update(
 
 import mxfp4_torch
 import wna16_torch
-from cases import MAX_NEW_TOKENS, PROMPTS
+from cases import MAX_NEW_TOKENS, PICTURE_PROMPT, PROMPTS, SERVED_PICTURES
+from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.kernels import linear
@@ -62,7 +63,13 @@ def continuations(path: Path) -> dict[str, Any]:
     worker = engine.llm_engine.model_executor.driver_worker.worker
     layers = [m for m in worker.model_runner.model.modules() if isinstance(m, Attention)]
     sampling = SamplingParams(temperature=0, max_tokens=MAX_NEW_TOKENS, ignore_eos=True)
-    outputs = engine.generate(list(PROMPTS), sampling, use_tqdm=False)
+    prompts: list[Any] = list(PROMPTS)
+    if path.name in SERVED_PICTURES:
+        prompts = [
+            {"prompt": PICTURE_PROMPT, "multi_modal_data": {"image": Image.open(file)}}
+            for file in sorted(path.parent.glob(f"{path.name}-[01].png"))
+        ]
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
     found = [
         {"prompt": list(out.prompt_token_ids), "tokens": list(out.outputs[0].token_ids)}
         for out in outputs

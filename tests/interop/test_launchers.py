@@ -16,7 +16,8 @@ import pytest
 
 from quantkit.demo import demo_path
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
+# A free port: others may run torchrun on this machine.
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 # Without a GPU too it hands over to torchrun then.
 ACCELERATE = (
     *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"),

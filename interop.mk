@@ -59,9 +59,11 @@ $(INTEROP)/%/.installed: constraints-interop-%.txt
 	$(@D)/bin/python -m pip install -q --no-compile --no-deps -r $<
 	touch $@
 
-# Several processes, started as people start them: each imports everything.
+# Several processes, started as people start them: each imports everything; and what transformers
+# serves with over quantkit's own layers.
 interop-launchers: $(VENV)/.installed
-	$(VENV)/bin/python -P $(INTEROP_PYTEST) tests/interop/test_launchers.py
+	$(VENV)/bin/python -P $(INTEROP_PYTEST) tests/interop/test_launchers.py \
+		tests/interop/test_serving.py
 
 # llama.cpp is compiled when llama-cpp-python is installed: cmake and a C++ compiler are needed.
 interop-llama: $(INTEROP)/llama/.installed $(VENV)/.installed

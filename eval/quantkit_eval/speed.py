@@ -196,7 +196,7 @@ def _decode(
 ) -> tuple[float, list[float], int]:
     """Seconds of the first token, of every other one, and bytes of the cache in the end."""
     with torch.inference_mode():
-        seconds, out = _timed(model, lambda: model(input_ids=ids, use_cache=True))
+        seconds, out = timed(model, lambda: model(input_ids=ids, use_cache=True))
         steps = []
         for _ in range(new_tokens - 1):
             token = out.logits[:, -1:].argmax(-1)
@@ -205,14 +205,15 @@ def _decode(
             def step(token: torch.Tensor = token, past: Any = past) -> Any:
                 return model(input_ids=token, past_key_values=past, use_cache=True)
 
-            taken, out = _timed(model, step)
+            taken, out = timed(model, step)
             steps.append(taken)
     layers = out.past_key_values.layers
     held = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return seconds, steps, sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
+def timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that the work took on the model's device, and what it returned."""
     gpu = model.device.type == "cuda"
     if gpu:
         torch.cuda.synchronize(model.device)

@@ -207,6 +207,17 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2)] = 32,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="After one warm-up.")] = 5,
+    draft: Annotated[
+        Path | None,
+        typer.Option("--draft", help="Checkpoint that drafts tokens for it: measures if it pays."),
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option("--draft-tokens", help="With --draft: tokens it proposes at a time.")
+    ] = 4,
+    prompts: Annotated[
+        int, typer.Option("--prompts", help="With --draft: prompts taken from --text.")
+    ] = 8,
+    text: TextOption = "demo",
     device: DeviceOption = "auto",
     backend: BackendOption = "auto",
     trust_remote_code: RemoteOption = False,
@@ -214,15 +225,32 @@ def bench(
 ) -> None:
     """Measure speed and memory of a checkpoint, quantized or not, on the device at hand."""
     from quantkit_eval.errors import EvaluationError
+    from quantkit_eval.records import to_json
 
     from quantkit.formats.open import open_source
 
     open_source(path)
+    if draft is not None:
+        from quantkit_eval.draft import measure_draft
+
+        drafted = measure_draft(
+            path,
+            draft,
+            text=text,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            draft_tokens=draft_tokens,
+            device=device_name(device),
+            backend=backend,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(json.dumps(to_json(drafted), indent=2) if as_json else drafted.said())
+        return
     try:
         sizes = [int(part) for part in batches.split(",")]
     except ValueError:
         raise EvaluationError(f"--batches {batches!r}: write numbers, as in 1,4,16") from None
-    from quantkit_eval.records import to_json
     from quantkit_eval.speed import measure_speed
 
     measured = measure_speed(

@@ -227,3 +227,23 @@ def test_layers_that_predict_further_tokens_have_their_scheme(
     for name in (f"{kind}-kept", f"{kind}-mtp"):
         assert bits(name, "model.layers.3.self_attn.o_proj") == 4
         assert bits(name, f"{layer}.mlp.gate") is None
+
+
+def test_a_quantized_draft_is_accepted_and_changes_no_choice(root: Path) -> None:
+    """docs/serving.md: int8 weights and activations, drafted for by the same model in 4 bits."""
+    script = Path(__file__).with_name("vllm_speculative.py")
+    command = [sys.executable, str(script), str(root), "w8a8", "gptq"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    found = json.loads((root / "w8a8-speculative.json").read_text(encoding="utf-8"))
+    accepted, proposed = found["accepted_tokens"], found["draft_tokens"]
+    print(f"w8a8 drafted by gptq: {accepted:.0f} of {proposed:.0f} tokens accepted")
+    assert 0 < accepted <= proposed
+    # The draft is the same model in 4 bits: a misread one agrees on next to nothing.
+    assert accepted >= 0.5 * proposed
+    reference = float32_reference(root, "w8a8")
+    for entry in found["continuations"]:
+        continuation = Continuation(**entry)
+        logits = next_logits(reference, continuation, None)
+        chosen = logits.gather(1, torch.tensor(continuation.tokens)[:, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < 2 * TIE

@@ -64,6 +64,7 @@ def main() -> None:
         changed.append(_rewrite("docs/kernels.md", name, text.strip()))
     caches = "\n".join(_cache(name) for name in ("cache", "cache_smollm2")).strip()
     changed.append(_rewrite("docs/cache.md", "cache", caches))
+    changed.append(_rewrite("docs/formats.md", "formats", _formats()))
     if (figures := _figures("scaling")) is not None:
         for name, write in (
             ("measured", scaling_figures.measured),
@@ -93,6 +94,34 @@ def _figures(name: str) -> dict[str, Any] | None:
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return {**result["figures"], "hardware": result["hardware"]}
+
+
+def _formats() -> str:
+    """Every scheme's files beside each other; empty before any was measured."""
+    found = _figures("formats")
+    if found is None:
+        return "Not measured yet: `eval/bench/formats.py`."
+    seen, read = found["evaluation"], found["calibration"]
+    lines = [
+        f"KL divergence to the float32 model ({found['model']}) on {seen['windows']} x "
+        f"{seen['seq_len']} unseen tokens, calibrated on {read['samples']} x {read['seq_len']}; "
+        "beside a peer's file what quantkit's first one of the scheme has more, paired by window "
+        "([formats.json](../eval/results/formats.json)):\n",
+        "| scheme | tool | how | bits | KL, 95 % interval | quantkit's less it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for scheme in found["schemes"]:
+        for row in scheme["files"]:
+            against = row["against"]
+            change = ""
+            if against is not None:
+                change = f"{against[0]:+.5f} [{against[1]:+.5f}, {against[2]:+.5f}]"
+            lines.append(
+                f"| `{scheme['scheme']}` | {row['tool']} | {row['name']} "
+                f"| {row['bits_per_weight']:.2f} | {_kl(row['kl'])} [{_kl(row['low'])}, "
+                f"{_kl(row['high'])}] | {change} |"
+            )
+    return "\n".join(lines)
 
 
 def _accuracy() -> str:

@@ -35,7 +35,7 @@ _UNWANTED = (
     "checkpoint-*/*",
 )
 # How a checkpoint of quantkit's was made, and what was folded into its weights.
-_OWN = ("quantkit/report.json", "quantkit/*folds.safetensors")
+_OWN = ("quantkit/report.json", "quantkit/*folds.safetensors", "quantkit/rotation.json")
 
 REMOTE = "hub://"
 # Small tensors lie side by side: what is asked for is read with what follows, up to so much.

@@ -29,6 +29,7 @@ from quantkit.formats.registry import format_of, reader_of
 from quantkit.model import skeleton
 from quantkit.model.decoded import Unpacked
 from quantkit.model.names import map_names
+from quantkit.model.rotations.rotated import rotated_since
 from quantkit.model.split_experts import split_experts
 from quantkit.model.views import converted, under_owners
 
@@ -163,8 +164,9 @@ class _Opened:
                 optional.add(_HEAD)
         same = codes is not None and holds_numbers_of(self.view.home, codes.packed)
         degraded = self.report.get("degraded") or {}
+        original = _original(source, self.known, self.trust_remote_code)
         return Reference(
-            source=_original(source, self.known, self.trust_remote_code),
+            source=rotated_since(self.view.home, original),
             codes=codes if same else None,
             rounded=frozenset(here(name) or name for name in degraded),
             vectors=vectors,

@@ -37,8 +37,9 @@ from quantkit.numbers.tensor import QuantizedTensor, Scale
 if TYPE_CHECKING:
     from torch import Tensor
 
-PartKind = Literal["target", "range", "rounding", "refine", "heal", "transform"]
+PartKind = Literal["rotation", "target", "range", "rounding", "refine", "heal", "transform"]
 _PACKAGES: Mapping[str, str] = {
+    "rotation": "quantkit.methods.rotations",
     "target": "quantkit.methods.targets",
     "range": "quantkit.methods.ranges",
     "rounding": "quantkit.methods.rounding",
@@ -84,6 +85,26 @@ class Retargeted:
 
     weight: Tensor
     degraded: str | None = None
+
+
+@runtime_checkable
+class Rotation(Protocol):
+    """Says by what the model's activations are rotated, which its weights make up for.
+
+    `stream`: those between the blocks are; `heads`: each head of values is; `untie`: a tied output
+    head becomes a tensor of its own.
+    """
+
+    stream: bool
+    heads: bool
+    untie: bool
+
+    def __call__(self, x_nI: Tensor, key: str) -> Tensor:
+        """x R for float64 rows [n, I] and the orthogonal matrix R [I, I] that belongs to a key.
+
+        A row's result does not depend on the rows that come with it.
+        """
+        ...
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ from quantkit.methods.parts import (
     PartKind,
     Range,
     Refine,
+    Rotation,
     Rounding,
     Target,
     Transform,
@@ -36,6 +37,7 @@ _KEYS = (
     "summary",
     "scheme",
     "fit",
+    "rotation",
     "target",
     "range",
     "rounding",
@@ -73,6 +75,7 @@ class Recipe:
     summary: str
     scheme: Scheme
     fit: bool = False
+    rotation: PartSpec | None = None
     target: PartSpec | None = None
     range: PartSpec
     rounding: PartSpec
@@ -122,6 +125,7 @@ class Recipe:
         head, mtp, target = data.get("head"), data.get("mtp"), data.get("target")
         kv, recurrent = data.get("kv"), data.get("recurrent")
         refine, heal, towers = data.get("refine"), data.get("heal"), data.get("towers")
+        rotation = data.get("rotation")
         propagate = data.get("propagate", True)
         if not isinstance(propagate, bool):
             raise RecipeError(f"{where}: propagate is true or false, not {propagate!r}")
@@ -136,6 +140,7 @@ class Recipe:
             summary=str(data.get("summary", "")),
             scheme=Scheme.parse(str(data["scheme"])),
             fit=fit,
+            rotation=None if rotation is None else PartSpec.from_value("rotation", rotation),
             target=None if target is None else PartSpec.from_value("target", target),
             range=PartSpec.from_value("range", data["range"]),
             rounding=PartSpec.from_value("rounding", data["rounding"]),
@@ -169,6 +174,8 @@ class Recipe:
         }
         if self.fit:
             data["fit"] = True
+        if self.rotation is not None:
+            data["rotation"] = self.rotation.to_value()
         if self.target is not None:
             data["target"] = self.target.to_value()
         if self.refine is not None:
@@ -198,6 +205,13 @@ class Recipe:
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches the checkpoint name; None if none does."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def make_rotation(self) -> Rotation | None:
+        """The rotation part; None where the model's activations stay as they are."""
+        if self.rotation is None:
+            return None
+        part: Rotation = make_part("rotation", self.rotation.name, dict(self.rotation.options))
+        return part
 
     def make_target(self) -> Target | None:
         """The target part; None where a weight's own outputs are the target."""
@@ -241,6 +255,8 @@ class Recipe:
             ("rounding", self.rounding),
         ]
         kinds += [("transform", part) for part in self.transforms]
+        if self.rotation is not None:
+            kinds.append(("rotation", self.rotation))
         if self.target is not None:
             kinds.append(("target", self.target))
         if self.refine is not None:

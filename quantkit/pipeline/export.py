@@ -32,6 +32,7 @@ from quantkit.methods.recipe import load_recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import copy_folds
+from quantkit.model.rotations.rotated import keep_rotation
 from quantkit.numbers.scheme import Scheme
 from quantkit.numbers.tensor import QuantizedTensor
 from quantkit.pipeline.finish import write_finished_files
@@ -310,3 +311,4 @@ def _finish(
         run={},
     )
     copy_folds(model.source.home, partial)
+    keep_rotation(model.source, partial)

@@ -32,9 +32,11 @@ from quantkit.checkpoint.version import __version__
 from quantkit.errors import FormatError, RecipeError
 from quantkit.formats.format import Format
 from quantkit.formats.registry import code_of
+from quantkit.methods.rules import PartSpec
 from quantkit.methods.stats import has_bf16_units
 from quantkit.model.causal import CausalModel
 from quantkit.model.decoded import Unpacked
+from quantkit.model.rotations.rotating import rotate
 from quantkit.model.split_experts import split_experts
 from quantkit.pipeline.asked import device_of, open_asked, whole_format
 from quantkit.pipeline.budget.choose import Choice, choose
@@ -219,6 +221,10 @@ def _opened(
         dtype=_compute_dtype(device, requests),
         device=device,
     )
+    if (rotation := _rotation(requests)) is not None:
+        part = first.loaded.make_rotation()
+        assert part is not None
+        model = rotate(model, part, rotation, trust_remote_code=first.trust_remote_code)
     return source, model
 
 
@@ -231,12 +237,29 @@ def _given(model: CausalModel, request: QuantizeOptions) -> GivenStats | None:
             "--imatrix is for --format gguf with a named scheme: its names are those of a GGUF; "
             "leave it out"
         )
+    if request.loaded.rotation is not None:
+        raise RecipeError(
+            "--imatrix is of the model as it is, and the recipe's rotation changes what weights "
+            "read; leave one of them out"
+        )
     return GivenStats(Path(request.imatrix), model, request.loaded)
 
 
 def _earlier(out: Path) -> dict[str, str]:
     """The fingerprint of what lies at `out`, or is on its way there; empty if nothing does."""
     return earlier_fingerprint(out) or earlier_fingerprint(checkpoint_beside(out))
+
+
+def _rotation(requests: Sequence[QuantizeOptions]) -> PartSpec | None:
+    """The rotation of all recipes.  RecipeError where they differ: jobs share a model."""
+    asked = list(dict.fromkeys(request.loaded.rotation for request in requests))
+    if len(asked) > 1:
+        listed = ", ".join("none" if spec is None else spec.name for spec in asked)
+        raise RecipeError(
+            f"methods with different rotations ({listed}) cannot be compared in one run: they "
+            "share the model's statistics; quantize with each"
+        )
+    return asked[0]
 
 
 def _chosen(choice: Choice | None) -> dict[str, str]:

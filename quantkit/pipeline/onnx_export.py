@@ -43,6 +43,7 @@ from quantkit.formats.open import open_source
 from quantkit.formats.registry import make_format
 from quantkit.model.decoded import Unpacked
 from quantkit.model.fold_vectors import copy_folds
+from quantkit.model.rotations.rotated import keep_rotation
 from quantkit.numbers.tensor import PlainScale
 from quantkit.pipeline.export import Exported, export
 
@@ -377,6 +378,7 @@ def _copy_provenance(
     Nothing where no report of quantkit's tells it.
     """
     copy_folds(source.home, partial)
+    keep_rotation(source, partial)
     report = {} if source.home is None else read_report(source.home)
     made = report.get("fingerprint")
     if not isinstance(made, dict) or any(key not in report for key in _TOLD):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -24,6 +24,7 @@ from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import fitted_line
 from quantkit.model.fold_vectors import fold_shapes
 from quantkit.model.refs import ScaleGroup, WeightRef
+from quantkit.model.rotations.rotated import Rotated
 from quantkit.numbers.scheme import Scheme
 from quantkit.pipeline.cache import CachePlan, plan_cache
 from quantkit.pipeline.decide import (
@@ -307,14 +308,15 @@ def lay_out(
             "Choose another --format or --scheme, or pass --allow-unreadable"
         )
     groups = _transformed_groups(model, recipe, schemes)
-    rescaled = {
-        name
-        for block in groups
-        for group in block
-        for name in (*group.producer_names, *(ref.name for ref in group.readers))
-    }
+    rescaled: dict[str, str] = {}
+    if isinstance(model.source, Rotated):
+        rescaled |= dict.fromkeys(model.source.turns, "rotated")
+    folded = "folded by " + ", ".join(part.name for part in recipe.transforms)
+    for block in groups:
+        for group in block:
+            rescaled |= dict.fromkeys(group.producer_names, folded)
+            rescaled |= dict.fromkeys((ref.name for ref in group.readers), folded)
     reasons = {name: reason for name, (_, reason) in decisions.items()}
-    reasons["transforms"] = ", ".join(part.name for part in recipe.transforms)
     fates = _fates(model, fmt, container, weights, reasons, rescaled)
     cache = None if recipe.kv is None else plan_cache(model, recipe.kv, fmt)
     if cache is not None:
@@ -401,7 +403,7 @@ def _fates(
     container: Container | None,
     weights: Sequence[PlannedWeight],
     reasons: Mapping[str, str],
-    rescaled: Set[str],
+    rescaled: Mapping[str, str],
 ) -> tuple[TensorFate, ...]:
     """One fate for every tensor of the source in the output's order: outside first, then blocks."""
     planned = {weight.name: weight for weight in weights}
@@ -422,7 +424,7 @@ def _fates(
             fate = "left out"
             reason = _UNUSED if name in model.unmapped else container.left_out
         elif name in rescaled:
-            fate, reason = "rescaled", "folded by " + reasons["transforms"]
+            fate, reason = "rescaled", rescaled[name]
         elif name in model.unmapped:
             fate, reason = "copied", extra_reason(model, name) or _UNUSED
         elif name in kept:

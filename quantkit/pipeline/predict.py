@@ -23,6 +23,7 @@ from quantkit.errors import BudgetError
 from quantkit.methods.parts import Heal, Refine
 from quantkit.methods.superblock import working_bytes
 from quantkit.model.causal import CausalModel
+from quantkit.model.rotations.rotated import Rotated
 from quantkit.pipeline.duration import Speeds, duration
 from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.solve import BLOCK_CHUNK
@@ -177,6 +178,7 @@ def predict(
     needs = recipe.needs(recipe.scheme)
     block = max(model.block_bytes(index) for index in range(model.num_blocks))
     largest_tensor = max(ref.shape[0] * ref.shape[1] for refs in plan.refs for ref in refs)
+    turning = model.source.working_bytes if isinstance(model.source, Rotated) else 0
     # Before the trials, whose memory may stay with the process for a while.
     base = current_rss() + _OVERHEAD_BYTES
     alone = dataclasses.replace(needs, drift=False)
@@ -252,7 +254,7 @@ def predict(
     return Prediction(
         base=base,
         # With a target the original of the block stays beside it.
-        block=block * (1 + needs.drift) + 4 * largest_tensor,
+        block=block * (1 + needs.drift) + 4 * largest_tensor + turning,
         forward=forward,
         gram=gram,
         grams=grams,

@@ -33,6 +33,7 @@ from quantkit.errors import FormatError, RanksError, StoppedError
 from quantkit.formats.format import BuiltFormat
 from quantkit.model.causal import CausalModel
 from quantkit.model.fold_vectors import keep_source_folds
+from quantkit.model.rotations.rotated import keep_rotation
 from quantkit.pipeline.blocks import BlockWork
 from quantkit.pipeline.budget.choose import Choice
 from quantkit.pipeline.finish import write_finished_files
@@ -414,6 +415,7 @@ class Session:
                 "phases": self.timeline.to_dict(),
             },
         )
+        keep_rotation(job.model.source, self._output.partial)
         keep_source_folds(job.model.source.home, self._output.partial)
         self._output.finish(refuse_unsound)
         return Outcome(out=self._output.out, written=True, seconds=time.monotonic() - self._began)

@@ -1,0 +1,1 @@
+"""Rotations: one file per part."""

@@ -1,0 +1,1 @@
+"""Models in a rotated basis, where their weights can make up for it."""

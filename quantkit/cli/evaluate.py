@@ -231,7 +231,7 @@ def bench(
 
     open_source(path)
     if draft is not None:
-        from quantkit_eval.draft import measure_draft
+        from quantkit_eval.timing.draft import measure_draft
 
         drafted = measure_draft(
             path,
@@ -251,7 +251,7 @@ def bench(
         sizes = [int(part) for part in batches.split(",")]
     except ValueError:
         raise EvaluationError(f"--batches {batches!r}: write numbers, as in 1,4,16") from None
-    from quantkit_eval.speed import measure_speed
+    from quantkit_eval.timing.speed import measure_speed
 
     measured = measure_speed(
         path,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_eval
 import tiny_jobs as jobs
-from quantkit_eval.speed import cache_formula
+from quantkit_eval.timing.speed import cache_formula
 from transformers import LlamaConfig
 
 from quantkit.checks.verify import verify

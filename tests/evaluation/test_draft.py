@@ -9,8 +9,8 @@ import pytest
 import tiny_eval
 import tiny_jobs as jobs
 import torch
-from quantkit_eval.draft import measure_draft
 from quantkit_eval.errors import EvaluationError
+from quantkit_eval.timing.draft import measure_draft
 from quantkit_eval.windows import text_windows
 from transformers import PreTrainedModel
 

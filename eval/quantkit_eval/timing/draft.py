@@ -25,8 +25,8 @@ from quantkit_eval.errors import EvaluationError
 from quantkit_eval.figures.statistics import clustered_mean
 from quantkit_eval.machine import machine_facts, version_facts
 from quantkit_eval.records import Fact
-from quantkit_eval.speed import timed
 from quantkit_eval.texts import read_text
+from quantkit_eval.timing.speed import timed
 from quantkit_eval.windows import text_windows
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""How fast a checkpoint decodes, alone and with a draft."""

@@ -16,7 +16,7 @@ from tiny_gguf import export_gguf
 from transformers import AutoConfig
 
 import quantkit
-from quantkit.checks import runtimes
+from quantkit.checks import runtime_script, runtimes
 from quantkit.checks.verify import verify
 from quantkit.demo.files import demo_path
 from quantkit.errors import CheckpointError
@@ -86,7 +86,7 @@ def test_an_image_text_model_is_asked_of_its_own_class_about_text(
 
     def ask(path: Path, runtime: str, prompts: Any, python: Path, trust: bool) -> Any:
         assert all(mark not in prompt for prompt in prompts)
-        version, told = runtimes.runtime_readers.READERS[runtime](str(path), prompts, 8, trust)
+        version, told = runtime_script.READERS[runtime](str(path), prompts, 8, trust)
         # As if an image were to come: what follows cannot be judged.
         return version, [[*told[0][:3], mark, *told[0][4:]], *told[1:]]
 

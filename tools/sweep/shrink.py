@@ -241,6 +241,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         },
     },
     "mistral4": {"num_key_value_heads": 4},
+    "esmc": {"num_key_value_heads": 4},
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": _WIDTH},
     "gemma4_unified_assistant": {"hidden_size_per_layer_input": 0},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
 }

@@ -28,6 +28,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -59,6 +61,8 @@ def main() -> None:
         _export(checkpoint, root / name, demo)
     for name, options in {**QUANTIZED, **FLOATS}.items():
         _quantize(demo, root / name, options)
+    _write_nvfp4(root / "mxfp4" / "model.gguf", root / "nvfp4")
+    _expect(quantkit.load(root / "nvfp4" / "model.gguf", dtype=torch.float32), demo, root / "nvfp4")
     _judge(demo, root)
     for name, sizes in FAMILIES.items():
         # llama.cpp guesses tokens from names that contain "phi3".
@@ -96,6 +100,37 @@ def _quantize(source: Path, out: Path, options: tuple[str, ...]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     _run("quantize", str(source), "--out", str(out), *options)
     _expect(quantkit.load(out / "model.gguf", dtype=torch.float32), source, out)
+
+
+def _write_nvfp4(source: Path, out: Path) -> None:
+    """A file with the values of another's MXFP4 tensors as NVFP4, which quantkit reads only."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    reader = gguf.GGUFReader(source)
+    architecture = "general.architecture"
+    writer = gguf.GGUFWriter(out / "model.gguf", reader.fields[architecture].contents())
+    for field in reader.fields.values():
+        if field.name != architecture and not field.name.startswith("GGUF."):
+            kind, inner = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    types, owner = gguf.GGMLQuantizationType, gguf.quants.NVFP4
+    for tensor in reader.tensors:
+        if tensor.tensor_type != types.MXFP4:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            continue
+        values = gguf.quants.dequantize(tensor.data, types.MXFP4).reshape(-1, 16)
+        scales = owner.fp32_to_ue4m3(np.maximum(np.abs(values).max(1) / 6, 2**-9))
+        units = values / (2 * owner.ue4m3_to_fp32(scales))[:, None]
+        codes = np.abs(np.abs(units)[..., None] - numbers).argmin(-1) + 8 * (units < 0)
+        packed = codes[:, :8] | (codes[:, 8:] << 4)
+        blocks = np.concatenate([scales.reshape(-1, 4), packed.reshape(-1, 32)], 1)
+        rows = blocks.astype(np.uint8).reshape(len(tensor.data), -1)
+        writer.add_tensor(tensor.name, rows, raw_dtype=types.NVFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _expect(model: PreTrainedModel, tokenizer_dir: Path, out: Path) -> None:

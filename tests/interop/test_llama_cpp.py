@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 # Logits of bfloat16 and 8-bit activations (llama.cpp rounds both) are off by up to about this much.
 TIE = 0.15
-NAMES = [*EXPORTED, *QUANTIZED, *FLOATS]
+NAMES = [*EXPORTED, *QUANTIZED, *FLOATS, "nvfp4"]
 TINY = [f"tiny-{name.replace('phi3', 'phi')}" for name in FAMILIES]
 
 

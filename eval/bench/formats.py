@@ -197,13 +197,6 @@ def main() -> None:
         max_windows=options.windows,
     )
     workload = make_workload(window_sequences(windows))
-    found: list[Scored] = []
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        for kind in KINDS:
-            if not options.only or kind.scheme in options.only:
-                folder = Path(scratch) / kind.scheme.replace(" ", "-")
-                files = _measured(kind, workload, folder, options)
-                found.append(Scored(scheme=kind.scheme, files=tuple(files)))
     setting = {
         "model": Path(options.model).name,
         "calibration": {"samples": options.samples, "seq_len": options.seq_len},
@@ -213,15 +206,24 @@ def main() -> None:
             "seq_len": options.eval_seq_len,
         },
     }
-    measured: dict[str, Any] = {"schemes": found}
-    if options.update:
-        new = {one.scheme: common.to_json(one) for one in found}
-        measured = common.with_earlier(options.name, setting, "schemes", "scheme", new)
-    common.write_result(
-        options.name,
-        {**setting, **measured},
-        pythons={"llm-compressor": options.llmcompressor, "ModelOpt": options.modelopt},
-    )
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        for kind in KINDS:
+            if options.only and kind.scheme not in options.only:
+                continue
+            files = _measured(
+                kind, workload, Path(scratch) / kind.scheme.replace(" ", "-"), options
+            )
+            found[kind.scheme] = common.to_json(Scored(scheme=kind.scheme, files=tuple(files)))
+            # After each: hours of peers' runs are not lost with the last of them.
+            measured: dict[str, Any] = {"schemes": list(found.values())}
+            if options.update:
+                measured = common.with_earlier(options.name, setting, "schemes", "scheme", found)
+            common.write_result(
+                options.name,
+                {**setting, **measured},
+                pythons={"llm-compressor": options.llmcompressor, "ModelOpt": options.modelopt},
+            )
 
 
 def _measured(

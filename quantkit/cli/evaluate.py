@@ -225,12 +225,12 @@ def bench(
 ) -> None:
     """Measure speed and memory of a checkpoint, quantized or not, on the device at hand."""
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.records import to_json
 
     from quantkit.formats.open import open_source
 
     open_source(path)
     if draft is not None:
+        from quantkit_eval.records import to_json
         from quantkit_eval.timing.draft import measure_draft
 
         drafted = measure_draft(
@@ -251,6 +251,7 @@ def bench(
         sizes = [int(part) for part in batches.split(",")]
     except ValueError:
         raise EvaluationError(f"--batches {batches!r}: write numbers, as in 1,4,16") from None
+    from quantkit_eval.records import to_json
     from quantkit_eval.timing.speed import measure_speed
 
     measured = measure_speed(

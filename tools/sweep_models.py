@@ -1,6 +1,6 @@
 """Tries quantkit on every model type of transformers, each made tiny, and writes what works.
 
-    python -m tools.sweep_models --work DIR [--kinds causal image encoder] [--types llama ...]
+    python -m tools.sweep_models --work DIR [--kinds causal image ...] [--types llama ...]
 One process for each type, two at a time, with limits of time and memory.  A finding lies in DIR
 as soon as there is one, and a type that has one is not tried again unless --fresh.  When all types
 have one, eval/results/models.json and docs/models.md are written anew (`make sweep`).
@@ -29,7 +29,7 @@ from tools.sweep.one import examine, types
 from tools.sweep.page import page
 
 ROOT = Path(__file__).resolve().parents[1]
-KINDS = ("causal", "image", "encoder")
+KINDS = ("causal", "image", "encoder", "embedding", "reranker")
 
 _ERRORS = 2000
 

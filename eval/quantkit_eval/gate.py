@@ -18,6 +18,8 @@ Outcome = Literal["within", "drop", "unsure"]
 # and the best 4-bit methods cost a large model; two points are what task sets can resolve.
 DEFAULT_LIMITS = ("ppl>+1%",)
 DEFAULT_TASK_LIMIT = "task:{}<-2pt"
+# Metrics of which less is worse.
+_FALLING = ("top1", "cosine", "neighbours", "order", "first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +63,16 @@ def judge(
             raise EvaluationError(
                 f"--fail-if {limit.text!r}: there is no task {limit.task!r}; measured: {known}"
             )
-        return _judgement(limit, found[0].drop, found[0].drop_interval, found[0].count, "questions")
+        return hold(limit, found[0].drop, found[0].drop_interval, found[0].count, "questions")
     if limit.metric == "defects":
         if defects is None:
             raise EvaluationError(
                 f"--fail-if {limit.text!r}: the weights of this checkpoint cannot be compared with "
                 "their originals; see its per-weight section"
             )
-        return _judgement(
-            limit, defects, Interval(low=defects, high=defects), scored_tokens, "tokens"
-        )
+        return hold(limit, defects, Interval(low=defects, high=defects), scored_tokens, "tokens")
     estimate, interval = _text_metric(limit, divergence)
-    return _judgement(limit, estimate, interval, scored_tokens, "tokens")
+    return hold(limit, estimate, interval, scored_tokens, "tokens")
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
@@ -93,10 +93,9 @@ def _text_metric(limit: Limit, measured: Divergence) -> tuple[float, Interval]:
     return measured.top1_agreement, measured.top1_interval
 
 
-def _judgement(
-    limit: Limit, estimate: float, interval: Interval, count: int, unit: str
-) -> Judgement:
-    falling = limit.metric == "top1"
+def hold(limit: Limit, estimate: float, interval: Interval, count: int, unit: str) -> Judgement:
+    """A limit held against an interval that was measured on `count` of `unit`."""
+    falling = limit.metric in _FALLING
     broken = interval.high < limit.value if falling else interval.low > limit.value
     kept = interval.low >= limit.value if falling else interval.high <= limit.value
     outcome: Outcome = "drop" if broken else "within" if kept else "unsure"

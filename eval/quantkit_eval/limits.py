@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from quantkit_eval.errors import EvaluationError
 
 METRICS = ("kl", "ppl", "top1", "dp", "defects", "task:NAME")
+# Of embedding models and of rerankers.
+VECTOR_METRICS = {"vectors": ("cosine", "neighbours"), "scores": ("order", "first")}
 _LIMIT = re.compile(
-    r"\s*(?P<metric>kl|ppl|top1|dp|defects|task:(?P<task>[^<>=]+?))\s*(?P<sign>[<>])\s*"
+    r"\s*(?P<metric>kl|ppl|top1|dp|defects|cosine|neighbours|order|first|task:(?P<task>[^<>=]+?))"
+    r"\s*(?P<sign>[<>])\s*"
     r"(?P<value>[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(?P<unit>%|pt|)\s*",
     re.IGNORECASE,
 )
@@ -20,6 +23,10 @@ _FORMS = {
     "top1": ("<", ("%",)),
     "dp": (">", ("%",)),
     "defects": (">", ("",)),
+    "cosine": ("<", ("",)),
+    "neighbours": ("<", ("%",)),
+    "order": ("<", ("%",)),
+    "first": ("<", ("%",)),
     "task": ("<", ("pt",)),
 }
 _SHOWN = {
@@ -29,6 +36,10 @@ _SHOWN = {
     "dp": '"dp>2%"',
     "defects": '"defects>0"',
     "task": '"task:NAME<-2pt"',
+    "cosine": '"cosine<0.99"',
+    "neighbours": '"neighbours<90%"',
+    "order": '"order<98%"',
+    "first": '"first<95%"',
 }
 
 
@@ -36,7 +47,8 @@ _SHOWN = {
 class Limit:
     """One `--fail-if`: it fails when the metric is on the wrong side of `value`.
 
-    metric   kl (nats), ppl (a ratio, or absolute), top1 and dp (shares), defects, task
+    metric   kl (nats), ppl (a ratio, or absolute), top1 and dp (shares), defects, task; of
+             embedding models cosine and neighbours (a share), of rerankers order, first (shares)
     """
 
     text: str
@@ -52,7 +64,8 @@ def parse_limit(text: str) -> Limit:
     if found is None:
         raise EvaluationError(
             f"--fail-if {text!r}: write METRIC>VALUE or METRIC<VALUE with one of the metrics "
-            f"{', '.join(METRICS)}: {', '.join(_SHOWN.values())}"
+            f"{', '.join(METRICS)}, for embedding models cosine, neighbours, for rerankers order, "
+            f"first: {', '.join(_SHOWN.values())}"
         )
     metric = found["metric"].lower().partition(":")[0]
     sign, units = _FORMS[metric]
@@ -62,7 +75,7 @@ def parse_limit(text: str) -> Limit:
     absolute = metric == "ppl" and not found["unit"]
     if metric == "ppl" and not absolute:
         value = 1 + value / 100
-    elif metric in ("top1", "dp"):
+    elif metric in ("top1", "dp", "neighbours", "order", "first"):
         value /= 100
     elif metric == "task":
         value = -value / 100

@@ -152,13 +152,13 @@ def to_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema (2020-12) of report.json, from the types above."""
+def json_schema(report: type = Report, title: str = SCHEMA) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of report.json, from the types above or those of another report."""
     defined: dict[str, Any] = {}
-    top = _schema_of(Report, defined)
+    top = _schema_of(report, defined)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": SCHEMA,
+        "title": title,
         **top,
         "$defs": dict(sorted(defined.items())),
     }

@@ -142,11 +142,8 @@ def prepare(request: EvaluationRequest, names: Sequence[str] | None = None) -> S
     )
 
 
-def check_wishes(request: EvaluationRequest) -> None:
-    """Nothing if text, tasks and limits fit the original model; no quantized one is needed.
-
-    For commands that quantize first: what is wrong shows before hours of work.
-    """
+def check_token_wishes(request: EvaluationRequest) -> None:
+    """Nothing if text, tasks and limits fit an original that predicts tokens."""
     trust = request.trust_remote_code
     source = open_source(request.model)
     _wishes(request, source, load_tokenizer(source, trust_remote_code=trust))

@@ -115,7 +115,7 @@ class Healing:
         }
         self._batches, self._owners = stream.shares.every, stream.shares.owners
         self._training = KeptTraining(stream.scratch / "training")
-        rows = self._model.head.shape[0]
+        rows = self._model.projection.shape[0]
         self._rows_VH = self._model.head_rows(0, rows)
 
     def run(self) -> tuple[float, float]:

@@ -93,8 +93,9 @@ def run_auto(
     Raises OutputError or ResumeError if `out` or what is unfinished belongs to another command, and
     EvaluationError if no candidate keeps the limits.
     """
+    from quantkit_eval.command import check_wishes
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.setting import EvaluationRequest, check_wishes
+    from quantkit_eval.setting import EvaluationRequest
     from quantkit_eval.tournament import Entrant, Table, play
 
     from quantkit.pipeline.asked import open_asked

@@ -121,8 +121,8 @@ def run_compare(
     for method in methods:
         load_recipe(method)
     source = open_asked(model, [options])
-    from quantkit_eval.command import run_comparison
-    from quantkit_eval.setting import EvaluationRequest, check_wishes
+    from quantkit_eval.command import check_wishes, run_comparison
+    from quantkit_eval.setting import EvaluationRequest
 
     from quantkit.pipeline.together import candidates
 

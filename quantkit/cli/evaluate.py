@@ -57,7 +57,13 @@ BackendOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the demo's questions.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
-WindowsOption = Annotated[int | None, typer.Option("--windows", help="At most so many windows.")]
+WindowsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--windows",
+        help="At most so many windows; of an embedding model texts, of a reranker queries.",
+    ),
+]
 SeqLenOption = Annotated[
     int, typer.Option("--seq-len", help="Tokens of a window; cut to the model's positions.")
 ]
@@ -163,8 +169,8 @@ def write_card(out: Path, names: str | None) -> None:
 
 def check_wishes(job: Job, *, text: str, limits: Sequence[str], requantize: bool) -> None:
     """Nothing if a job's output can be evaluated so; found out before the work."""
+    from quantkit_eval.command import check_wishes as check
     from quantkit_eval.errors import EvaluationError
-    from quantkit_eval.setting import check_wishes as check
 
     if requantize:
         raise EvaluationError(

@@ -98,7 +98,8 @@ def _roles(job: Job) -> list[tuple[str, str, str]]:
         return []
     found: dict[str, Counter[str]] = {}
     schemes = {weight.name: weight.scheme for weight in plan.weights}
-    schemes[model.head.name] = plan.planned_head.scheme
+    if model.head is not None:
+        schemes[model.head.name] = plan.planned_head.scheme
     for name, role in purposes_of(model).items():
         scheme = schemes.get(name)
         found.setdefault(role, Counter())["kept" if scheme is None else scheme.name] += 1

@@ -1,4 +1,4 @@
-"""One causal language model, one block at a time: the only way in to transformers' model classes.
+"""One language model, one block at a time: the only way in to transformers' model classes.
 
 Letters: O out features, I in features, B sequences, T tokens, H hidden size, V vocabulary.
 """
@@ -39,7 +39,7 @@ _TRACE_TOKENS = 8
 
 
 class CausalModel:
-    """A transformers causal LM whose blocks stay on disk until they are asked for.
+    """A transformers model of text whose blocks stay on disk until they are asked for.
 
     Holds the meta skeleton and the small tensors outside the blocks (norms, positions, rotary
     tables): token embedding rows are gathered per batch, the head is read in rows.
@@ -47,7 +47,8 @@ class CausalModel:
     those that belong to no block: embeddings, norms, head, other towers; `linears` all linear ones,
     `tables` what is looked up.  `whole`: the one block is the body, which reads token ids.
     `extra_layers` lie among the unmapped: those that predict further tokens.  `towers` is what
-    turns images into embeddings.
+    turns images into embeddings.  `head` is the output projection [V, H], named like the embedding
+    if tied; without one the model puts out hidden states.  `positions`: the most tokens it reads.
     """
 
     def __init__(
@@ -82,6 +83,10 @@ class CausalModel:
         )
         inside = {name for index in range(len(blocks)) for name in self.block_tensors(index)}
         self._shared = names.shared_below(stack.root)
+        self.head, self.positions = self._passes.head, skeleton.positions(model)
+        self.head_tied = self.head is not None and self.head.name == self._passes.embedding_name
+        # A text at a time, between special tokens.
+        self.reads_texts = self.head is None or skeleton.fills_masks(model)
         rest = set(source.names()) - inside - set(names.unmapped)
         self.outside = tuple(sorted(rest))
         self.extra_layers = find_extra_layers(names, source, stack.paths)
@@ -403,14 +408,9 @@ class CausalModel:
         return self._names.module(f"{self.block_path(index)}.{path}")
 
     @property
-    def head(self) -> WeightRef:
-        """The output projection [V, H]; its name is the embedding's if the two are tied."""
-        return self._passes.head
-
-    @property
-    def head_tied(self) -> bool:
-        """Whether the checkpoint holds no head of its own: it is the token embedding."""
-        return self.head.name == self._passes.embedding_name
+    def projection(self) -> WeightRef:
+        """The head, where one is needed.  ModelError if the model has none."""
+        return self._passes.projection()
 
     def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
         """What the head reads [B, T, H'], from the last block's output: after the final norm."""
@@ -422,7 +422,7 @@ class CausalModel:
 
     def head_rows(self, start: int, stop: int) -> torch.Tensor:
         """Vocabulary rows start..stop of the output projection, in the model's dtype."""
-        rows = self.source.read_rows(self.head.name, start, stop)
+        rows = self.source.read_rows(self.projection.name, start, stop)
         return rows.to(self.device, self.dtype)
 
     def partial_logits(

@@ -71,15 +71,24 @@ class Passes:
         self._outputs = outputs
         self._embedding: Any = model.get_input_embeddings()
         self._head: Any = stacks.head_of(model)
-        self.embedding_path, self.head_path = lazy_paths(model)
-        self.embedding_name = names.of(self.embedding_path)[0].name
-        self._head_name = names.of(self.head_path)[0].name
+        # Without a head the states of tokens are the output; what a reranker's layers make of
+        # them, at one token of each text, nobody asks for here.
+        self._body: Any = model.base_model if self._head is None else model
+        paths = lazy_paths(model)
+        self.embedding_name = names.of(paths[0])[0].name
+        self.head_path = paths[1] if len(paths) > 1 else None
+        self._head_name = None if self.head_path is None else names.of(self.head_path)[0].name
         # What stands for rows of the embedding that are read; None: they themselves.
         self._changed: OnHead | None = None
 
     @property
-    def head(self) -> WeightRef:
-        """The output projection [V, H]; its name is the embedding's if the two are tied."""
+    def head(self) -> WeightRef | None:
+        """The output projection [V, H]; its name is the embedding's if the two are tied.
+
+        None if the model has none.
+        """
+        if self.head_path is None or self._head_name is None:
+            return None
         shape = self._source.info(self._head_name).shape
         return WeightRef(
             name=self._head_name,
@@ -89,6 +98,15 @@ class Passes:
             input=self.head_path.rpartition(".")[0],
             role="head",
         )
+
+    def projection(self) -> WeightRef:
+        """The head, where one is needed.  ModelError if the model has none."""
+        if (head := self.head) is None:
+            raise ModelError(
+                f"{type(self._model).__name__} has no head that predicts tokens, which --lm-head, "
+                "--bits and scales that are healed need; leave them out"
+            )
+        return head
 
     def run(
         self,
@@ -102,7 +120,8 @@ class Passes:
     ) -> torch.Tensor:
         """What the model returns as logits when `on_block` stands in for every block.
 
-        `on_head` stands in for the head; without it the logits mean nothing.  `inputs` are what the
+        `on_head` stands in for the head; without it the logits mean nothing.  Of a model that has
+        none it returns the last hidden states [B, T, H'].  `inputs` are what the
         model's forward takes beside ids and mask; floating ones come in the model's dtype.  Raises
         ModelError unless every block is called once, in order.
         """
@@ -127,7 +146,8 @@ class Passes:
         stand_ins: list[tuple[nn.Module, Callable[..., Any]]] = [
             (block, functools.partial(enter, index)) for index, block in enumerate(self._blocks)
         ]
-        stand_ins.append((self._head, on_head or _first_column))
+        if self._head is not None:
+            stand_ins.append((self._head, on_head or _first_column))
         if not self._whole:
             stand_ins.append((self._embedding, self._embed))
         # An attribute of our own skeleton's modules shadows the forward of their class.
@@ -141,7 +161,7 @@ class Passes:
                 if self._whole and getattr(self._model.config, "is_encoder_decoder", False):
                     # The decoder reads the same text, where the body holds an encoder too.
                     more["decoder_input_ids"] = ids
-                output = self._model(input_ids=ids, attention_mask=mask, use_cache=False, **more)
+                output = self._body(input_ids=ids, attention_mask=mask, use_cache=False, **more)
         finally:
             for module, _ in stand_ins:
                 module.__dict__.pop("forward", None)
@@ -150,8 +170,8 @@ class Passes:
                 f"{len(order)} of {len(self._blocks)} blocks are called in a forward",
                 called=tuple(order),
             )
-        logits: torch.Tensor = output.logits
-        return logits
+        found: torch.Tensor = output.last_hidden_state if self._head is None else output.logits
+        return found
 
     def _body_call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -232,7 +252,10 @@ class Passes:
     def finish(
         self, hidden_BTH: torch.Tensor, on_head: OnHead | None = None, *, grad: bool = False
     ) -> torch.Tensor:
-        """Logits [B, T, V] from the last block's output: final norm, head, caps and scales."""
+        """Logits [B, T, V] from the last block's output: final norm, head, caps and scales.
+
+        Of a model without a head the last hidden states [B, T, H'].
+        """
         last = len(self._blocks) - 1
 
         def replace(index: int, entered: torch.Tensor, call: BlockCall) -> torch.Tensor:
@@ -252,7 +275,12 @@ class Passes:
         return self.finish(hidden_BTH, lambda x: nn.functional.linear(x, rows_VH, part), grad=grad)
 
     def head_hidden(self, hidden_BTH: torch.Tensor) -> torch.Tensor:
-        """What the head reads [B, T, H'] when the last block puts out `hidden`."""
+        """What the head reads [B, T, H'] when the last block puts out `hidden`.
+
+        Without a head it is what the model returns.
+        """
+        if self._head is None:
+            return self.finish(hidden_BTH)
         read: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor) -> torch.Tensor:
@@ -293,7 +321,7 @@ class Passes:
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         """The head's product with its rows read in ranges."""
-        head = self.head
+        head = self.projection()
         step = max(_HEAD_BYTES // (head.shape[1] * x.element_size()), 1)
         parts = []
         for start in range(0, head.shape[0], step):
@@ -340,11 +368,11 @@ def _is_empty(device: Any) -> bool:
     return isinstance(device, torch.device | str) and str(device) == "meta"
 
 
-def lazy_paths(model: Any) -> tuple[str, str]:
-    """Parameter paths of the token embedding and the head, which are never loaded whole."""
-    embedding, head = model.get_input_embeddings(), stacks.head_of(model)
+def lazy_paths(model: Any) -> tuple[str, ...]:
+    """Parameter paths of the token embedding and, if there is one, the head: never loaded whole."""
+    modules = (model.get_input_embeddings(), stacks.head_of(model))
     paths = {module: path for path, module in model.named_modules()}
-    return f"{paths[embedding]}.weight", f"{paths[head]}.weight"
+    return tuple(f"{paths[module]}.weight" for module in modules if module is not None)
 
 
 def load_outside(

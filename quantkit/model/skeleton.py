@@ -1,4 +1,4 @@
-"""A transformers causal LM without weights: built on the meta device, its blocks found.
+"""A transformers model without weights: built on the meta device, its blocks found.
 
 Everything that must know transformers' ways of building models is here and in `names`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,10 +19,14 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -37,24 +42,26 @@ from quantkit.model import experts
 def build(source: Source, *, trust_remote_code: bool, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model on the meta device, in eval mode, with our experts loop.
 
-    Raises ModelError if the model type is unknown, is no causal LM or needs code not trusted.
+    Raises ModelError if the model type is unknown or needs code that is not trusted.
     """
     experts.register()
     config = load_config(source, trust_remote_code)
     dtype = dtype or model_dtype(source, config)
+    auto = _auto_class(config)
     try:
         with torch.device("meta"):
-            model = _auto_class(config).from_config(
+            model = auto.from_config(
                 config,
                 dtype=dtype,
                 experts_implementation=experts.IMPLEMENTATION,
                 trust_remote_code=trust_remote_code,
+                **_without_pooler(auto, config, source),
             )
     # Model code, some of it remote, fails in any way it likes on a config it does not expect.
     except Exception as error:
         raise ModelError(
-            f"model type {config.model_type!r} cannot be built as a causal language model: "
-            f"{_first_line(error)}"
+            f"model type {config.model_type!r} cannot be built as "
+            f"{_first_name(config) or 'a causal language model'}: {_first_line(error)}"
         ) from error
     _empty_(model, dtype)
     model.eval()
@@ -85,19 +92,32 @@ def _empty_(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    """AutoModelForCausalLM, or the class of encoders or of multimodal models.
+    """The class of the kind that the checkpoint names among its architectures.
 
-    Of multimodal models the text part is quantized.  A type that has both a causal and a masked
-    class is what its checkpoint says.
+    One that names none of them is a causal LM, else an encoder with its head, a multimodal model,
+    of which the text part is quantized, or at last a model without a head.
     """
     kind = type(config)
-    named = (getattr(config, "architectures", None) or [""])[0]
-    if kind in MODEL_FOR_MASKED_LM_MAPPING:
-        masked = MODEL_FOR_MASKED_LM_MAPPING[kind].__name__
-        if named == masked or kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return AutoModelForMaskedLM
-    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText
+    named = _first_name(config)
+    for mapping, auto in (
+        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+        (MODEL_MAPPING, AutoModel),
+        (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+    ):
+        if kind in mapping and named in _class_names(mapping[kind]):
+            return auto
+    for mapping, auto in (
+        (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+        (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+        (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
+        (MODEL_MAPPING, AutoModel),
+    ):
+        if kind in mapping:
+            return auto
+    remote = getattr(config, "auto_map", None) or {}
+    for auto in (AutoModelForSequenceClassification, AutoModel, AutoModelForMaskedLM):
+        if str(remote.get(auto.__name__)).rpartition(".")[2] == named:
+            return auto
     return AutoModelForCausalLM
 
 
@@ -106,13 +126,39 @@ def is_encoder(source: Source, *, trust_remote_code: bool = False) -> bool:
     return _auto_class(load_config(source, trust_remote_code)) is AutoModelForMaskedLM
 
 
+def _first_name(config: PreTrainedConfig) -> str:
+    """The class that a checkpoint says it is of; "" if it does not say."""
+    return str((getattr(config, "architectures", None) or [""])[0])
+
+
+def _class_names(classes: Any) -> tuple[str, ...]:
+    """Names of an entry of transformers' mappings, which may be several classes."""
+    found = classes if isinstance(classes, tuple) else (classes,)
+    return tuple(one.__name__ for one in found)
+
+
+def _without_pooler(auto: Any, config: PreTrainedConfig, source: Source) -> dict[str, bool]:
+    """What makes a headless model without the pooler that its checkpoint does not hold.
+
+    The states of tokens, which embeddings are made of, do not depend on it.
+    """
+    found = MODEL_MAPPING.get(type(config), None)
+    if auto is not AutoModel or found is None or isinstance(found, tuple):
+        return {}
+    option = "add_pooling_layer"
+    if option not in inspect.signature(found.__init__).parameters:
+        return {}
+    held = any("pooler" in name.split(".") for name in source.names())
+    return {} if held else {option: False}
+
+
 def load_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     """The configuration object of a checkpoint."""
     data = source.config
     check_config(data, "config.json")
     check_counts(data, source.names(), "config.json")
     model_type = data.get("model_type")
-    remote = "AutoModelForCausalLM" in (data.get("auto_map") or {})
+    remote = any(str(name).startswith("AutoModel") for name in data.get("auto_map") or {})
     if remote and trust_remote_code:
         path = getattr(source, "path", None)
         if path is None:
@@ -169,6 +215,29 @@ def tables(model: nn.Module) -> list[str]:
     """Paths of the weights that are looked up by number: embeddings of tokens and positions."""
     found = model.named_modules()
     return [f"{path}.weight" for path, module in found if isinstance(module, nn.Embedding)]
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """The longest text the model reads, in tokens; None if its configuration sets no limit.
+
+    Of a table of positions that has one for padding, those up to it stand for no token.
+    """
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(found, int | float) or found < 1:
+        return None
+    tokens = model.get_input_embeddings()
+    for module in model.modules():
+        table = isinstance(module, nn.Embedding) and module is not tokens
+        if table and module.num_embeddings == found and module.padding_idx is not None:
+            return int(found) - int(module.padding_idx) - 1
+    return int(found)
+
+
+def fills_masks(model: PreTrainedModel) -> bool:
+    """Whether it is an encoder whose head tells masked tokens."""
+    kind = type(model.config)
+    known = kind in MODEL_FOR_MASKED_LM_MAPPING
+    return known and type(model).__name__ in _class_names(MODEL_FOR_MASKED_LM_MAPPING[kind])
 
 
 def linears(model: nn.Module) -> dict[str, tuple[int, int]]:

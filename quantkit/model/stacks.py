@@ -81,17 +81,17 @@ def find_stack(model: PreTrainedModel) -> Stack:
     return Stack(root=chosen[0], paths=paths, blocks=blocks)
 
 
-def head_of(model: PreTrainedModel) -> nn.Module:
+def head_of(model: PreTrainedModel) -> nn.Module | None:
     """The output projection: the model's own, or that of a causal language model within it.
 
-    ModelError if there is none.
+    None for encoders and rerankers, which predict no tokens.
     """
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     for part in inner:
         if (head := part.get_output_embeddings()) is not None:
             found: nn.Module = head
             return found
-    raise ModelError(f"{type(model).__name__}: no output projection; this is no causal LM")
+    return None
 
 
 def whole_body(model: PreTrainedModel) -> Stack:

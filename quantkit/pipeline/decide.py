@@ -24,8 +24,10 @@ from quantkit.numbers.scheme import Scheme
 _MOST_KEPT = 0.2
 
 
-def head_name(model: CausalModel) -> str:
+def head_name(model: CausalModel) -> str | None:
     """The head's name in the output: its own, even where it shares the embedding's tensor."""
+    if model.head is None:
+        return None
     return model.head.parameter if model.head_tied else model.head.name
 
 
@@ -55,6 +57,16 @@ def with_roles(recipe: Recipe, model: CausalModel, format_name: str | None) -> R
         names = frozenset(name for name, found in roles.items() if found == rule.role)
         rules.append(rule if rule.role is None else dataclasses.replace(rule, names=names))
     return dataclasses.replace(recipe, rules=tuple(rules), head=head)
+
+
+def planned_head(
+    model: CausalModel, scheme: Scheme | None, name: str | None = None
+) -> list[PlannedWeight]:
+    """The head as formats know it, by the name it has in the output; none of a headless model."""
+    name = name or head_name(model)
+    if model.head is None or name is None:
+        return []
+    return [dataclasses.replace(planned(model, model.head, scheme), name=name)]
 
 
 def check_rules(recipe: Recipe, model: CausalModel) -> None:
@@ -98,6 +110,8 @@ def notes_on(model: CausalModel, recipe: Recipe) -> list[str]:
             f"worked on as one block of {format_size(model.block_bytes(0))}"
         )
     part = recipe.make_heal()
+    if model.head is None and recipe.heals:
+        notes.append("scales are not healed, as the model has no head that predicts tokens")
     if part is not None and not recipe.heals and any(map(part.takes, recipe.block_schemes)):
         notes.append("scales are not healed, as some weights of blocks round their inputs")
     return notes
@@ -119,7 +133,8 @@ def check_enough(recipe: Recipe, model: CausalModel) -> None:
     refs = {ref.name for i in range(model.num_blocks) for ref in model.weights(i)}
     if model.whole:
         # Not to call a model quantized of which only a small part is.
-        known = refs | model.tables | reasons.keys() | {model.head.name}
+        known = refs | model.tables | reasons.keys()
+        known |= set() if model.head is None else {model.head.name}
         for name in model.block_tensors(0):
             shape = model.source.info(name).shape
             if name not in known and len(shape) > 1 and recipe.rule_for(name) is None:
@@ -239,10 +254,7 @@ def fit(
 
     def served(schemes: Mapping[str, Scheme | None]) -> Set[str] | None:
         weights = [planned(model, ref, schemes[ref.name]) for block in refs for ref in block]
-        name = head_name(model)
-        weights.append(
-            dataclasses.replace(planned(model, model.head, schemes.get(name)), name=name)
-        )
+        weights += planned_head(model, schemes.get(head_name(model) or ""))
         chosen = fmt or make_format(default_format(recipe.scheme))
         if chosen.supports_together(weights) is not None:
             return None

@@ -5,6 +5,7 @@ Letters: O out features, I in features, T tokens.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def duration(
         if recipe.heals and isinstance(learners[1], Learning):
             batches, read = _batches(model, calibration)
             gradients, judged = learners[1].steps(batches)
-            head = 2.0 * model.head.shape[0] * model.head.shape[1]
+            head = 2.0 * math.prod(model.projection.shape)
             own += head * read * (4 * gradients + 2 * judged)
             own += _towers(model, calibration, gradients + judged)
     fitting = sum(count * seconds_per_weight(scheme) for scheme, count in fitted.items())

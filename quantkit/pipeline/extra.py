@@ -93,12 +93,12 @@ def _by_option(
     }
 
 
-def towers_unread(
-    model: CausalModel, fmt: Format, weights: Sequence[PlannedWeight]
-) -> dict[str, str]:
-    """Runtime -> why it does not read quantized towers, where it does not."""
+def unread(model: CausalModel, fmt: Format, weights: Sequence[PlannedWeight]) -> dict[str, str]:
+    """Runtime -> why it does not read quantized towers or models without a head, if it does not."""
     paths = {ref.name: ref.parameter.removesuffix(".weight") for ref in model.towers.weights}
     found: dict[str, str] = {}
+    if model.head is None:
+        found["vllm"] = "it was not tried with models that have no head"
     for weight in weights:
         if weight.scheme is None or weight.name not in paths:
             continue

@@ -26,6 +26,7 @@ from quantkit.checkpoint.files import refuse_quantized
 from quantkit.checkpoint.memory import release_free_memory
 from quantkit.checkpoint.output import earlier_fingerprint
 from quantkit.checkpoint.processor import load_processor
+from quantkit.checkpoint.sidefiles import MODULES
 from quantkit.checkpoint.source import Reader, Source
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.checkpoint.version import __version__
@@ -292,16 +293,11 @@ def _calibration(
         samples=request.loaded.samples,
         seq_len=request.loaded.seq_len,
         seed=request.seed,
-        max_length=positions_of(text_config),
+        max_length=model.positions,
         vocab_size=text_config.vocab_size,
         images=images,
+        framed=model.reads_texts or MODULES in source.side_files(),
     )
-
-
-def positions_of(text_config: Any) -> int | None:
-    """The positions that a model's configuration knows; None if it sets no limit."""
-    found = getattr(text_config, "max_position_embeddings", None)
-    return int(found) if isinstance(found, int | float) and found >= 1 else None
 
 
 def _compute_dtype(device: str, requests: Sequence[QuantizeOptions]) -> torch.dtype | None:

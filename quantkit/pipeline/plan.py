@@ -39,6 +39,7 @@ from quantkit.pipeline.decide import (
     kept_reason,
     notes_on,
     planned,
+    planned_head,
     spread,
     table_ref,
     unquantizable,
@@ -49,7 +50,7 @@ from quantkit.pipeline.extra import (
     extra_notes,
     extra_reason,
     extra_weights,
-    towers_unread,
+    unread,
 )
 
 _UNUSED = "no parameter of the model class takes it"
@@ -215,7 +216,8 @@ def make_plan(
         decisions |= spread(recipe, container, fmt, refs)
     decisions |= decide_fed(recipe, model, refs)
     if recipe.head is not None:
-        head = model.head.name if container is not None else head_name(model)
+        whole = model.projection.name
+        head = whole if container is not None else head_name(model) or whole
         decisions[head] = recipe.head, "--lm-head"
     decisions |= decide_extra(recipe, model, container is not None)
     decisions |= decide_towers(recipe, model, container is not None)
@@ -241,6 +243,11 @@ def open_container(model: CausalModel, fmt: Format) -> Container | None:
     """How the model lies in a format that is a container of its own; None for other formats."""
     if not isinstance(fmt, WholeFormat):
         return None
+    if model.head is None:
+        raise FormatError(
+            f"--format {fmt.name}: written for models that predict tokens, and this one has no "
+            "head; choose a format of safetensors"
+        )
     return fmt.container(
         model.source, model.text_config, head_tied=model.head_tied, unused=model.unmapped
     )
@@ -265,8 +272,8 @@ def lay_out(
     refs = _block_weights(model)
     schemes = {name: scheme for name, (scheme, _) in decisions.items()}
     weights = [planned(model, ref, schemes.get(ref.name)) for block in refs for ref in block]
-    head_is = head_name(model) if container is None else model.head.name
-    head_scheme = schemes.get(head_is)
+    head_is = head_name(model) if container is None else model.projection.name
+    head_scheme = schemes.get(head_is or "")
     head = model.head if head_scheme is not None else None
     unties = head is not None and model.head_tied and container is None
     outside = {} if container is None else container.matrices()
@@ -289,8 +296,7 @@ def lay_out(
         dataclasses.replace(planned(model, ref, schemes[ref.name]), expert=False)
         for ref in (*extra, *towers)
     ]
-    planned_head = planned(model, model.head, head_scheme)
-    weights.append(dataclasses.replace(planned_head, name=head_is))
+    weights += planned_head(model, head_scheme, head_is)
     for weight in weights:
         if weight.scheme is not None:
             weight.scheme.check_shape(weight.name, weight.shape)
@@ -300,7 +306,7 @@ def lay_out(
     fmt = fmt or make_format(default_format(quantized[0].scheme or recipe.scheme))
     check_supported(fmt, weights)
     model_type = str(model.source.config.get("model_type", ""))
-    readers = {**fmt.readers(weights, model_type), **towers_unread(model, fmt, weights)}
+    readers = {**fmt.readers(weights, model_type), **unread(model, fmt, weights)}
     if not allow_unreadable and all(reason is not None for reason in readers.values()):
         listed = "; ".join(f"{runtime}: {reason}" for runtime, reason in readers.items())
         raise FormatError(
@@ -353,7 +359,7 @@ def lay_out(
     if cache is not None and isinstance(fmt, CacheFormat):
         config |= fmt.cache_config(cache.scheme)
     return Plan(
-        recipe=recipe,
+        recipe=recipe if model.head is not None else dataclasses.replace(recipe, heal=None),
         format=fmt,
         model_type=model_type,
         fates=fates,
@@ -409,7 +415,7 @@ def _fates(
     planned = {weight.name: weight for weight in weights}
     block_of = {n: i for i in range(model.num_blocks) for n in model.block_tensors(i)}
     kept = unquantizable(model)
-    head_is = model.head.name
+    head_is = None if model.head is None else model.head.name
     found: list[TensorFate] = []
     for name in sorted(model.source.names(), key=lambda n: (block_of.get(n, -1), n)):
         info = model.source.info(name)

@@ -297,7 +297,7 @@ def _healing_bytes(model: CausalModel, plan: Plan, tokens: int) -> int:
         weights += sum(taken)
         numbers = sum(taken) * (1 + itemsize) + _STEP_COPIES * 4 * max(taken, default=0)
         most = max(most, numbers + _waiting_bytes(model, plan, index, tokens))
-    rows, columns = model.head.shape
+    rows, columns = model.projection.shape
     between = (model.num_blocks + 2) * tokens * model.text_config.hidden_size * itemsize
     size = min(scheme.group_size or columns for scheme in plan.recipe.schemes)
     learned = 6 * 4 * weights // size

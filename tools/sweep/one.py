@@ -35,7 +35,7 @@ from quantkit.pipeline.plan import Plan
 from quantkit.pipeline.session import run
 from tools.sweep.shrink import FIRST_SPECIAL, MAX_PARAMETERS, tiny_config
 
-Kind = Literal["causal", "image", "encoder"]
+Kind = Literal["causal", "image", "encoder", "embedding", "reranker"]
 Status = Literal["works", "refused", "wrong", "crashed", "not runnable"]
 
 # Data-free and calibrated, each under its default scheme.
@@ -49,7 +49,22 @@ _MAPPINGS: dict[Kind, tuple[str, str]] = {
     "causal": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
     "image": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
     "encoder": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
+    "embedding": ("MODEL_MAPPING_NAMES", "AutoModel"),
+    "reranker": (
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "AutoModelForSequenceClassification",
+    ),
 }
+# Of models without a head: every encoder that has one elsewhere, and what embedding models and
+# rerankers are built on besides.
+_DECODERS = frozenset(
+    {"gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe"}
+)
+_RANKERS = _DECODERS | {
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gte",
+    "jina_embeddings_v3", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta",
+    "xlm-roberta-xl",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +103,13 @@ class Finding:
 
 
 def types(kind: Kind) -> list[str]:
-    """The model types of a mapping of transformers, sorted."""
-    return sorted(getattr(modeling_auto, _MAPPINGS[kind][0]))
+    """The model types of a mapping of transformers that the kind is about, sorted."""
+    found = set(getattr(modeling_auto, _MAPPINGS[kind][0]))
+    if kind == "embedding":
+        found &= {*getattr(modeling_auto, _MAPPINGS["encoder"][0]), *_DECODERS}
+    if kind == "reranker":
+        found &= _RANKERS
+    return sorted(found)
 
 
 def examine(kind: Kind, model_type: str, work: Path) -> Finding:
@@ -124,6 +144,9 @@ def _build(kind: Kind, model_type: str, directory: Path, ids: Tensor) -> int:
     """Writes a tiny random model that transformers reloads to equal logits; its parameters."""
     auto = getattr(transformers, _MAPPINGS[kind][1])
     config = tiny_config(model_type)
+    if kind == "reranker":
+        # Classifiers on decoders read the last token that is none.
+        config.get_text_config().pad_token_id = 0
     with torch.device("meta"):
         count = sum(p.numel() for p in auto.from_config(config, dtype=torch.float32).parameters())
     if count > MAX_PARAMETERS:
@@ -162,7 +185,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids
     found = model(**inputs, use_cache=False) if _takes_cache(model) else model(**inputs)
-    return found.logits.float()
+    return (found.logits if hasattr(found, "logits") else found.last_hidden_state).float()
 
 
 def _takes_cache(model: nn.Module) -> bool:

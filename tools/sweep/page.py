@@ -9,6 +9,8 @@ _KINDS = {
     "causal": "Causal language models",
     "image": "Image-text models",
     "encoder": "Encoders (masked language models)",
+    "embedding": "Embedding models (without a head)",
+    "reranker": "Rerankers (sequence classification)",
 }
 _HEAD = """\
 # Models

@@ -51,12 +51,12 @@ def score(
     model, the window and the position.
     """
     streams = [base, *others]
-    vocabulary = base.model.head.shape[0]
+    vocabulary = base.model.projection.shape[0]
     for other in others:
-        if other.model.head.shape[0] != vocabulary:
+        if other.model.projection.shape[0] != vocabulary:
             raise EvaluationError(
                 f"{base.name} has {vocabulary} logits per token and {other.name} "
-                f"{other.model.head.shape[0]}; they do not belong together"
+                f"{other.model.projection.shape[0]}; they do not belong together"
             )
     workload = base.workload
     return accumulate(
@@ -71,7 +71,7 @@ def head_passes(streams: Sequence[Finished], head_bytes: int | None) -> int:
 
 def _ranges(streams: Sequence[Finished], head_bytes: int | None) -> Iterator[tuple[int, int]]:
     """Vocabulary rows that are in memory together."""
-    vocabulary, hidden = streams[0].model.head.shape
+    vocabulary, hidden = streams[0].model.projection.shape
     row = sum(stream.model.dtype.itemsize for stream in streams) * hidden
     step = vocabulary if head_bytes is None else max(min(head_bytes // row, vocabulary), 1)
     for start in range(0, vocabulary, step):

@@ -97,6 +97,11 @@ def _spelling(limit: str) -> tuple[str, Callable[[float], str]]:
         return "Perplexity", percent_change
     if metric.startswith("top1"):
         return "Top-token agreement", _percent
+    for start, name in _SHARES.items():
+        if metric.startswith(start):
+            return name, _percent
+    if metric.startswith("cosine"):
+        return "Cosine to the original's vectors", lambda value: f"{value:.5f}"
     if metric.startswith("dp"):
         return "RMS change of the right token's probability", _percent
     if metric.startswith("task:"):
@@ -105,6 +110,13 @@ def _spelling(limit: str) -> tuple[str, Callable[[float], str]]:
         return f"Accuracy on {name}", _points
     names = {"k": "KL divergence", "p": "Perplexity", "d": "Damaged weights"}
     return names[metric[0]], lambda value: f"{value:.4g}"
+
+
+_SHARES = {
+    "neighbours": "Nearest neighbours kept",
+    "order": "Pairs of candidates in the same order",
+    "first": "Same best candidate",
+}
 
 
 def _points(drop: float) -> str:

@@ -118,12 +118,14 @@ def load_calibration(
     max_length: int | None = None,
     vocab_size: int | None = None,
     images: ImageReader | None = None,
+    framed: bool = False,
 ) -> Calibration:
     """`samples` windows of `seq_len` tokens from a source, the same ones for the same arguments.
 
     max_length  the model's positions: a longer seq_len is cut to it, with a note in the record
     vocab_size  the model's: a token id beyond it is an error
     tokenizer   may be None only for token ids
+    framed      texts in windows of their own between the special tokens, as encoders read them
     images      how a model reads images; without it images of a source are passed over, or refused
     The packing rules are in docs/calibration.md.  Raises CalibrationError.
     """
@@ -170,7 +172,7 @@ def load_calibration(
                 seq_len=seq_len,
             )
             return _with_images(found, corpus.origin, tokenizer, images, vocab_size, seed, notes)
-        packed = pack(corpus, tokenizer, samples, seq_len, _pad_id(tokenizer))
+        packed = pack(corpus, tokenizer, samples, seq_len, _pad_id(tokenizer), framed=framed)
         origin = corpus.origin
     _check_vocabulary(packed.ids, vocab_size)
     return _with_record(packed, origin, seed, [*notes, *packed.notes])

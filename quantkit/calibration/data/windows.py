@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Cutting a text can change the tokens just before the cut; this many are not relied upon.
 _CUT_MARGIN_TOKENS = 256
 _CHARACTERS_PER_TOKEN = 6
+_WORD = "word"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,13 @@ def pack(
     samples: int,
     seq_len: int,
     pad_id: int,
+    *,
+    framed: bool = False,
 ) -> Packed:
     """The first `samples` windows of the corpus.
 
-    Texts: all tokens one after the other, an eos after each document, cut every seq_len tokens.
+    Texts: all tokens one after the other, an eos after each document, cut every seq_len tokens;
+    `framed`: no special tokens between documents, but around each window, as of a text by itself.
     Messages: a conversation is never split if it fits into a window; the rest is padding.
     Raises CalibrationError if there is too little text.
     """
@@ -67,7 +71,7 @@ def pack(
         raise CalibrationError(f"calibration {corpus.origin.source}: every document is empty")
     documents = _chain(first, corpus.documents)
     if isinstance(first, str):
-        rows = _text_windows(corpus, documents, tokenizer, samples, seq_len, seen)
+        rows = _text_windows(corpus, documents, tokenizer, samples, seq_len, seen, framed=framed)
     else:
         rows = _message_windows(corpus, documents, tokenizer, samples, seq_len, seen)
     packed = padded(rows, seq_len, pad_id)
@@ -113,16 +117,38 @@ def _token_row(row: Any, index: int) -> list[int]:
     return row
 
 
-def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
-    """The first `count` ids of tokenizer(text), without tokenizing all of a long text."""
+def first_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int, *, special: bool = True
+) -> list[int]:
+    """The first `count` ids of tokenizer(text), without tokenizing all of a long text.
+
+    `special`: with the special tokens that the tokenizer adds.
+    """
+
+    def ids_of(part: str) -> list[int]:
+        ids: list[int] = tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
     length = _CHARACTERS_PER_TOKEN * (count + _CUT_MARGIN_TOKENS)
     while length < len(text):
-        ids: list[int] = tokenizer(text[:length], verbose=False)["input_ids"]
+        ids = ids_of(text[:length])
         if len(ids) >= count + _CUT_MARGIN_TOKENS:
             return ids[:count]
         length *= 2
-    whole: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    return whole[:count]
+    return ids_of(text)[:count]
+
+
+def special_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts before and behind a text."""
+    inner = first_tokens(tokenizer, _WORD, _CUT_MARGIN_TOKENS, special=False)
+    whole = first_tokens(tokenizer, _WORD, _CUT_MARGIN_TOKENS)
+    for start in range(len(whole) - len(inner) + 1):
+        if whole[start : start + len(inner)] == inner:
+            return whole[:start], whole[start + len(inner) :]
+    raise CalibrationError(
+        f"the tokenizer writes {_WORD!r} as {inner}, and with special tokens as {whole}, which "
+        "does not hold it; give token ids through the Python API"
+    )
 
 
 def _text_windows(
@@ -132,8 +158,17 @@ def _text_windows(
     samples: int,
     seq_len: int,
     seen: _Seen,
+    *,
+    framed: bool,
 ) -> list[list[int]]:
-    needed = samples * seq_len
+    before, after = special_frame(tokenizer) if framed else ([], [])
+    room = seq_len - len(before) - len(after)
+    if room < 1:
+        raise CalibrationError(
+            f"--seq-len {seq_len}: the tokenizer puts {seq_len - room} special tokens around a "
+            "text; give more"
+        )
+    needed = samples * room
     stream: list[int] = []
     for document in documents:
         if not isinstance(document, str):
@@ -141,14 +176,15 @@ def _text_windows(
                 f"calibration {corpus.origin.source} mixes texts and messages; use one of them"
             )
         seen.add(document)
-        stream += first_tokens(tokenizer, document, needed - len(stream))
+        stream += first_tokens(tokenizer, document, needed - len(stream), special=not framed)
         if len(stream) >= needed:
-            return [stream[i : i + seq_len] for i in range(0, needed, seq_len)]
-        eos = None if corpus.one_text else tokenizer.eos_token_id
+            pieces = (stream[i : i + room] for i in range(0, needed, room))
+            return [[*before, *piece, *after] for piece in pieces]
+        eos = None if corpus.one_text or framed else tokenizer.eos_token_id
         # Some tokenizers end every text with an eos themselves.
         if eos is not None and stream[-1:] != [eos]:
             stream.append(int(eos))
-    raise _too_little(corpus, len(stream), len(stream) // seq_len, samples, seq_len, seen)
+    raise _too_little(corpus, len(stream), len(stream) // room, samples, seq_len, seen)
 
 
 def _message_windows(

@@ -88,7 +88,8 @@ def check_replay(
         headed.append(x)
         return x[..., :1]
 
-    passes.run(ids_BT, None, compute, keep, inputs=inputs)
+    found = passes.run(ids_BT, None, compute, keep, inputs=inputs)
+    wanted = headed[0] if headed else found
     hidden, calls = model.calls(ids_BT, inputs=inputs)
     for index, call in enumerate(calls):
         entering = hidden if call.added is None else hidden + call.added
@@ -101,8 +102,8 @@ def check_replay(
         hidden = entering
         if index in computed:
             hidden = model.run(model.load_block(index), hidden, replace(call, added=None))
-    if inputs is not None and not torch.equal(passes.head_hidden(hidden), headed[0]):
+    if inputs is not None and not torch.equal(passes.head_hidden(hidden), wanted):
         raise ModelError(
-            f"{passes.head_path}: what reads the last block's output differs from the model's own "
-            f"forward, so it cannot be {_TASK[True]}"
+            f"{passes.head_path or 'the output'}: what reads the last block's output differs from "
+            f"the model's own forward, so it cannot be {_TASK[True]}"
         )

@@ -34,7 +34,8 @@ def purposes_of(model: CausalModel) -> dict[str, Purpose]:
         found |= _purposes_in(model, index)
     found |= dict.fromkeys(sorted(model.tables), "embeddings")
     # The table that a head shares is the head's.
-    found[model.head.name] = "head"
+    if model.head is not None:
+        found[model.head.name] = "head"
     return found
 
 

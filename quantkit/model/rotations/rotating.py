@@ -90,7 +90,7 @@ class _Finder:
     def compare(self, rotated: CausalModel) -> None:
         """RecipeError unless a rotated model computes what the model did."""
         model = self._model
-        rows = model.head.shape[0]
+        rows = model.projection.shape[0]
         ids = torch.arange(1, 1 + _TOKENS, dtype=torch.int64)[None] % rows
         hidden, calls = model.calls(ids)
         turned, its_calls = rotated.calls(ids)
@@ -233,13 +233,13 @@ class _Finder:
 
     def _outside(self) -> None:
         """The embedding, the final norm and the head."""
-        model = self._model
+        model, last = self._model, self._model.projection
         (table,) = model.tables
         axis = Axis(key=_STREAM, size=self._hidden)
         self._turns[table] = {"columns": axis}
         head: dict[str, Any] = {"columns": axis}
         if model.head_tied:
-            head["origin"] = model.head.name
+            head["origin"] = last.name
         noise = make_noise(_TOKENS, self._hidden, seed=1)[None].to(model.device, model.dtype)
         read = model.head_hidden(noise).float()
         found = _final_norm(model, noise.float(), read)
@@ -249,7 +249,7 @@ class _Finder:
             name, offset = found
             head |= {"norm": name, "offset": offset}
             self._turns[name] = {"plain": True, "offset": offset}
-        self._turns[model.head.parameter if model.head_tied else model.head.name] = head
+        self._turns[last.parameter if model.head_tied else last.name] = head
 
     def _add(self, ref: WeightRef, **fields: Any) -> None:
         """More of a weight's turn, and of its bias where rows are rotated."""

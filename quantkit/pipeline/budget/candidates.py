@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from quantkit.model.causal import CausalModel
 from quantkit.model.fitting import GROUP_SIZES, shared_inputs
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.scheme import BLOCKS, Scheme
-from quantkit.pipeline.decide import decide, head_name, planned, table_ref
+from quantkit.pipeline.decide import decide, planned, planned_head, table_ref
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,10 @@ def budget_groups(
     for name, shape in outside.items():
         if recipe.rule_for(name) is not None:
             continue
-        if name != model.head.name:
+        if name != model.projection.name:
             groups.insert(0, Group(block=None, refs=(table_ref(name, shape),)))
         elif recipe.head is None:
-            groups.append(Group(block=None, refs=(model.head,)))
+            groups.append(Group(block=None, refs=(model.projection,)))
     return groups
 
 
@@ -187,8 +186,7 @@ def _others(model: CausalModel, recipe: Recipe, groups: Sequence[Group]) -> Iter
         for ref in model.weights(index):
             if ref.name not in chosen:
                 yield planned(model, ref, decide(recipe, ref)[0])
-    head = planned(model, model.head, recipe.head)
-    yield dataclasses.replace(head, name=head_name(model))
+    yield from planned_head(model, recipe.head)
 
 
 def _type(model: CausalModel) -> str:

@@ -55,7 +55,7 @@ def mean_divergences(
     those that model k has.  Each row is read once.
     """
     heads = heads or {}
-    rows = model.head.shape[0]
+    rows = model.projection.shape[0]
     step = max(1, _LOGIT_BYTES // (4 * max(mask.numel() for mask in masks)))
     states = [_Batch.empty(int(mask.sum()), others) for mask in masks]
     for start in range(0, rows, step):

@@ -221,7 +221,7 @@ def _activation_bytes(model: CausalModel, tokens: int) -> int:
     widest = max(
         (width for index in range(model.num_blocks) for width in _widths(model, index)), default=0
     )
-    vocabulary, hidden = model.head.shape
+    vocabulary, hidden = model.projection.shape
     return tokens * (2 * hidden + widest) * _ITEM_BYTES + 4 * vocabulary
 
 

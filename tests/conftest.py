@@ -16,6 +16,13 @@ if not torch.cuda.is_available():
 os.environ.setdefault("QUANTKIT_TRACEBACK", "1")
 
 
+@pytest.fixture(autouse=True)
+def _gradients_stay_on() -> Iterator[None]:
+    """A test that leaves them off would fail another one."""
+    yield
+    assert torch.is_grad_enabled()
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """One thread while a module's tests run: tiny products are slower with more."""

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -16,8 +17,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-from tests import tiny_models as tiny
 
 # An odd vocabulary, columns that 128 does not divide.
 VOCABULARY, HIDDEN, POSITIONS = 331, 96, 130

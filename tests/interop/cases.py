@@ -34,6 +34,9 @@ class Export:
 # Image-text models whose vision tower holds layers of torch's own.
 IMAGES = ("gemma3", "paligemma", "llava_onevision", "aya_vision")
 
+# Models without a head, in directories of sentence-transformers.
+VECTORS = ("bert", "qwen3")
+
 # 16 x 128 tokens: the suite reads what was written; how good it is, is measured elsewhere.
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")
 

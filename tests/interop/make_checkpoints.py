@@ -47,6 +47,7 @@ from quantkit.model.decoded import Decoded
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parent))
+import tiny_embeddings
 import tiny_extra
 import tiny_images
 import tiny_models
@@ -59,6 +60,7 @@ from cases import (
     SERVED_PICTURES,
     SERVED_TEXT,
     TOWERS,
+    VECTORS,
 )
 from make_samples import write_samples
 
@@ -87,6 +89,23 @@ def main() -> None:
     for kind in PICTURES:
         write_pictured(root, tiny_images.build(kind, root / "source" / f"{kind}-pictures"), kind)
     write_served_pictures(root)
+    for kind in VECTORS:
+        write_vectors(root, tiny_embeddings.sentence_model(kind, root / f"source/{kind}-vectors"))
+
+
+def write_vectors(root: Path, source: Path) -> None:
+    """An embedding model, and the hidden states that quantkit gives for some tokens."""
+    out = root / source.name
+    quantkit.quantize(
+        str(source), "gptq", scheme="w4a16_g32", out=out, calibration="demo", samples=8,
+        seq_len=64, progress=False,
+    )  # fmt: skip
+    ids = torch.arange(3, 67)[None] * 7 % tiny_embeddings.VOCABULARY
+    with torch.no_grad():
+        states = quantkit.load(out, dtype=torch.float32)(input_ids=ids).last_hidden_state
+    asked = {"input_ids": ids, "states": states.contiguous()}
+    save_file(asked, root / f"{out.name}-states.safetensors")
+    print(f"{out.name}: written", flush=True)
 
 
 def write_served_pictures(root: Path) -> None:

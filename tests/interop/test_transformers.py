@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CACHED, IMAGES, PICTURES, TOWERS
+from cases import CACHED, IMAGES, PICTURES, TOWERS, VECTORS
 from compressed_tensors.quantization import disable_quantization
 from dense import Float8Cache, dense_model, int8_tokens, loaded, logits, quantized_weights
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
@@ -125,6 +126,19 @@ def test_native_fp8_decodes_to_quantkits_weights(root: Path) -> None:
     found = logits(model, root, "fp8_native")
     # bfloat16 moves the logits of dense weights by 1 %.
     assert ((found - expected).norm() / expected.norm()).item() < 0.02
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+def test_an_embedding_model_gives_the_states_of_quantkit(root: Path, kind: str) -> None:
+    asked = load_file(root / f"{kind}-vectors-states.safetensors")
+    model = AutoModel.from_pretrained(root / f"{kind}-vectors", dtype=torch.float32).eval()
+    assert any(
+        "compressed" in type(part).__name__.lower() or hasattr(part, "quantization_scheme")
+        for part in model.modules()
+    )
+    with torch.no_grad():
+        found = model(input_ids=asked["input_ids"]).last_hidden_state
+    assert (found - asked["states"]).abs().max().item() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", MXFP4_EXPERTS)

@@ -112,9 +112,9 @@ def types(kind: Kind) -> list[str]:
     return sorted(found)
 
 
+@torch.no_grad()
 def examine(kind: Kind, model_type: str, work: Path) -> Finding:
     """The finding for one type; `work` is a scratch directory that is emptied."""
-    torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -37,10 +37,10 @@ class Cost:
     top_same: float
 
 
+@torch.no_grad()
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    torch.set_grad_enabled(False)
     text = Path(options.text).read_text(encoding="utf-8")
     ids = AutoTokenizer.from_pretrained(options.model)(text, return_tensors="pt").input_ids[0]
     rows = ids[: len(ids) // options.seq_len * options.seq_len].view(-1, options.seq_len)

@@ -106,6 +106,7 @@ ON_CPU = (
 )
 
 
+@torch.no_grad()
 def main() -> None:
     """Times, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -117,7 +118,6 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="the Python that has llama-cpp-python")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
-    torch.set_grad_enabled(False)
     config = TINY if chosen.quick else HALF_BILLION
     length = Length(prompt=16, new=8 if chosen.quick else chosen.new, repeats=chosen.repeats)
     report: dict[str, Any] = {

@@ -37,6 +37,7 @@ TOKENS = ((1, 16, 64, 256), (2, 4, 8, 32, 128, 512, 2048))
 EXPERTS = "w4a16_experts"
 
 
+@torch.no_grad()
 def main() -> None:
     """Runs what was asked for; exits 1 if a result is wrong, 2 if there is no such scheme."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -59,7 +60,6 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in known]:
         parser.error(f"--schemes: {', '.join(unknown)}; there are {', '.join(known)}")
     report = Report(chosen.json, chosen.deadline, machine=machine(device), command=command())
-    torch.set_grad_enabled(False)
     if "correctness" in chosen.only:
         _check(report, wanted, device, chosen)
     if "speed" in chosen.only:

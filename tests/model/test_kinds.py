@@ -62,7 +62,6 @@ OTHERS = [
 def one_thread() -> Iterator[None]:
     with jobs.one_thread():
         yield
-    torch.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize("model_type", WORKS)

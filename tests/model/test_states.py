@@ -51,7 +51,6 @@ FED = {
 def one_thread() -> Iterator[None]:
     with jobs.one_thread():
         yield
-    torch.set_grad_enabled(True)
 
 
 def build(model_type: str, directory: Path) -> Path:

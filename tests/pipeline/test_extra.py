@@ -29,7 +29,6 @@ _IDS = torch.arange(3, 27)[None]
 def one_thread() -> Iterator[None]:
     with jobs.one_thread():
         yield
-    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

@@ -49,6 +49,7 @@ class CausalModel:
     `extra_layers` lie among the unmapped: those that predict further tokens.  `towers` is what
     turns images into embeddings.  `head` is the output projection [V, H], named like the embedding
     if tied; without one the model puts out hidden states.  `positions`: the most tokens it reads.
+    `added`: what paths here have before those of transformers' class.
     """
 
     def __init__(
@@ -66,10 +67,10 @@ class CausalModel:
         blocks = stack.blocks
         self.device, self.num_blocks, self.whole = device, len(blocks), stack.whole
         self._model, self._names = model, names
-        self.linears = skeleton.linears(model)
+        self.linears = skeleton.linears(model.base_model if stack.added else model)
         tables = (names.pieces.get(path, ()) for path in skeleton.tables(model))
         self.tables = frozenset(piece.name for pieces in tables for piece in pieces)
-        self._stack, self._blocks = stack, blocks
+        self._stack, self._blocks, self.added = stack, blocks, stack.added
         self._signatures = [skeleton.signature(block) for block in blocks]
         self._traces: dict[str, BlockTrace] = {}
         self._probes = Probes(self, self._signatures, self._traces)
@@ -87,8 +88,7 @@ class CausalModel:
         self.head_tied = self.head is not None and self.head.name == self._passes.embedding_name
         # A text at a time, between special tokens.
         self.reads_texts = self.head is None or skeleton.fills_masks(model)
-        rest = set(source.names()) - inside - set(names.unmapped)
-        self.outside = tuple(sorted(rest))
+        self.outside = tuple(sorted(set(source.names()) - inside - set(names.unmapped)))
         self.extra_layers = find_extra_layers(names, source, stack.paths)
         self.towers = Towers(model, names, source, stack.root, self.device)
 

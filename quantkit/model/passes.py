@@ -103,7 +103,7 @@ class Passes:
         """The head, where one is needed.  ModelError if the model has none."""
         if (head := self.head) is None:
             raise ModelError(
-                f"{type(self._model).__name__} has no head that predicts tokens, which --lm-head, "
+                f"{type(self._body).__name__} has no head that predicts tokens, which --lm-head, "
                 "--bits and scales that are healed need; leave them out"
             )
         return head

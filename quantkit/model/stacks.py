@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +17,30 @@ from quantkit.errors import ModelError, QuantkitError
 from quantkit.model.skeleton import owner_of
 
 Opened = TypeVar("Opened")
+
+
+class Enclosed(PreTrainedModel):
+    """A model without a head as the body of one that has nothing else, at its usual path."""
+
+    def __init__(self, body: PreTrainedModel) -> None:
+        # That of PreTrainedModel would set up attention anew for this class.
+        nn.Module.__init__(self)
+        self.config = body.config
+        self.base_model_prefix = body.base_model_prefix or "body"
+        setattr(self, self.base_model_prefix, body)
+        tied = {**getattr(body, "all_tied_weights_keys", {})}
+        self.all_tied_weights_keys = {
+            f"{self.base_model_prefix}.{path}": f"{self.base_model_prefix}.{origin}"
+            for path, origin in tied.items()
+        }
+
+    def get_input_embeddings(self) -> Any:
+        """The body's."""
+        return self.base_model.get_input_embeddings()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the body returns."""
+        return self.base_model(*args, **kwargs)
 
 
 class StackError(ModelError):
@@ -32,13 +56,15 @@ class Stack:
     """A model's blocks in the order in which they run, and the path of each.
 
     All of them are below the path `root`.  `whole`: the one block is the model's whole body, which
-    reads token ids instead of hidden states.
+    reads token ids instead of hidden states.  `added` stands before paths here that transformers'
+    class does not have.
     """
 
     root: str
     paths: tuple[str, ...]
     blocks: nn.ModuleList
     whole: bool = False
+    added: str = ""
 
     def only(self, indices: Sequence[int]) -> Stack:
         """The stack of some of its blocks."""
@@ -101,6 +127,9 @@ def whole_body(model: PreTrainedModel) -> Stack:
     """
     body, head = model.base_model, head_of(model)
     paths = [path for path, module in model.named_modules() if module is body]
+    if head is None and isinstance(model, Enclosed):
+        blocks, root = nn.ModuleList([body]), paths[0]
+        return Stack(root=root, paths=(root,), blocks=blocks, whole=True, added=f"{root}.")
     if body is model or any(module is head for module in body.modules()):
         raise ModelError(f"{type(model).__name__}: its blocks are not apart from its head")
     return Stack(root=paths[0], paths=tuple(paths[:1]), blocks=nn.ModuleList([body]), whole=True)
@@ -129,6 +158,8 @@ def with_stack(
         try:
             if error.called:
                 return opened(model, find_stack(model).only(error.called))
+            if head_of(model) is None and model.base_model is model:
+                model = Enclosed(model)
             return opened(model, whole_body(model))
         except QuantkitError:
             raise error from None

@@ -305,7 +305,7 @@ def planned(model: CausalModel, ref: WeightRef, scheme: Scheme | None) -> Planne
     )
     return PlannedWeight(
         name=ref.name,
-        module=path.removesuffix(".weight"),
+        module=path.removeprefix(model.added).removesuffix(".weight"),
         shape=ref.shape,
         scheme=scheme,
         transposed=ref.transposed and ref.expert is None,

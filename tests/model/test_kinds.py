@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_jobs as jobs
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM
 
 from quantkit.errors import ModelError
 from quantkit.formats.format import expert_name
@@ -55,6 +55,9 @@ OTHERS = [
     ("encoder", "albert", "one layer that runs again and again"),
     ("encoder", "bart", "an encoder and a decoder"),
     ("encoder", "gte", "tensors that transformers cuts into several modules"),
+    ("embedding", "albert", "no head, and one layer that runs again and again"),
+    ("embedding", "mvp", "no head, an encoder and a decoder"),
+    ("reranker", "qwen3", "a score from the last token"),
 ]
 
 
@@ -164,6 +167,17 @@ def test_a_weight_that_runs_again_is_told_each_time(tmp_path: Path) -> None:
     plain = AutoModelForMaskedLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(model.logits(output), plain(input_ids=ids).logits)
+
+
+def test_a_whole_body_without_a_head_has_the_names_of_its_class(tmp_path: Path) -> None:
+    directory = built("albert", tmp_path / "albert", "embedding")
+    plan = jobs.make_job(directory, "rtn", None, skip=("*.ffn.*",)).plan
+    plain = AutoModel.from_pretrained(directory)
+    modules = {path for path, _ in plain.named_modules()}
+    assert {weight.module for weight in plan.weights} <= modules
+    ignored = plan.quantization_config["ignore"]
+    assert set(ignored) <= modules
+    assert "encoder.albert_layer_groups.0.albert_layers.0.ffn" in ignored
 
 
 def test_blocks_that_text_does_not_reach_are_outside(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ interop-checkpoints: $(VENV)/.installed
 interop-transformers: $(INTEROP)/transformers/.installed interop-checkpoints
 	$(INTEROP)/transformers/bin/python -P $(INTEROP_PYTEST) \
 		tests/interop/test_compressed_tensors.py tests/interop/test_transformers.py \
-		tests/interop/test_bitsandbytes.py
+		tests/interop/test_bitsandbytes.py tests/interop/test_sentence_transformers.py
 
 interop-gptqmodel: $(INTEROP)/gptqmodel/.installed interop-checkpoints
 	$(INTEROP)/gptqmodel/bin/python -P $(INTEROP_PYTEST) tests/interop/test_gptqmodel.py

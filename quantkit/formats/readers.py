@@ -40,6 +40,11 @@ def decompresses_at_load(weights: Sequence[PlannedWeight], model_type: str) -> b
     return wanted and _one_decompressor(schemes)
 
 
+def may_decode_at_load(weights: Sequence[PlannedWeight]) -> bool:
+    """True if transformers, decoding a compressed-tensors file while loading, changes no number."""
+    return _one_decompressor(_schemes(weights))
+
+
 def compressed_tensors_readers(
     weights: Sequence[PlannedWeight], model_type: str
 ) -> dict[str, str | None]:

@@ -4,14 +4,19 @@ layers that predict further tokens, which transformers' class does not have, and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+from quantkit.checkpoint.sidefiles import MODULES
 from quantkit.errors import RecipeError
-from quantkit.formats.format import Format, PlannedWeight
+from quantkit.formats.compressed_tensors import CompressedTensors
+from quantkit.formats.format import CacheFormat, Format, PlannedWeight
+from quantkit.formats.readers import may_decode_at_load
 from quantkit.methods.recipe import Recipe
 from quantkit.model.causal import CausalModel
 from quantkit.model.extra_layers import announced
 from quantkit.model.refs import WeightRef
 from quantkit.numbers.scheme import Scheme
+from quantkit.pipeline.cache import CachePlan
 from quantkit.pipeline.decide import decide
 
 
@@ -111,6 +116,23 @@ def unread(model: CausalModel, fmt: Format, weights: Sequence[PlannedWeight]) ->
                     f"its {kind} sets the weight of every linear layer before loading, and one "
                     f"packed as {weight.scheme.name} has none; --towers w8a8_row has one"
                 )
+    return found
+
+
+def extra_config(
+    model: CausalModel, fmt: Format, weights: Sequence[PlannedWeight], cache: CachePlan | None
+) -> dict[str, Any]:
+    """What the `quantization_config` says besides: of the cache, and of models that give vectors.
+
+    sentence-transformers 6.2 calls a model's forward past the hook by which compressed-tensors
+    decodes weights at the first use, so what it may load is to be decoded while loading.
+    """
+    found: dict[str, Any] = {}
+    if cache is not None and isinstance(fmt, CacheFormat):
+        found |= fmt.cache_config(cache.scheme)
+    vectors = model.head is None or MODULES in model.source.side_files()
+    if vectors and isinstance(fmt, CompressedTensors) and may_decode_at_load(weights):
+        found["dequantize"] = True
     return found
 
 

@@ -16,7 +16,7 @@ from quantkit.checkpoint.record import Fate
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.shards import Layout, ShardLayout, plan_shards
 from quantkit.errors import FormatError, RecipeError
-from quantkit.formats.format import CacheFormat, Container, Format, PlannedWeight, WholeFormat
+from quantkit.formats.format import Container, Format, PlannedWeight, WholeFormat
 from quantkit.formats.registry import asked_format, check_supported, default_format, make_format
 from quantkit.formats.stored import model_dtype
 from quantkit.methods.recipe import Recipe
@@ -47,6 +47,7 @@ from quantkit.pipeline.decide import (
 from quantkit.pipeline.extra import (
     decide_extra,
     decide_towers,
+    extra_config,
     extra_notes,
     extra_reason,
     extra_weights,
@@ -356,8 +357,7 @@ def lay_out(
     dtype = dtype_of(model_dtype(model.source))
     others = _others(model, weights, fates)
     config = fmt.config(weights, model_type=model_type, dtype=dtype, others=others)
-    if cache is not None and isinstance(fmt, CacheFormat):
-        config |= fmt.cache_config(cache.scheme)
+    config |= extra_config(model, fmt, weights, cache)
     return Plan(
         recipe=recipe if model.head is not None else dataclasses.replace(recipe, heal=None),
         format=fmt,

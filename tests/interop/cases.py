@@ -36,6 +36,12 @@ IMAGES = ("gemma3", "paligemma", "llava_onevision", "aya_vision")
 
 # Models without a head, in directories of sentence-transformers.
 VECTORS = ("bert", "qwen3")
+# Of several lengths, so that some are padded where they run together.
+TEXTS = (
+    "A heap keeps the smallest item at its front.",
+    "Sort it.",
+    "The other way round, a queue hands items out in the order in which they came in.",
+)
 
 # 16 x 128 tokens: the suite reads what was written; how good it is, is measured elsewhere.
 _CALIBRATION = ("--calib", "demo", "--samples", "16", "--seq-len", "128")

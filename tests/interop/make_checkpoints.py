@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from quantkit_eval.vectors.pooling import read_pooling
+from quantkit_eval.vectors.running import vectors
 from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
@@ -39,6 +41,7 @@ from transformers import (
 )
 
 import quantkit
+from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.demo import demo_path
 from quantkit.formats.format import fused_name
 from quantkit.formats.open import open_source
@@ -59,6 +62,7 @@ from cases import (
     PROMPTS,
     SERVED_PICTURES,
     SERVED_TEXT,
+    TEXTS,
     TOWERS,
     VECTORS,
 )
@@ -94,16 +98,20 @@ def main() -> None:
 
 
 def write_vectors(root: Path, source: Path) -> None:
-    """An embedding model, and the hidden states that quantkit gives for some tokens."""
+    """An embedding model, the hidden states that quantkit gives for some tokens, and vectors."""
     out = root / source.name
     quantkit.quantize(
         str(source), "gptq", scheme="w4a16_g32", out=out, calibration="demo", samples=8,
         seq_len=64, progress=False,
     )  # fmt: skip
     ids = torch.arange(3, 67)[None] * 7 % tiny_embeddings.VOCABULARY
+    checkpoint = open_source(out)
+    pooling = read_pooling(checkpoint, causal=False)
     with torch.no_grad():
-        states = quantkit.load(out, dtype=torch.float32)(input_ids=ids).last_hidden_state
-    asked = {"input_ids": ids, "states": states.contiguous()}
+        model = quantkit.load(out, dtype=torch.float32, backend="reference")
+        states = model(input_ids=ids).last_hidden_state
+        found = vectors(model, load_tokenizer(checkpoint), TEXTS, pooling)
+    asked = {"input_ids": ids, "states": states.contiguous(), "vectors": found}
     save_file(asked, root / f"{out.name}-states.safetensors")
     print(f"{out.name}: written", flush=True)
 

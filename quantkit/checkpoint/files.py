@@ -71,8 +71,10 @@ class FileSource(Reader):
         if "quantization_config" not in found and os.path.lexists(beside):
             content = read_plain(_contained(self.path, _BESIDE), largest=CONFIG_BYTES)
             told = parse_json(content, str(beside))
-            found["quantization_config"] = {"quant_method": "modelopt", **told}
-            self._config_content = json.dumps(found).encode()
+            says = told.get("quantization") if isinstance(told, dict) else None
+            if isinstance(says, dict) and says.get("quant_algo") is not None:
+                found["quantization_config"] = {"quant_method": "modelopt", **told}
+                self._config_content = json.dumps(found).encode()
         check_config(found, str(config))
         self._tensors: dict[str, StoredTensor] = {}
         self._files: dict[str, Path] = {}

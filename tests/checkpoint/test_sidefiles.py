@@ -79,7 +79,9 @@ def embedder(tmp_path: Path) -> Path:
     # Only a pickle holds the weights of this module: it is carried, not opened.
     write(model / "3_Dense" / "pytorch_model.bin", "pickle")
     for name in LEFT:
-        write(model / name / "weights.safetensors" if name[-1] == "/" else model / name, "x")
+        # Of these quantkit looks into one: of a quantized model it would say how.
+        content = '{"quantization": {"quant_algo": null}}' if name.startswith("hf_quant") else "x"
+        write(model / name / "weights.safetensors" if name[-1] == "/" else model / name, content)
     return model
 
 

@@ -282,8 +282,9 @@ def test_a_plan_adds_up_what_the_processes_of_a_machine_need(
 def test_more_than_the_machine_has_is_said(
     llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(predict, "machine_bytes", lambda: 2**40)
+    assert planned(capsys, llama)["machine"]["note"] is None
     monkeypatch.setattr(predict, "machine_bytes", lambda: 2**31)
-    assert planned(capsys, llama, "--max-ram", "1GiB")["machine"]["note"] is None
     told = planned(capsys, llama, "--processes", 64)["machine"]["note"]
     assert "64 processes may take" in told and "this machine has 2.00 GiB" in told
 

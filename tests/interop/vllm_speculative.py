@@ -13,8 +13,9 @@ from pathlib import Path
 
 from cases import MAX_NEW_TOKENS, PROMPTS
 
-# Sets vLLM's environment, too.
-from vllm_continue import LLM, SamplingParams, kernel_in_use
+# Sets vLLM's environment, too, and has to come first.
+from vllm_continue import LLM, SamplingParams
+from wna16_torch import kernel_in_use
 
 
 def main() -> None:

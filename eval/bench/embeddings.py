@@ -19,9 +19,7 @@ import common
 from quantkit.demo.corpus import english_documents
 
 # Method, and the scheme if it is not the method's own.
-METHODS = (
-    "rtn", "awq", "gptq", "best", "rtn:w8a16_g128", "rtn:w8a8_row", "best:w3a16_g128",
-)  # fmt: skip
+METHODS = ("rtn", "awq", "gptq", "best", "rtn:w8a16_g128", "rtn:w8a8_row")
 
 
 def main() -> None:

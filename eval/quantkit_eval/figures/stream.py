@@ -118,7 +118,8 @@ class ModelStream:
 
         What these give to later blocks is kept on the disk.
         """
-        with contextlib.ExitStack() as stack, torch.no_grad():
+        # What the stack holds turns gradients off too, so it has to end first.
+        with torch.no_grad(), contextlib.ExitStack() as stack:
             if self._kept is not None:
                 stack.enter_context(self.model.towers.loaded())
             for number, batch in enumerate(self.workload.batches):

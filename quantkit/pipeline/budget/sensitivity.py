@@ -88,7 +88,7 @@ def measure(
     needs = _needs(cheap, schemes)
     errors: dict[int, dict[Scheme, float]] = {}
     started: dict[int, dict[Scheme, int]] = {k: {} for k in own}
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as stack:
         stream = CalibrationStream(
             model,
             counted,

@@ -119,7 +119,7 @@ def measure_imatrix(
     """
     family = family_of(str(model.text_config.model_type))
     sums: dict[str, dict[int, tuple[Tensor, int]]] = {}
-    with TemporaryDirectory() as scratch, contextlib.ExitStack() as stack, torch.no_grad():
+    with torch.no_grad(), TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         stream = CalibrationStream(
             model, calibration, device=device, scratch=Path(scratch), gram_budget=None, stack=stack
         )

@@ -71,13 +71,7 @@ class Row:
 def main() -> None:
     options = _options()
     readers = common.named_paths(options.reader)
-    judge = Judge(
-        original=options.model,
-        text=options.eval_text,
-        tokens=options.eval_tokens,
-        seq_len=options.eval_seq_len,
-        threads=options.threads,
-    )
+    judge = Judge.of(options)
     rows: list[Row] = []
     pythons = {name: python for name, python in readers.items() if python != "quantkit"}
     for name, text in METHODS:
@@ -92,15 +86,7 @@ def main() -> None:
         pythons[name] = python
         rows.append(_peer_run(name, python, script, more, readers.get(name), judge, options))
         _show(rows[-1])
-    setting = {
-        "model": Path(options.model).name,
-        "calibration": {"samples": options.samples, "seq_len": options.seq_len},
-        "evaluation": {
-            "text": Path(options.eval_text).name,
-            "tokens": options.eval_tokens,
-            "seq_len": options.eval_seq_len,
-        },
-    }
+    setting = common.setting(options)
     measured: dict[str, Any] = {"rows": rows}
     if options.update:
         new = {row.name: row for row in rows}
@@ -131,8 +117,7 @@ def _ours(name: str, text: str, judge: Judge, options: argparse.Namespace) -> Ro
             options.model,
             out,
             *shlex.split(text),
-            *("--calib", options.calib),
-            *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+            *common.calibrated(options),
             "--allow-unreadable",
         )
         finished = common.run(command, threads=options.threads).check(command)

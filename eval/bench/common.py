@@ -289,11 +289,30 @@ def calibration_arguments(
     parser.add_argument("--seq-len", type=int, default=seq_len)
 
 
+def calibrated(options: argparse.Namespace) -> tuple[str, ...]:
+    """What `calibration_arguments` were given, as options of `quantkit quantize`."""
+    sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
+    return ("--calib", options.calib, *sizes)
+
+
 def evaluation_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --eval-text, --eval-tokens and --eval-seq-len."""
     parser.add_argument("--eval-text", default="demo", help="other text, or demo")
     parser.add_argument("--eval-tokens", type=int, default=40_960)
     parser.add_argument("--eval-seq-len", type=int, default=256)
+
+
+def setting(options: argparse.Namespace) -> dict[str, Any]:
+    """The model and the texts that both kinds of arguments name, for a result."""
+    return {
+        "model": Path(options.model).name,
+        "calibration": {"samples": options.samples, "seq_len": options.seq_len},
+        "evaluation": {
+            "text": Path(options.eval_text).name,
+            "tokens": options.eval_tokens,
+            "seq_len": options.eval_seq_len,
+        },
+    }
 
 
 def median(values: Sequence[float]) -> float:

@@ -141,8 +141,8 @@ def _command(out: Path, options: argparse.Namespace) -> list[str]:
     return common.quantkit_command(
         options.model,
         out,
-        *("--method", options.method, "--calib", options.calib),
-        *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+        *("--method", options.method),
+        *common.calibrated(options),
         *options.extra,
     )
 

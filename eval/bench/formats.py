@@ -277,18 +277,19 @@ def _mean(kl_S: torch.Tensor, workload: Workload) -> tuple[float, Interval]:
 def _write(made: Made, out: Path, options: argparse.Namespace) -> Path:
     """The checkpoint; exits with its command's last lines if that fails."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
     ones = _ONES in made.options
     if made.tool == "quantkit":
         command = common.quantkit_command(
             options.model,
             out,
             *(option for option in made.options if option != _ONES),
-            *("--calib", options.calib, *sizes, "--allow-unreadable"),
+            *common.calibrated(options),
+            "--allow-unreadable",
         )
     else:
         known = made.tool.replace("-", "").lower()
         script = _PEERS / f"{known}_quantize.py"
+        sizes = ("--samples", str(options.samples), "--seq-len", str(options.seq_len))
         command = [
             *(getattr(options, known), str(script), options.model, str(out)),
             *("--calib-text", options.calib, *sizes, *made.options),

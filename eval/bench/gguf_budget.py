@@ -44,13 +44,7 @@ class Comparison:
 
 def main() -> None:
     options = _options()
-    judge = Judge(
-        original=options.model,
-        text=options.eval_text,
-        tokens=options.eval_tokens,
-        seq_len=options.eval_seq_len,
-        threads=options.threads,
-    )
+    judge = Judge.of(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
 
         def written(name: str, *asked: str) -> Row:
@@ -58,8 +52,7 @@ def main() -> None:
             command = common.quantkit_command(
                 options.model,
                 out,
-                *("--format", "gguf", *asked, "--calib", options.calib),
-                *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+                *("--format", "gguf", *asked, *common.calibrated(options)),
             )
             done = common.run(command, threads=options.threads).check(command)
             told: dict[str, Any] = common.last_json(done.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -35,6 +36,17 @@ class Judge:
     tokens: int
     seq_len: int
     threads: int
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> Judge:
+        """By the options of `common.evaluation_arguments`."""
+        return cls(
+            original=options.model,
+            text=options.eval_text,
+            tokens=options.eval_tokens,
+            seq_len=options.eval_seq_len,
+            threads=options.threads,
+        )
 
     def __call__(
         self, quantized: Path | str, *, python: str | None = None, reader: str = "quantkit"

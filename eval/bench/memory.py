@@ -65,8 +65,7 @@ def _measure(method: str, options: argparse.Namespace) -> Measured:
             *("--method", name, "--max-ram", options.max_ram),
             *(("--scheme", scheme) if scheme else ()),
             # Methods without calibration ignore these.
-            *("--calib", options.calib),
-            *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+            *common.calibrated(options),
         )
         finished = common.run(command, threads=options.threads).check(command)
         summary = common.last_json(finished.stdout)["run"]

@@ -59,13 +59,7 @@ def _per_tensor(x: Tensor) -> Tensor:
 
 def main() -> None:
     options = _options()
-    judge = Judge(
-        original=options.model,
-        text=options.eval_text,
-        tokens=options.eval_tokens,
-        seq_len=options.eval_seq_len,
-        threads=options.threads,
-    )
+    judge = Judge.of(options)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         planted = Path(folder) / "planted"
         channels = write_planted(
@@ -81,8 +75,7 @@ def main() -> None:
             command = common.quantkit_command(
                 model,
                 out,
-                *("--method", method, "--scheme", "w8a8_row", "--calib", options.calib),
-                *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+                *("--method", method, "--scheme", "w8a8_row", *common.calibrated(options)),
             )
             common.run(command, threads=options.threads).check(command)
             found = judge(out)

@@ -1,6 +1,6 @@
 """Writes the JSON Schemas of report.json from the types that make it.
 
-report_schema.py            rewrites report.schema.json of eval/quantkit_eval and its vectors/
+report_schema.py            rewrites report.schema.json of eval/quantkit_eval/report and vectors/
 report_schema.py --check    exit code 1 if it would change
 """
 
@@ -17,7 +17,7 @@ from quantkit_eval.vectors.records import VECTOR_SCHEMA, VectorReport
 def main() -> None:
     folder = common.ROOT / "eval" / "quantkit_eval"
     schemas = {
-        folder / "report.schema.json": json_schema(),
+        folder / "report" / "report.schema.json": json_schema(),
         folder / "vectors" / "report.schema.json": json_schema(VectorReport, VECTOR_SCHEMA),
     }
     texts = {path: json.dumps(schema, indent=1) + "\n" for path, schema in schemas.items()}

@@ -51,13 +51,7 @@ class Row:
 
 def main() -> None:
     options = _options()
-    judge = Judge(
-        original=options.model,
-        text=options.eval_text,
-        tokens=options.eval_tokens,
-        seq_len=options.eval_seq_len,
-        threads=options.threads,
-    )
+    judge = Judge.of(options)
     rows = {}
     for method, bits, symmetry in METHODS:
         scheme = f"w{bits}a16_g{options.group_size}{symmetry}"
@@ -69,15 +63,7 @@ def main() -> None:
             row = _measured(method, scheme, rotated, text, judge, options)
             rows[row.name] = row
             print(f"{row.name:<44}{row.quality.kl_mean:.5f}", file=sys.stderr)
-    setting = {
-        "model": Path(options.model).name,
-        "calibration": {"samples": options.samples, "seq_len": options.seq_len},
-        "evaluation": {
-            "text": Path(options.eval_text).name,
-            "tokens": options.eval_tokens,
-            "seq_len": options.eval_seq_len,
-        },
-    }
+    setting = common.setting(options)
     measured: dict[str, Any] = {"rows": list(rows.values())}
     if options.update:
         measured = common.with_earlier(options.name, setting, "rows", "name", rows)
@@ -96,8 +82,7 @@ def _measured(
             options.model,
             out,
             *("--method", method, "--scheme", scheme, *shlex.split(text)),
-            *("--calib", options.calib),
-            *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+            *common.calibrated(options),
             "--allow-unreadable",
         )
         common.run(command, threads=options.threads).check(command)

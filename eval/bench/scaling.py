@@ -109,8 +109,8 @@ def _run(processes: int, threads: int, options: argparse.Namespace) -> Run:
         command = common.quantkit_command(
             options.model,
             out,
-            *("--method", options.method, "--calib", options.calib, "--device", "cpu"),
-            *("--samples", str(options.samples), "--seq-len", str(options.seq_len)),
+            *("--method", options.method, "--device", "cpu"),
+            *common.calibrated(options),
         )
         if processes > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run"]

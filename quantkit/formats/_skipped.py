@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from quantkit.checkpoint.safetensors import TensorInfo
+from quantkit.errors import FormatError
 from quantkit.formats.format import PlannedWeight
 
 
@@ -18,6 +19,24 @@ def kept_modules(weights: Sequence[PlannedWeight], others: Sequence[TensorInfo])
         if len(info.shape) == 2 and info.name != module and module not in modules:
             kept[module] = None
     return list(kept)
+
+
+def kept_apart(
+    weights: Sequence[PlannedWeight], others: Sequence[TensorInfo], *, substrings: bool = False
+) -> list[str]:
+    """`kept_modules`; FormatError if readers would skip a quantized one with them."""
+    kept = kept_modules(weights, others)
+    quantized = [weight for weight in weights if weight.scheme is not None]
+    if (reason := skipped_too(kept, quantized, substrings=substrings)) is not None:
+        raise FormatError(reason)
+    return kept
+
+
+def skipped_together(weights: Sequence[PlannedWeight], *, substrings: bool = False) -> str | None:
+    """`skipped_too` of the kept and the quantized among these weights."""
+    kept = [weight.module for weight in weights if weight.scheme is None and not weight.expert]
+    quantized = [weight for weight in weights if weight.scheme is not None]
+    return skipped_too(kept, quantized, substrings=substrings)
 
 
 def skipped_too(

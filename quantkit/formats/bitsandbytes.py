@@ -29,8 +29,8 @@ from quantkit_kernels.ops.codebook import NF4
 from quantkit.checkpoint.dtypes import label_of, name_of
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
-from quantkit.errors import CheckpointError, FormatError, NumericsError
-from quantkit.formats._skipped import kept_modules, skipped_too
+from quantkit.errors import CheckpointError, NumericsError
+from quantkit.formats._skipped import kept_apart, skipped_together
 from quantkit.formats.format import PlannedWeight, StoredWeight, check_stored, named_as_weight
 from quantkit.formats.readers import bitsandbytes_readers
 from quantkit.formats.stored import model_dtype
@@ -82,8 +82,7 @@ class Bitsandbytes:
                 f"{widths[8].name} has 8 bits and {widths[4].name} has 4; a checkpoint has one "
                 "width"
             )
-        kept = [w.module for w in weights if w.scheme is None and not w.expert]
-        return skipped_too(kept, [w for w in weights if w.scheme is not None])
+        return skipped_together(weights)
 
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
@@ -170,11 +169,8 @@ class Bitsandbytes:
 
         Raises FormatError if a kept module's name would make transformers skip a quantized one.
         """
-        quantized = [weight for weight in weights if weight.scheme is not None]
-        skipped = kept_modules(weights, others)
-        if (reason := skipped_too(skipped, quantized)) is not None:
-            raise FormatError(reason)
-        scheme = quantized[0].scheme
+        skipped = kept_apart(weights, others)
+        scheme = next(weight.scheme for weight in weights if weight.scheme is not None)
         assert scheme is not None
         if not scheme.flat:
             return {

@@ -20,8 +20,8 @@ from quantkit_kernels.lazy import torch
 
 from quantkit.checkpoint.safetensors import TensorInfo
 from quantkit.checkpoint.source import Source
-from quantkit.errors import CheckpointError, FormatError
-from quantkit.formats._skipped import kept_modules, skipped_too
+from quantkit.errors import CheckpointError
+from quantkit.formats._skipped import kept_apart, skipped_together
 from quantkit.formats.format import PlannedWeight, StoredWeight, named_as_weight
 from quantkit.formats.readers import fp8_readers
 from quantkit.formats.stored import by_block, by_row, model_dtype, round_scale, stored_scale
@@ -55,8 +55,7 @@ class Fp8:
 
     def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
         """None if readers, asked to skip a kept module, would not skip a quantized one too."""
-        kept = [w.module for w in weights if w.scheme is None and not w.expert]
-        return skipped_too(kept, [w for w in weights if w.scheme is not None])
+        return skipped_together(weights)
 
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
@@ -101,9 +100,7 @@ class Fp8:
 
         Raises FormatError if a kept module's name would make readers skip a quantized one.
         """
-        kept = kept_modules(weights, others)
-        if (reason := skipped_too(kept, [w for w in weights if w.scheme is not None])) is not None:
-            raise FormatError(reason)
+        kept = kept_apart(weights, others)
         return {
             "quant_method": self.name,
             "fmt": "e4m3",

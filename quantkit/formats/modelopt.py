@@ -39,7 +39,7 @@ from quantkit.checkpoint.source import Source
 from quantkit.checkpoint.version import __version__
 from quantkit.errors import CheckpointError, FormatError, NumericsError
 from quantkit.formats._modelopt_config import ALGORITHMS, Told, algorithm_of, entry_of, groups_of
-from quantkit.formats._skipped import kept_modules, skipped_too
+from quantkit.formats._skipped import kept_apart, skipped_together
 from quantkit.formats.bitpack import pack_nibbles, unpack_nibbles
 from quantkit.formats.format import (
     PlannedWeight,
@@ -97,9 +97,7 @@ class Modelopt:
 
     def supports_together(self, weights: Sequence[PlannedWeight]) -> str | None:
         """None if readers, asked to skip a kept module, would not skip a quantized one too."""
-        kept = [w.module for w in weights if w.scheme is None and not w.expert]
-        quantized = [w for w in weights if w.scheme is not None]
-        return skipped_too(kept, quantized, substrings=True)
+        return skipped_together(weights, substrings=True)
 
     def readers(
         self, weights: Sequence[PlannedWeight], model_type: str
@@ -180,9 +178,7 @@ class Modelopt:
         Raises FormatError if a kept module's name would make readers skip a quantized one.
         """
         quantized = [weight for weight in weights if weight.scheme is not None]
-        kept = kept_modules(weights, others)
-        if (reason := skipped_too(kept, quantized, substrings=True)) is not None:
-            raise FormatError(reason)
+        kept = kept_apart(weights, others, substrings=True)
         config: dict[str, Any] = {
             "quant_method": self.name,
             "producer": {"name": "quantkit", "version": __version__},

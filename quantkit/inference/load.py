@@ -81,10 +81,12 @@ def load(
         assert fmt is not None
         return moved(fmt.unpack(stored[name], source), lambda part: part.to(device))
 
+    # Rows are taken from embeddings: those of a file of blocks are decoded, a tied head with them.
+    tables = names.named(skeleton.tables(model))
     replace_modules_(
         model,
         names,
-        frozenset(stored) - _tables(model, names),
+        frozenset(stored) - tables,
         unpack,
         lambda path, old: _read(names, path, view, old),
         chosen,
@@ -314,18 +316,6 @@ def _plain(weight: Tensor) -> nn.Linear:
 
 def _read(names: NameMap, path: str, source: Source, old: Tensor) -> Tensor:
     return read_parameter(names, path, source, old.dtype if old.is_floating_point() else None)
-
-
-def _tables(model: nn.Module, names: NameMap) -> frozenset[str]:
-    """The tensors of embeddings, from which rows are taken: those of a file of blocks are decoded.
-
-    A head that is tied to one reads it so too.
-    """
-    found: set[str] = set()
-    for parameter, pieces in names.pieces.items():
-        if isinstance(find_module(model, parameter.rpartition(".")[0]), nn.Embedding):
-            found.update(piece.name for piece in pieces)
-    return frozenset(found)
 
 
 def _fill_(model: PreTrainedModel, names: NameMap, source: Source) -> None:

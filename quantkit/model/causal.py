@@ -68,8 +68,7 @@ class CausalModel:
         self.device, self.num_blocks, self.whole = device, len(blocks), stack.whole
         self._model, self._names = model, names
         self.linears = skeleton.linears(model.base_model if stack.added else model)
-        tables = (names.pieces.get(path, ()) for path in skeleton.tables(model))
-        self.tables = frozenset(piece.name for pieces in tables for piece in pieces)
+        self.tables = names.named(skeleton.tables(model))
         self._stack, self._blocks, self.added = stack, blocks, stack.added
         self._signatures = [skeleton.signature(block) for block in blocks]
         self._traces: dict[str, BlockTrace] = {}

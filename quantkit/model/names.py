@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -109,6 +109,10 @@ class NameMap:
                 f"{path}: the checkpoint has no tensor for it; the model needs all its weights"
             )
         return pieces
+
+    def named(self, paths: Iterable[str]) -> frozenset[str]:
+        """Checkpoint names of what fills parameters, none of those that share another's."""
+        return frozenset(piece.name for path in paths for piece in self.pieces.get(path, ()))
 
     def shared_below(self, blocks: str) -> frozenset[str]:
         """Checkpoint names of what several of the blocks in the list at a path hold, as zamba's."""

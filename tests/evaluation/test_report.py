@@ -34,7 +34,7 @@ from quantkit.inference.load import load
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Capture = pytest.CaptureFixture[str]
-SCHEMA = Path(__file__).parent.parent.parent / "eval" / "quantkit_eval" / "report.schema.json"
+SCHEMA = Path(__file__).parents[2] / "eval" / "quantkit_eval" / "report" / "report.schema.json"
 
 
 @pytest.fixture(scope="module")
